@@ -1,0 +1,37 @@
+"""DVC stage `pretrain@<dataset>`: the start of all trainings on a data set."""
+
+from __future__ import annotations
+
+import sys
+
+from ucir.config import load_params
+from ucir.data.pack import open_domain, read_info
+from ucir.devices import choose_device
+from ucir.errors import run_main
+from ucir.paths import PACKS, STARTS, check_writable
+from ucir.progress import Progress
+from ucir.training.pretrain import make_start
+
+
+def main() -> None:
+    dataset = sys.argv[1]
+    params = load_params()
+    block = params.datasets[dataset]
+    pack, out = PACKS / dataset, STARTS / dataset
+    check_writable(out)
+    domains = [open_domain(pack, domain) for domain in read_info(pack).counts]
+    steps = block.start.pretrain.steps if block.start.pretrain else 0
+    with Progress("pretrain", steps, "step") as progress:
+        make_start(
+            domains,
+            block.view,
+            block.start,
+            out,
+            choose_device(params.cluster),
+            lambda step, total, loss: progress.advance(1, f"loss {loss:.3f}"),
+        )
+    print(f"pretrain: start weights in {out / 'start.pt'}")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,28 @@
+"""DVC stage `report`: tables, figures, one HTML page, and what to do next."""
+
+from __future__ import annotations
+
+from ucir import tracking
+from ucir.config import load_params
+from ucir.errors import run_main
+from ucir.paths import PACKS, REPORTS, RESULTS
+from ucir.reports.table import plain
+from ucir.reports.write import log_summaries, write_report
+
+
+def main() -> None:
+    params = load_params()
+    written = write_report(params, PACKS, RESULTS, REPORTS)
+    log_summaries(params, written)
+    for table in written.headline:
+        print(f"\n{plain(table)}")
+    print(
+        "\nNext:\n"
+        f"  open the report       {written.page}\n"
+        f"  compare the runs      {tracking.experiment_url(tracking.tracking_uri())}\n"
+        "  your own pictures     uv run ucir study --help"
+    )
+
+
+if __name__ == "__main__":
+    run_main(main)

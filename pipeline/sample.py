@@ -1,0 +1,24 @@
+"""DVC stage `sample@<dataset>`: draw the embedded sample data set."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from ucir.config import load_params
+from ucir.data.digits import make_digits
+from ucir.errors import UserError, run_main
+
+
+def main() -> None:
+    dataset = sys.argv[1]
+    block = load_params().datasets[dataset]
+    if block.sample is None:
+        raise UserError(f"params.yaml: datasets.{dataset} has no 'sample' block")
+    counts = make_digits(Path(block.source), per_class=block.sample.per_class, seed=block.sample.seed)
+    told = ", ".join(f"{count} {domain}" for domain, count in counts.items())
+    print(f"sample: drew {told} images into {block.source}")
+
+
+if __name__ == "__main__":
+    run_main(main)

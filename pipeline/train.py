@@ -1,0 +1,27 @@
+"""DVC stage `train@<dataset>-<setting>-<method>`: all pairs and seeds, on Ray Train."""
+
+from __future__ import annotations
+
+import sys
+
+from ucir.cluster.launch import train_all
+from ucir.cluster.runs import materialise, plan_runs
+from ucir.config import load_params
+from ucir.errors import run_main
+from ucir.paths import RESULTS, check_writable
+
+
+def main() -> None:
+    dataset, setting, method = sys.argv[1:4]
+    params = load_params()
+    out = RESULTS / dataset / setting / method / "train"
+    check_writable(out)
+    runs = plan_runs(params, dataset, setting, method)
+    train_all(runs, params.cluster)
+    for run in runs:
+        materialise(run, out)
+    print(f"train: {len(runs)} runs in {out}")
+
+
+if __name__ == "__main__":
+    run_main(main)

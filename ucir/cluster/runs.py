@@ -1,0 +1,271 @@
+"""Runs: what they are made of, their keys, their folders, and what is already done.
+
+A run is one training: data set, setting, method, pair, seed. Its key is a hash of all that its result
+depends on (resolved config, data, start, code); its folder is ``runs/<slug>-<key>/``:
+
+- ``state.pt``  all that resuming needs, with the history of epochs; renewed at each epoch's end
+- ``last.pt``   the retrieval encoder of the last epoch, in MoCo v2's layout
+- ``best.pt``   that of the epoch with the best first P@K, *chosen with labels*, as the papers do
+- ``done.json`` written when the last epoch is through
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import ucir
+from ucir.config import EncoderParams, Params, ViewParams
+from ucir.data.pack import PackInfo, open_domain, read_index, read_info, split_pair
+from ucir.errors import UserError, nearest
+from ucir.methods import METHODS, method_params
+from ucir.methods.base import MethodParams
+from ucir.models.checkpoints import load_encoder, load_state, save_atomically, save_encoder
+from ucir.models.encoder import new_encoder
+from ucir.paths import PACKS, RUNS, STARTS, check_writable
+from ucir.retrieval.metrics import retrieval_scores
+from ucir.training.loop import EpochReport
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training and where it lies; picklable, all paths absolute."""
+
+    dataset: str
+    setting: str
+    method: str
+    pair: tuple[str, str]
+    seed: int
+    view: ViewParams
+    encoder: EncoderParams
+    params: MethodParams
+    cutoffs: tuple[int, ...]
+    pack: Path
+    start: Path
+    key: str
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        """For people: ``ucdir Art-Real s0``."""
+        return f"{self.method} {'-'.join(self.pair)} s{self.seed}"
+
+    @property
+    def slug(self) -> str:
+        """For file names: ``Art-Real-s0``."""
+        return f"{'-'.join(self.pair)}-s{self.seed}"
+
+    @property
+    def done(self) -> bool:
+        return (self.folder / "done.json").exists()
+
+    def tags(self) -> dict[str, str]:
+        """MLflow tags."""
+        return {
+            "dataset": self.dataset,
+            "setting": self.setting,
+            "method": self.method,
+            "pair": "-".join(self.pair),
+            "seed": str(self.seed),
+        }
+
+    def history(self) -> list[dict[str, float]]:
+        """Metrics of the finished epochs."""
+        path = self.folder / "state.pt"
+        return load_state(path)["history"] if path.exists() else []
+
+
+def plan_runs(
+    params: Params,
+    dataset: str,
+    setting: str,
+    method: str,
+    pairs: tuple[str, ...] | None = None,
+    seeds: tuple[int, ...] | None = None,
+) -> list[Run]:
+    """All runs of a data set x setting x method, checked before any of them starts.
+
+    Args:
+        params: params.yaml.
+        dataset, setting, method: names.
+        pairs, seeds: instead of the data set's pairs and the study's seeds.
+
+    Raises:
+        UserError: an unknown name; no pack or start; more clusters than images; a batch larger than
+            the domains; a start checkpoint that does not fit; a runs folder that cannot be written.
+    """
+    if dataset not in params.datasets:
+        raise UserError(f"data set {dataset!r} is unknown; {nearest(dataset, params.datasets)}")
+    block = params.datasets[dataset]
+    wanted = method_params(params, method, dataset)
+    info = read_info(PACKS / dataset)
+    start = (STARTS / dataset / "start.pt").resolve()
+    if not start.exists():
+        raise UserError(f"{start}: no start weights; run `dvc repro pretrain` first")
+    load_encoder(new_encoder(block.start.encoder, 0), start)
+    check_writable(RUNS)
+    runs = []
+    for name in pairs or block.pairs:
+        pair = split_pair(name, list(info.counts))
+        _check_sizes(wanted, pair, info)
+        for seed in params.study.seeds if seeds is None else seeds:
+            key = _run_key(setting, method, wanted, pair, seed, block.view, block.start.encoder, info, start)
+            slug = f"{dataset}-{setting}-{method}-{'-'.join(pair)}-s{seed}-{key}"
+            runs.append(
+                Run(
+                    dataset,
+                    setting,
+                    method,
+                    pair,
+                    seed,
+                    block.view,
+                    block.start.encoder,
+                    wanted,
+                    block.evaluate.cutoffs,
+                    (PACKS / dataset).resolve(),
+                    start,
+                    key,
+                    (RUNS / slug).resolve(),
+                )
+            )
+    return runs
+
+
+@dataclass
+class RunReporter:
+    """Keeps a run's folder; the only place in training's reach that knows labels, which it gives no one.
+
+    Args:
+        run: the run.
+        writes: only one worker writes; the others resume from its files.
+        on_epoch: called by the writer with the history after each epoch.
+    """
+
+    run: Run
+    writes: bool = True
+    on_epoch: Callable[[list[dict[str, float]]], None] = lambda history: None
+    history: list[dict[str, float]] = field(default_factory=list)
+    labels: tuple[list[str], list[str]] | None = None
+
+    def load_state(self) -> dict[str, Any] | None:
+        path = self.run.folder / "state.pt"
+        if not path.exists():
+            return None
+        state: dict[str, Any] = load_state(path)
+        self.history = state.pop("history")
+        return state
+
+    def end_epoch(self, report: EpochReport) -> None:
+        if not self.writes:
+            return
+        entry = {"epoch": float(report.epoch), **report.metrics, **self._scores(report)}
+        selector = f"val/P_at_{self.run.cutoffs[0]}"
+        if all(entry[selector] > earlier[selector] for earlier in self.history):
+            save_encoder(report.encoder, self.run.folder / "best.pt")
+        self.history.append(entry)
+        last = report.epoch + 1 == self.run.params.epochs
+        if last:
+            save_encoder(report.encoder, self.run.folder / "last.pt")
+        save_atomically({**report.state, "history": self.history}, self.run.folder / "state.pt")
+        self.on_epoch(self.history)
+        if last:
+            text = json.dumps({**self.run.tags(), "run_key": self.run.key}, indent=1)
+            (self.run.folder / "done.json").write_text(text + "\n", encoding="utf-8")
+
+    def _scores(self, report: EpochReport) -> dict[str, float]:
+        """P@K and mAP of both directions' mean: a curve to look at, and the choice of the best epoch."""
+        if self.labels is None:
+            first, second = (
+                [picture.label for picture in read_index(self.run.pack, domain)] for domain in self.run.pair
+            )
+            self.labels = first, second
+        (a, b), (label_a, label_b) = report.features, self.labels
+        scores = [
+            retrieval_scores(a, b, label_a, label_b, self.run.cutoffs).named(),
+            retrieval_scores(b, a, label_b, label_a, self.run.cutoffs).named(),
+        ]
+        return {f"val/{name}": float(np.mean([s[name] for s in scores])) for name in scores[0]}
+
+
+def materialise(run: Run, out: Path) -> None:
+    """Copy what later stages need of a finished run from its folder to ``out/<slug>/``."""
+    target = out / run.slug
+    target.mkdir(parents=True, exist_ok=True)
+    for name in ("last.pt", "best.pt"):
+        shutil.copyfile(run.folder / name, target / name)
+    told = {**run.tags(), "run_key": run.key, "history": run.history()}
+    (target / "run.json").write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+
+
+def open_pair(run: Run) -> tuple[Any, Any]:
+    """What training sees of the run's two domains."""
+    first, second = (open_domain(run.pack, domain) for domain in run.pair)
+    return first, second
+
+
+def _check_sizes(params: MethodParams, pair: tuple[str, str], info: PackInfo) -> None:
+    for domain in pair:
+        if params.clusters > info.counts[domain]:
+            raise UserError(
+                f"clusters = {params.clusters} exceeds the {info.counts[domain]} images of domain "
+                f"{domain}: set fewer clusters in params.yaml"
+            )
+    larger = max(info.counts[domain] for domain in pair)
+    if params.batch_size > larger:
+        raise UserError(
+            f"batch_size = {params.batch_size} exceeds the {larger} images of the larger domain of "
+            f"{'-'.join(pair)}: set a smaller batch_size in params.yaml"
+        )
+
+
+def _run_key(
+    setting: str,
+    method: str,
+    params: MethodParams,
+    pair: tuple[str, str],
+    seed: int,
+    view: ViewParams,
+    encoder: EncoderParams,
+    info: PackInfo,
+    start: Path,
+) -> str:
+    depends_on = {
+        "setting": setting,
+        "method": method,
+        "params": params.model_dump(mode="json"),
+        "pair": pair,
+        "seed": seed,
+        "view": view.model_dump(mode="json"),
+        "encoder": encoder.model_dump(mode="json"),
+        "data": [info.fingerprints[domain] for domain in pair],
+        "start": hashlib.sha256(start.read_bytes()).hexdigest(),
+        "code": _code_version(method),
+    }
+    text = json.dumps(depends_on, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _code_version(method: str) -> str:
+    """Hash of the code that a training of this method runs through; comments and layout do not count."""
+    root = Path(ucir.__file__).parent
+    module = METHODS[method].__module__.rsplit(".", 1)[-1]
+    files = [
+        *(root / f"{name}.py" for name in ("memory", "clustering", "distributed")),
+        *(root / "data" / f"{name}.py" for name in ("augment", "batches")),
+        *(root / "methods" / f"{name}.py" for name in ("base", module)),
+        *sorted((root / "losses").glob("*.py")),
+        *sorted((root / "models").glob("*.py")),
+        *(root / "training" / f"{name}.py" for name in ("loop", "features")),
+    ]
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(ast.dump(ast.parse(file.read_bytes())).encode())
+    return digest.hexdigest()

@@ -1,0 +1,312 @@
+"""Typed params: one frozen model per block of params.yaml.
+
+Every block refuses unknown keys (naming the nearest known one) and values out of range, so that a
+mistake costs a second and not a night. What a method may be given stands in the method's own file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ucir.errors import UserError, nearest
+
+PARAMS_FILE = "params.yaml"
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=1)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.]+$")]
+
+
+class Block(BaseModel):
+    """A block of params.yaml: immutable, no unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class AugmentParams(Block):
+    """Random views. The defaults are the MoCo v2 "aug-plus" recipe of UCDIR and ProtoOT at 224 px."""
+
+    crop_area: tuple[Positive, Positive] = (0.2, 1.0)
+    """Share of the picture that a crop covers."""
+    crop_aspect: tuple[Positive, Positive] = (3 / 4, 4 / 3)
+    crop_pad: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Widens the picture on every side by this share of it (edges repeated) before cropping."""
+    jitter: tuple[Share, Share, Share, Annotated[float, Field(ge=0, le=0.5)]] = (0.4, 0.4, 0.4, 0.1)
+    """Strength of brightness, contrast, saturation, hue."""
+    jitter_share: Share = 0.8
+    grey_share: Share = 0.2
+    blur_share: Share = 0.5
+    blur_sigma: tuple[Positive, Positive] = (0.1, 2.0)
+    """Pixels of the view."""
+    flip_share: Share = 0.5
+    invert_share: Share = 0.0
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        for name in ("crop_area", "crop_aspect", "blur_sigma"):
+            low, high = getattr(self, name)
+            if low > high:
+                raise ValueError(f"{name}: the first value must not exceed the second")
+        if self.crop_area[1] > 1:
+            raise ValueError("crop_area: a crop covers at most the whole picture (1.0)")
+        return self
+
+
+class ViewParams(Block):
+    """How stored pictures become the network's input; shared by all methods of a data set."""
+
+    side: Annotated[int, Field(ge=16, le=1024)] = 224
+    """Pixels per side of the network's input."""
+    eval_crop: Annotated[float, Field(gt=0, le=1)] = 224 / 256
+    """Centre square that features are taken from, as a share of the shorter side."""
+    augment: AugmentParams = AugmentParams()
+
+
+class PackParams(Block):
+    """prepare: decode once."""
+
+    side: Annotated[int, Field(ge=16, le=1024)] = 256
+    """Pixels per side of the stored square."""
+    max_bad_share: Share = 0.01
+    """More bad files than this share of a domain stop the stage."""
+    max_pixels: Count = 100_000_000
+    """A picture with more pixels is taken for a decompression bomb."""
+
+
+class EncoderParams(Block):
+    """The network: backbone, two-layer head as in MoCo v2, L2-normalised output."""
+
+    backbone: Literal["resnet50", "resnet18", "convnet"] = "resnet50"
+    width: Annotated[int, Field(ge=4, le=512)] = 64
+    """Channels of the first block; the ResNets are built for 64."""
+    feature_dim: Annotated[int, Field(ge=2, le=2048)] = 128
+
+    @model_validator(mode="after")
+    def _resnet_width(self) -> Self:
+        if self.backbone != "convnet" and self.width != 64:
+            raise ValueError(f"width: {self.backbone} has width 64; only 'convnet' takes another")
+        return self
+
+
+class PretrainParams(Block):
+    """Label-free start on the union of the domains: in-batch contrast of two views (SimCLR's loss)."""
+
+    steps: Count = 400
+    batch_size: Annotated[int, Field(ge=2)] = 128
+    lr: Positive = 1e-3
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-2
+    temperature: Positive = 0.2
+    seed: Annotated[int, Field(ge=0)] = 0
+
+
+class StartParams(Block):
+    """Where training starts: a checkpoint in MoCo v2's published layout, or a pretraining of our own."""
+
+    encoder: EncoderParams = EncoderParams()
+    checkpoint: str | None = None
+    pretrain: PretrainParams | None = None
+
+    @model_validator(mode="after")
+    def _one_way_in(self) -> Self:
+        if (self.checkpoint is None) == (self.pretrain is None):
+            raise ValueError("give either 'checkpoint' (a file) or 'pretrain' (a block), not both")
+        return self
+
+
+class EvaluateParams(Block):
+    """Retrieval metrics and figures."""
+
+    cutoffs: Annotated[tuple[Count, ...], Field(min_length=1)] = (50, 100, 200)
+    """The K of P@K; the first one selects the best epoch, as in the papers."""
+    grid_queries: Count = 8
+    """Queries shown in the retrieval grid of a direction."""
+
+
+class SampleParams(Block):
+    """The embedded sample ``digits``, made by :mod:`ucir.data.digits`."""
+
+    per_class: Count = 150
+    seed: Annotated[int, Field(ge=0)] = 0
+
+
+class DatasetParams(Block):
+    """One data set, ``<source>/<domain>/<class>/<file>``."""
+
+    source: str
+    pairs: Annotated[tuple[str, ...], Field(min_length=1)]
+    """Two domain names joined by '-'; one training serves both directions."""
+    sample: SampleParams | None = None
+    """Only for the sample: it is drawn into ``source`` instead of being looked for there."""
+    pack: PackParams = PackParams()
+    view: ViewParams = ViewParams()
+    start: StartParams
+    evaluate: EvaluateParams = EvaluateParams()
+
+
+class SettingParams(Block):
+    """A data set in a setting."""
+
+    dataset: Name
+    setting: Literal["closed"]
+
+
+class RunParams(SettingParams):
+    """One line of the active study: a data set, a setting, a method."""
+
+    method: Annotated[str, Field(pattern=r"^[a-z0-9-]+$")]
+
+
+class SourceParams(Block):
+    """What the prepare stage depends on: a copy of the data set's ``source`` for dvc.yaml."""
+
+    source: str
+
+
+class StudyParams(Block):
+    """What `dvc repro` runs; written by `ucir study NAME`."""
+
+    name: str
+    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]
+    datasets: dict[Name, SourceParams]
+    samples: dict[Name, SourceParams]
+    """Those of ``datasets`` that are drawn here."""
+    settings: dict[str, SettingParams]
+    runs: dict[str, RunParams]
+
+
+class StudyRecipe(Block):
+    """A study to choose from: the product of its lists."""
+
+    datasets: Annotated[tuple[Name, ...], Field(min_length=1)]
+    settings: Annotated[tuple[Literal["closed"], ...], Field(min_length=1)]
+    methods: Annotated[tuple[str, ...], Field(min_length=1)]
+    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]
+
+
+class ClusterParams(Block):
+    """How runs are spread; changes speed, never results, so that no stage depends on it."""
+
+    num_workers: Annotated[int, Field(ge=0)] = 0
+    """Workers of one training. 0 = in this process, without a cluster; 2 or more train with DDP."""
+    use_gpu: bool | None = None
+    """None = when there is one."""
+    cpus_per_worker: Positive = 1
+    max_failures: Annotated[int, Field(ge=0)] = 2
+    """Restarts of a training whose worker died."""
+
+
+class Params(Block):
+    """The whole of params.yaml."""
+
+    study: StudyParams
+    studies: dict[str, StudyRecipe]
+    datasets: dict[Name, DatasetParams]
+    methods: dict[str, dict[Name, dict[str, Any]]]
+    """Method, then data set; validated by the method's own params class."""
+    cluster: ClusterParams = ClusterParams()
+
+    @model_validator(mode="after")
+    def _study_is_current(self) -> Self:
+        for name, copy in self.study.datasets.items():
+            if name not in self.datasets:
+                raise ValueError(f"study.datasets.{name}: no such block under 'datasets'")
+            if copy.source != self.datasets[name].source:
+                raise ValueError(
+                    f"study.datasets.{name}.source differs from datasets.{name}.source: "
+                    f"run `ucir study {self.study.name}` to renew the study block"
+                )
+        for key, run in self.study.runs.items():
+            if run.dataset not in self.study.datasets:
+                raise ValueError(
+                    f"study.runs.{key}: data set {run.dataset!r} is not in study.datasets: "
+                    f"run `ucir study {self.study.name}` to renew the study block"
+                )
+        return self
+
+
+def load_params(path: Path | str = PARAMS_FILE, overrides: Sequence[str] = ()) -> Params:
+    """Read and check params.yaml.
+
+    Args:
+        path: the file.
+        overrides: ``key.path=value`` each, as if they stood in the file.
+
+    Raises:
+        UserError: no such file, not YAML, an unknown key, a value out of range; names file and field.
+    """
+    import yaml
+
+    path = Path(path)
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; run the command in the project's folder") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        *blocks, last = key.split(".")
+        if not equals:
+            raise UserError(f"--set {override}: expected KEY=VALUE")
+        block = raw
+        for name in blocks:
+            if not isinstance(block, dict) or name not in block:
+                known = list(block) if isinstance(block, dict) else []
+                raise UserError(f"--set {override}: no block {name!r} in {path}; {nearest(name, known)}")
+            block = block[name]
+        block[last] = yaml.safe_load(value)
+    return checked(Params, raw, str(path))
+
+
+B = TypeVar("B", bound=BaseModel)
+
+
+def checked(model: type[B], raw: object, where: str) -> B:
+    """``model`` from plain data; every fault named by ``where`` and field in one line.
+
+    Raises:
+        UserError: one clause for each unknown key, missing key or value out of range.
+    """
+    try:
+        return model.model_validate(raw)
+    except ValidationError as error:
+        faults = "; ".join(_fault(model, entry) for entry in error.errors())
+        raise UserError(f"{where}: {faults}") from None
+
+
+def _fault(model: type[BaseModel], entry: Any) -> str:
+    location = [str(part) for part in entry["loc"]]
+    field = ".".join(location)
+    if entry["type"] == "extra_forbidden":
+        known = _known_keys(model, entry["loc"][:-1])
+        return f"{field}: unknown key; {nearest(location[-1], known)}"
+    if entry["type"] == "missing":
+        return f"{field}: missing"
+    message = entry["msg"].removeprefix("Value error, ")
+    if entry["type"] == "value_error":  # our own checks name the field and the remedy themselves
+        return f"{field}: {message}" if field else message
+    return f"{field} = {entry['input']!r}: {message[0].lower()}{message[1:]}"
+
+
+def _known_keys(model: Any, location: tuple[int | str, ...]) -> list[str]:
+    """Keys of the block at ``location``: walks through models, dicts and optional blocks."""
+    from typing import get_args
+
+    for part in location:
+        if isinstance(model, type) and issubclass(model, BaseModel):
+            field = model.model_fields.get(str(part))
+            model = field.annotation if field else None
+        else:  # dict[key, block], Annotated or block | None
+            model = get_args(model)[-1] if get_args(model) else None
+        blocks = [a for a in get_args(model) if isinstance(a, type) and issubclass(a, BaseModel)]
+        if blocks and not (isinstance(model, type) and issubclass(model, BaseModel)):
+            origin_is_dict = getattr(model, "__origin__", None) is dict
+            model = model if origin_is_dict else blocks[0]
+    if isinstance(model, type) and issubclass(model, BaseModel):
+        return list(model.model_fields)
+    return []

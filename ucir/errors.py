@@ -1,0 +1,36 @@
+"""The one exception for mistakes that the user can mend."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Callable, Iterable
+
+
+class UserError(Exception):
+    """Bad input, told in one line: which file or field, what is wrong, what to do.
+
+    Anything else that escapes is a defect of ours and keeps its traceback.
+    """
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The hint for a wrong name: the nearest known one, or all of them."""
+    known = sorted(known)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean {near[0]!r}?" if near else f"there is: {', '.join(known)}"
+
+
+def run_main(main: Callable[[], None]) -> None:
+    """Run a program's ``main``; a :class:`UserError` becomes one line on stderr and exit status 2."""
+    try:
+        main()
+    except UserError as error:
+        sys.exit(_fail(str(error), 2))
+    except KeyboardInterrupt:
+        sys.exit(_fail("stopped; the same command goes on from the last finished epoch", 130))
+
+
+def _fail(message: str, status: int) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return status

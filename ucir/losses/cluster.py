@@ -1,0 +1,55 @@
+"""Cluster-wise contrast."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def cluster_contrast(
+    q_BD: Tensor,
+    label_B: Tensor,
+    bank_ND: Tensor,
+    label_N: Tensor,
+    clusters: int,
+    temperature: float,
+) -> Tensor:
+    """Mean log-probability of the bank rows in one's own cluster, per image, negated.
+
+    UCDIR eq. 2:  -1/|P(i)| sum_{p in P(i)} log( exp(q_i M_p / T) / sum_a exp(q_i M_a / T) ) with
+    P(i) all bank rows of i's cluster, its own row included. The mean over P(i) needs only the mean
+    bank row of each cluster: it is  log sum_a exp(q_i M_a / T) - q_i mean_{P(i)}(M) / T.
+
+    Args:
+        q_BD: unit features, with gradient.
+        label_B, label_N: cluster of the batch's images and of the bank's rows, int64.
+        bank_ND: unit features, constant.
+        clusters: K.
+        temperature: T > 0.
+
+    Returns:
+        (B,) one value per image; see :func:`confident` for which of them count.
+    """
+    q = q_BD.float()
+    sum_KD = bank_ND.new_zeros(clusters, bank_ND.shape[1]).index_add_(0, label_N, bank_ND)
+    size_K = torch.bincount(label_N, minlength=clusters).clamp(min=1)
+    mean_KD = sum_KD / size_K[:, None]
+    log_total_B = torch.logsumexp(q @ bank_ND.T / temperature, dim=1)
+    return log_total_B - (q * mean_KD[label_B]).sum(dim=1) / temperature
+
+
+def confident(
+    k_BD: Tensor, label_B: Tensor, centroid_KD: Tensor, temperature: float, threshold: float
+) -> Tensor:
+    """Images whose key lies clearly in its cluster: softmax_c(k_i c / T)[label_i] > threshold, bool (B,).
+
+    In the official code (``cwcon-filterthresh``), absent from the paper; threshold 0 keeps all.
+    """
+    probability_BK = torch.softmax(k_BD.float() @ centroid_KD.T / temperature, dim=1)
+    return probability_BK.gather(1, label_B[:, None])[:, 0] > threshold
+
+
+def mean_of_kept(value_B: Tensor, keep_B: Tensor) -> Tensor:
+    """Mean over the kept images; 0 when none is kept (UCDIR ``builder.py``: sum / (count + 1e-8))."""
+    keep = keep_B.to(value_B.dtype)
+    return (keep * value_B).sum() / (keep.sum() + 1e-8)

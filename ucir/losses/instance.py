@@ -1,0 +1,54 @@
+"""Instance-wise contrast."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def instance_contrast(
+    q_BD: Tensor, k_BD: Tensor, slot_B: Tensor, bank_ND: Tensor, temperature: float
+) -> Tensor:
+    """InfoNCE of a view against its key and the bank of its own domain.
+
+    UCDIR eq. 1: mean over i of -log( e(q_i k_i) / (e(q_i k_i) + sum_{a != i} e(q_i M_a)) ), e(x) = exp(x / T).
+    The positive is the fresh key; the image's own row of the bank is no negative (``builder.py``).
+
+    Args:
+        q_BD: unit features of the query encoder, with gradient.
+        k_BD: unit features of the key encoder.
+        slot_B: rows of the bank that belong to the images.
+        bank_ND: unit features, constant.
+        temperature: T > 0.
+
+    Returns:
+        Scalar, float32.
+    """
+    q = q_BD.float()
+    logits_BN = q @ bank_ND.T / temperature
+    positive_B1 = (q * k_BD).sum(dim=1, keepdim=True) / temperature
+    logits_BN = logits_BN.scatter(1, slot_B[:, None], positive_B1)
+    return F.cross_entropy(logits_BN, slot_B)
+
+
+def view_contrast(first_BD: Tensor, second_BD: Tensor, domain_B: Tensor, temperature: float) -> Tensor:
+    """In-batch contrast of two views, for the label-free start: NT-Xent (Chen et al., ICML 2020, eq. 1).
+
+    Only images of the same domain are negatives: telling the domains apart is not rewarded.
+
+    Args:
+        first_BD, second_BD: unit features of two views of the same B images, with gradient.
+        domain_B: number of each image's domain.
+        temperature: > 0.
+
+    Returns:
+        Scalar: mean over the 2B views of the cross-entropy of the partner among the domain's others.
+    """
+    views = torch.cat([first_BD, second_BD]).float()
+    domain = torch.cat([domain_B, domain_B])
+    barred = domain[:, None] != domain[None, :]
+    barred.fill_diagonal_(True)
+    logits = (views @ views.T / temperature).masked_fill(barred, float("-inf"))
+    partner = torch.arange(len(views), device=views.device).roll(len(first_BD))
+    return F.cross_entropy(logits, partner)

@@ -1,0 +1,23 @@
+"""The bank: one feature row per training image of a domain."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class Bank:
+    """Unit features of a domain's N images, row number = slot of the image (not a queue).
+
+    Source: UCDIR ``builder.py`` ("queue"), ProtoOT likewise.
+    """
+
+    def __init__(self, features_ND: Tensor) -> None:
+        self.features_ND = features_ND.clone()
+
+    @torch.no_grad()
+    def write(self, slot_B: Tensor, feature_BD: Tensor) -> None:
+        """Overwrite rows. Where a slot comes twice in a batch, its last feature stays: on any device."""
+        place = torch.arange(len(slot_B), device=slot_B.device)
+        last_B = ((slot_B[:, None] == slot_B[None, :]) * (place[None, :] + 1)).amax(dim=1) - 1
+        self.features_ND[slot_B] = feature_BD.detach()[last_B]

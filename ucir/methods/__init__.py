@@ -1,0 +1,30 @@
+"""All methods by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ucir.config import PARAMS_FILE, Params, checked
+from ucir.errors import UserError, nearest
+from ucir.methods.base import Method, MethodParams
+from ucir.methods.ucdir import Ucdir
+
+METHODS: dict[str, type[Method[Any]]] = {"ucdir": Ucdir}
+
+
+def method_params(params: Params, method: str, dataset: str) -> MethodParams:
+    """The checked block ``methods.<method>.<dataset>`` of params.yaml.
+
+    Raises:
+        UserError: an unknown method, no block for the data set, an unknown key, a value out of range.
+    """
+    if method not in METHODS:
+        raise UserError(f"method {method!r} is unknown; {nearest(method, METHODS)}")
+    blocks = params.methods.get(method, {})
+    if dataset not in blocks:
+        raise UserError(
+            f"{PARAMS_FILE}: methods.{method} has no block {dataset!r}; "
+            f"copy one of {', '.join(blocks) or 'the README'} and adapt it"
+        )
+    where = f"{PARAMS_FILE}: methods.{method}.{dataset}"
+    return checked(METHODS[method].params_type, blocks[dataset], where)

@@ -1,0 +1,158 @@
+"""UCDIR: Hu & Lee, Feature Representation Learning for Unsupervised Cross-domain Image Retrieval, ECCV 2022.
+
+Instance-wise and cluster-wise contrast within each domain, then self-entropy and distance of distance
+across them. Defaults are the official Office-Home run (``scripts/*.sh``); where paper and code differ,
+the code, which made the published tables.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Self
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from ucir.clustering import Clusters, kmeans
+from ucir.config import Positive, Share
+from ucir.losses.assignment import distance_of_distance, self_entropy
+from ucir.losses.cluster import cluster_contrast, confident, mean_of_kept
+from ucir.losses.instance import instance_contrast
+from ucir.memory import Bank
+from ucir.methods.base import DomainBatch, Method, MethodParams, Term
+
+Weight = Annotated[float, Field(ge=0)]
+Epoch = Annotated[int, Field(ge=0)]
+
+
+class UcdirParams(MethodParams):
+    """``methods.ucdir.<dataset>``."""
+
+    temperature: Positive = 0.2
+    """T of both contrastive terms."""
+    cluster_weight: Weight = 0.5
+    """alpha, reached at ``ramp_end``."""
+    ramp_start: Epoch = 20
+    """T1: the last epoch without cluster-wise contrast; K-means begins with it."""
+    ramp_end: Epoch = 100
+    """T2: the first epoch with full weight (eq. 4)."""
+    confidence: Share = 0.2
+    """Images whose key's probability of its cluster is no higher take no part in cluster-wise contrast."""
+    entropy_weight: Weight = 1.0
+    """gamma."""
+    entropy_temperature: Positive = 0.01
+    """phi."""
+    distance_weight: Weight = 0.5
+    """beta."""
+    distance_temperature: Positive = 0.01
+    cross_domain_start: Epoch = 100
+    """First epoch with self-entropy and distance of distance."""
+    kmeans_iterations: Annotated[int, Field(ge=1)] = 20
+    kmeans_restarts: Annotated[int, Field(ge=1)] = 5
+    kmeans_max_points: Annotated[int, Field(ge=1)] = 2000
+
+    @model_validator(mode="after")
+    def _ramp_rises(self) -> Self:
+        if self.ramp_end <= self.ramp_start:
+            raise ValueError(f"ramp_end {self.ramp_end} must come after ramp_start {self.ramp_start}")
+        if min(self.cross_domain_start, self.epochs) < self.ramp_start:
+            raise ValueError(
+                f"cross_domain_start {self.cross_domain_start} must not come before ramp_start "
+                f"{self.ramp_start}: the cross-domain terms need the clusters that begin there"
+            )
+        return self
+
+
+class Ucdir(Method[UcdirParams]):
+    """L = mean over domains of (IW + w_cw CW) + [cross-domain phase] (gamma SE + beta DD)."""
+
+    params_type = UcdirParams
+
+    def __init__(self, params: UcdirParams, seed: int) -> None:
+        super().__init__(params, seed)
+        self.banks: tuple[Bank, Bank] | None = None
+        self.clusters: tuple[Clusters, Clusters] | None = None
+
+    def start(self, features: tuple[Tensor, Tensor]) -> None:
+        self.banks = (Bank(features[0]), Bank(features[1]))
+
+    def start_epoch(self, epoch: int, features: tuple[Tensor, Tensor]) -> dict[str, float]:
+        p = self.params
+        if epoch < p.ramp_start:
+            return {}
+        first, second = (
+            kmeans(
+                x,
+                p.clusters,
+                iterations=p.kmeans_iterations,
+                restarts=p.kmeans_restarts,
+                seed=self.seed,
+                max_points=p.kmeans_max_points,
+            )
+            for x in features
+        )
+        self.clusters = (first, second)
+        empty = sum(int((c.size_K == 0).sum()) for c in self.clusters)
+        smallest = min(int(c.size_K.min()) for c in self.clusters)
+        return {"cluster/empty": empty, "cluster/smallest": smallest}
+
+    def cluster_weight_at(self, epoch: int) -> float:
+        """w_cw of eq. 4: 0 up to T1, linear to alpha at T2."""
+        p = self.params
+        share = (epoch - p.ramp_start) / (p.ramp_end - p.ramp_start)
+        return p.cluster_weight * min(1.0, max(0.0, share))
+
+    def losses(self, epoch: int, batch: tuple[DomainBatch, DomainBatch]) -> dict[str, Term]:
+        p = self.params
+        assert self.banks is not None
+        for bank, part in zip(self.banks, batch, strict=True):
+            bank.write(part.slot_B, part.k_BD)  # before the losses, as in builder.py
+        terms = {}
+        for side, bank, part in zip("ab", self.banks, batch, strict=True):
+            value = instance_contrast(part.q_BD, part.k_BD, part.slot_B, bank.features_ND, p.temperature)
+            terms[f"instance_{side}"] = Term(0.5, value)
+        weight = self.cluster_weight_at(epoch)
+        if weight > 0:
+            assert self.clusters is not None
+            for side, bank, part, own in zip("ab", self.banks, batch, self.clusters, strict=True):
+                label_B = own.label_N[part.slot_B]
+                value_B = cluster_contrast(
+                    part.q_BD,
+                    label_B,
+                    bank.features_ND,
+                    own.label_N,
+                    p.clusters,
+                    p.temperature,
+                )
+                keep_B = confident(part.k_BD, label_B, own.centroid_KD, p.temperature, p.confidence)
+                terms[f"cluster_{side}"] = Term(0.5 * weight, mean_of_kept(value_B, keep_B))
+        if epoch >= p.cross_domain_start:
+            terms |= self._cross_domain(batch)
+        return terms
+
+    def _cross_domain(self, batch: tuple[DomainBatch, DomainBatch]) -> dict[str, Term]:
+        p = self.params
+        assert self.clusters is not None
+        first, second = (clusters.centroid_KD for clusters in self.clusters)
+        terms = {}
+        if p.entropy_weight > 0:
+            entropy = [
+                self_entropy(part.q_BD, centroid, p.entropy_temperature)
+                for part in batch
+                for centroid in (first, second)
+            ]
+            terms["self_entropy"] = Term(p.entropy_weight, torch.stack(entropy).mean())
+        if p.distance_weight > 0:
+            distance = [
+                distance_of_distance(part.q_BD, first, second, p.distance_temperature) for part in batch
+            ]
+            terms["distance"] = Term(p.distance_weight, torch.stack(distance).mean())
+        return terms
+
+    def state_dict(self) -> dict[str, Any]:
+        assert self.banks is not None
+        return {"banks": [bank.features_ND.cpu() for bank in self.banks]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        first, second = state["banks"]
+        self.banks = (Bank(first), Bank(second))

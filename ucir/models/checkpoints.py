@@ -1,0 +1,86 @@
+"""Encoder checkpoints in the layout of MoCo v2's published files; run states; atomic writing."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ucir.errors import UserError
+from ucir.models.encoder import Encoder
+
+PREFIXES = ("module.encoder_q.", "encoder_q.")
+
+
+def save_encoder(encoder: Encoder, path: Path) -> None:
+    """Write ``{"state_dict": {"module.encoder_q.<name>": tensor}}``."""
+    state = {PREFIXES[0] + name: value for name, value in encoder.net.state_dict().items()}
+    save_atomically({"state_dict": state}, path)
+
+
+def load_encoder(encoder: Encoder, path: Path) -> None:
+    """Fill ``encoder`` (head and batch statistics too) from a checkpoint in MoCo v2's layout.
+
+    The prefix may be ``module.encoder_q.`` (DDP) or ``encoder_q.``. The checkpoint's key encoder and
+    queue are not used, as in UCDIR and ProtoOT.
+
+    Raises:
+        UserError: no such file, not a checkpoint, a key missing, unknown or of another shape.
+    """
+    state = load_state(path)
+    tensors = state.get("state_dict") if isinstance(state, dict) else None
+    if not isinstance(tensors, dict):
+        raise UserError(f"{path}: not a MoCo v2 checkpoint: it holds no 'state_dict'")
+    prefix = next((p for p in PREFIXES if any(key.startswith(p) for key in tensors)), None)
+    if prefix is None:
+        raise UserError(
+            f"{path}: not a MoCo v2 checkpoint: no key begins with 'module.encoder_q.' or 'encoder_q.' "
+            f"(the first key is {next(iter(tensors), None)!r})"
+        )
+    given = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+    wanted = encoder.net.state_dict()
+    faults = [
+        *(f"{key} is missing" for key in wanted if key not in given),
+        *(f"{key} is unknown to this backbone" for key in given if key not in wanted),
+        *(
+            f"{key} has shape {tuple(given[key].shape)}, not {tuple(value.shape)}"
+            for key, value in wanted.items()
+            if key in given and given[key].shape != value.shape
+        ),
+    ]
+    if faults:
+        more = f" and {len(faults) - 5} more" if len(faults) > 5 else ""
+        raise UserError(f"{path}: does not fit the encoder: {'; '.join(faults[:5])}{more}")
+    encoder.net.load_state_dict(given)
+
+
+def save_atomically(state: Any, path: Path) -> None:
+    """``torch.save`` that is either there as a whole or not at all, whenever the process is killed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.unfinished")
+    try:
+        with unfinished.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def load_state(path: Path) -> Any:
+    """``torch.load`` of tensors and plain data only, on the CPU.
+
+    Raises:
+        UserError: no such file, or unreadable.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such checkpoint") from None
+    except (RuntimeError, EOFError, pickle.UnpicklingError, OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"{path}: unreadable as a checkpoint ({reason})") from None

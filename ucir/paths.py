@@ -1,0 +1,28 @@
+"""Where things lie in a project's folder; relative to where the command runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ucir.errors import UserError
+
+PACKS = Path("data/packs")
+STARTS = Path("data/start")
+RUNS = Path("runs")
+RESULTS = Path("results")
+REPORTS = Path("reports")
+
+
+def check_writable(folder: Path) -> None:
+    """Fail now rather than after the first epoch.
+
+    Raises:
+        UserError: the folder cannot be made or written to.
+    """
+    probe = folder / ".probe"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written to ({error.strerror})") from None

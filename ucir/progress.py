@@ -1,0 +1,87 @@
+"""Progress with an ETA: a live bar on a terminal, a line every few seconds elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+LINE_SECONDS = 10
+
+
+class Progress:
+    """Counts ``total`` steps of some work.
+
+    Args:
+        title: what is being done.
+        total: steps in all.
+        unit: name of a step.
+    """
+
+    def __init__(self, title: str, total: int, unit: str) -> None:
+        self.title, self.total, self.unit = title, total, unit
+        self.done = 0
+        self.began = time.monotonic()
+        self.counted = 0  # steps of this process: those done before it began say nothing of its speed
+        self.last_line = 0.0
+        self.bar: Bar | None = None
+        if sys.stdout.isatty():
+            self.bar = Bar(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("ETA"),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}"),
+                console=Console(),
+            )
+            self.task = self.bar.add_task(title, total=total, note="")
+
+    def __enter__(self) -> Self:
+        if self.bar:
+            self.bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self.bar:
+            self.bar.stop()
+
+    def advance(self, steps: int, note: str = "") -> None:
+        """Count finished steps; ``note`` says what the last one showed."""
+        self.done += steps
+        self.counted += steps
+        if self.bar:
+            self.bar.update(self.task, advance=steps, note=note)
+            return
+        now = time.monotonic()
+        if now - self.last_line >= LINE_SECONDS or self.done == self.total:
+            self.last_line = now
+            left = (now - self.began) / max(1, self.counted) * (self.total - self.done)
+            print(
+                f"{self.title}: {self.done}/{self.total} {self.unit}s, ETA {clock(left)}  {note}",
+                flush=True,
+            )
+
+    def message(self, text: str) -> None:
+        """A line of its own, above the bar."""
+        if self.bar:
+            self.bar.console.print(text, highlight=False)
+        else:
+            print(text, flush=True)
+
+
+def clock(seconds: float) -> str:
+    """``75`` to ``1:15``, ``3700`` to ``1:01:40``."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -1,0 +1,144 @@
+"""Figures of the report, as SVG or PNG bytes."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+
+import matplotlib
+import numpy as np
+from PIL import Image, ImageOps
+from torch import Tensor
+
+matplotlib.use("Agg")
+
+from matplotlib import pyplot as plt
+
+QUERY, HIT, MISS = (37, 99, 235), (22, 163, 74), (220, 38, 38)
+THUMB = 56
+FRAME = 4
+POINTS = 600
+"""t-SNE's points per domain: enough to see the shape, few enough for seconds."""
+
+
+def curves(histories: Mapping[str, Sequence[Mapping[str, float]]], cutoff: int) -> bytes:
+    """Loss terms and retrieval scores by epoch, a column for each run; SVG."""
+    figure, axes = plt.subplots(
+        2,
+        len(histories),
+        figsize=(4 * len(histories), 5),
+        squeeze=False,
+        sharex="col",
+        sharey="row",
+    )
+    for column, (name, history) in enumerate(histories.items()):
+        epochs = [entry["epoch"] + 1 for entry in history]
+        terms = dict.fromkeys(k for entry in history for k in entry if k.startswith("train/loss_"))
+        for term in terms:
+            values = [entry.get(term, np.nan) for entry in history]
+            axes[0, column].plot(epochs, values, label=term.removeprefix("train/loss_"))
+        for metric, label in ((f"P_at_{cutoff}", f"P@{cutoff}"), ("mAP_at_All", "mAP@All")):
+            axes[1, column].plot(epochs, [e[f"val/{metric}"] for e in history], label=label)
+        axes[0, column].set_title(name)
+        axes[1, column].set_xlabel("epoch")
+    axes[0, 0].set_ylabel("loss term (unweighted)")
+    axes[1, 0].set_ylabel("percent, mean of both directions")
+    for row in axes[:, -1]:
+        row.legend(fontsize=8)
+    figure.tight_layout()
+    return _svg(figure)
+
+
+def retrieval_grid(
+    query_pixels: np.ndarray,
+    gallery_pixels: np.ndarray,
+    queries: Sequence[int],
+    ranked: np.ndarray,
+    query_labels: Sequence[str],
+    gallery_labels: Sequence[str],
+) -> bytes:
+    """A row a query: the query (blue frame), then its nearest gallery images (hit green, miss red); PNG.
+
+    Args:
+        query_pixels, gallery_pixels: stored pictures, uint8 (N, S, S, 3).
+        queries: slots of the queries.
+        ranked: slots of the retrieved images, one row for each of ``queries``.
+        query_labels, gallery_labels: class names by slot.
+    """
+    cell = THUMB + 2 * FRAME + 2
+    sheet = Image.new("RGB", (cell * (ranked.shape[1] + 1) + FRAME, cell * len(queries)), "white")
+    for row, query in enumerate(queries):
+        sheet.paste(_framed(query_pixels[query], QUERY), (0, row * cell))
+        for place, slot in enumerate(ranked[row]):
+            colour = HIT if gallery_labels[slot] == query_labels[query] else MISS
+            sheet.paste(_framed(gallery_pixels[slot], colour), ((place + 1) * cell + FRAME, row * cell))
+    return _png(sheet)
+
+
+def query_slots(labels: Sequence[str], count: int) -> list[int]:
+    """Queries to show: the first image of each class, class after class, the same for every method."""
+    by_class = {label: [i for i, own in enumerate(labels) if own == label] for label in sorted(set(labels))}
+    turns = zip(
+        *([*slots, *[-1] * (count - len(slots))][:count] for slots in by_class.values()),
+        strict=True,
+    )
+    return [slot for turn in turns for slot in turn if slot >= 0][:count]
+
+
+def embedding(features: Mapping[str, Tensor], labels: Mapping[str, Sequence[str]], seed: int = 0) -> bytes:
+    """t-SNE of both domains, colour = class, marker = domain; PNG."""
+    from sklearn.decomposition import PCA
+    from sklearn.manifold import TSNE
+
+    # slots are in no meaningful order, so that the first ones are as good as any
+    chosen = {domain: min(POINTS, len(x)) for domain, x in features.items()}
+    points = np.concatenate([features[domain][:n].numpy() for domain, n in chosen.items()])
+    points = PCA(min(50, *points.shape), random_state=seed).fit_transform(points)
+    perplexity = min(30, (len(points) - 1) / 3)
+    flat = TSNE(2, perplexity=perplexity, init="pca", random_state=seed).fit_transform(points)
+    classes = sorted({label for domain, n in chosen.items() for label in labels[domain][:n]})
+    colour = {label: plt.get_cmap("tab20")(i % 20) for i, label in enumerate(classes)}
+    figure, axis = plt.subplots(figsize=(5, 4.2))
+    first = 0
+    for (domain, n), marker in zip(chosen.items(), "o+", strict=False):
+        own = flat[first : first + n]
+        first += n
+        axis.scatter(
+            own[:, 0],
+            own[:, 1],
+            s=14,
+            marker=marker,
+            c=[colour[label] for label in labels[domain][:n]],
+            linewidths=0.8,
+            alpha=0.7,
+            label=domain,
+        )
+    for label in classes[:20]:
+        axis.scatter([], [], color=colour[label], label=label, s=14)
+    axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    axis.set_xticks([])
+    axis.set_yticks([])
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight")
+    plt.close(figure)
+    return buffer.getvalue()
+
+
+def _framed(pixels: np.ndarray, colour: tuple[int, int, int]) -> Image.Image:
+    thumb = Image.fromarray(np.asarray(pixels)).resize((THUMB, THUMB), Image.Resampling.BICUBIC)
+    return ImageOps.expand(thumb, FRAME, colour)
+
+
+def _png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "png", optimize=True)
+    return buffer.getvalue()
+
+
+def _svg(figure: plt.Figure) -> bytes:
+    buffer = io.BytesIO()
+    # a fixed id salt and no date: equal results give equal bytes
+    with plt.rc_context({"svg.hashsalt": "ucir"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    plt.close(figure)
+    return buffer.getvalue()

@@ -1,0 +1,190 @@
+"""Put a study's report together: CSV, Markdown, one HTML page that needs nothing else."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ucir import tracking
+from ucir.config import Params, StudyParams
+from ucir.data.pack import open_domain
+from ucir.evaluation import BEST, LAST, PRETRAINED, UNTRAINED, load_features, pair_labels
+from ucir.reports import figures
+from ucir.reports.table import (
+    ResultRow,
+    Table,
+    direction_table,
+    display_name,
+    markdown,
+    read_results,
+    write_csv,
+)
+from ucir.retrieval.metrics import top_ranked
+from ucir.tracking import git_sha
+
+SHOWN = 10
+"""Images retrieved per query in a grid."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a report consists of, for whoever prints or logs it."""
+
+    page: Path
+    headline: list[Table]
+    rows: list[ResultRow]
+
+
+def write_report(params: Params, packs: Path, results: Path, out: Path) -> Written:
+    """Write ``results.csv``, ``results.md`` and ``report.html`` of the active study into ``out``."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+
+    out.mkdir(parents=True, exist_ok=True)
+    study = params.study
+    rows: list[ResultRow] = []
+    parts = []
+    headline = []
+    for dataset, setting in study_parts(study):
+        methods = [r.method for r in study.runs.values() if (r.dataset, r.setting) == (dataset, setting)]
+        own = read_results(results, dataset, setting, [UNTRAINED, PRETRAINED, *methods])
+        rows += own
+        first, *others = [
+            *(f"P@{k}" for k in params.datasets[dataset].evaluate.cutoffs),
+            display_name("mAP_at_All"),
+        ]
+        headline.append(direction_table(own, first))
+        tables = [
+            headline[-1],
+            direction_table(own, first, BEST),
+            *(direction_table(own, metric) for metric in others),
+        ]
+        parts.append(
+            {
+                "dataset": dataset,
+                "setting": setting,
+                "tables": tables,
+                **_pictures(params, dataset, packs / dataset, results / dataset / setting, methods),
+            }
+        )
+    write_csv(rows, out / "results.csv")
+    text = "\n\n".join(markdown(table) for part in parts for table in part["tables"])
+    (out / "results.md").write_text(text + "\n", encoding="utf-8")
+    environment = Environment(
+        loader=PackageLoader("ucir.reports", "."),
+        autoescape=select_autoescape(default=True),
+        undefined=StrictUndefined,
+    )
+    cutoffs = {params.datasets[dataset].evaluate.cutoffs[0] for dataset, _ in study_parts(study)}
+    page = environment.get_template("page.html.j2").render(
+        study=study.name,
+        seeds=", ".join(map(str, study.seeds)),
+        commit=git_sha(),
+        cutoff=", ".join(map(str, sorted(cutoffs))),
+        parts=parts,
+    )
+    (out / "report.html").write_text(page, encoding="utf-8")
+    return Written(out / "report.html", headline, rows)
+
+
+def study_parts(study: StudyParams) -> list[tuple[str, str]]:
+    """The study's data sets x settings, in its order."""
+    return list(dict.fromkeys((run.dataset, run.setting) for run in study.runs.values()))
+
+
+def _pictures(params: Params, dataset: str, pack: Path, results: Path, methods: list[str]) -> dict[str, Any]:
+    from markupsafe import Markup
+
+    block = params.datasets[dataset]
+    seed = params.study.seeds[0]
+    labels = pair_labels(pack)
+    pixels = {domain: open_domain(pack, domain).pixels_NSS3 for domain in labels}
+    curves = []
+    for method in methods:
+        runs = [
+            json.loads(path.read_text("utf-8"))
+            for path in sorted((results / method / "train").glob("*/run.json"))
+        ]
+        histories = {run["pair"]: run["history"] for run in runs if run["seed"] == str(seed)}
+        svg = figures.curves(histories, block.evaluate.cutoffs[0]).decode()
+        svg = svg[svg.index("<svg") :]  # inside HTML there is no XML header
+        curves.append({"name": method, "seed": seed, "curves": Markup(svg)})
+    directions = []
+    embeddings = []
+    # the features of one pair and method: those of the start are per data set, not per pair
+    for folder in sorted((results / methods[0] / "evaluate").glob(f"*-s{seed}.npz")):
+        pair = folder.stem.removesuffix(f"-s{seed}")
+        features = {
+            method: load_features(
+                results / method / "evaluate" / (folder.name if method in methods else "all.npz")
+            )
+            for method in (PRETRAINED, *methods)
+        }
+        first, second = load_features(folder)
+        for query, gallery in ((first, second), (second, first)):
+            slots = figures.query_slots(labels[query], block.evaluate.grid_queries)
+            grids = [
+                {
+                    "method": method,
+                    "png": _base64(
+                        figures.retrieval_grid(
+                            pixels[query],
+                            pixels[gallery],
+                            slots,
+                            top_ranked(x[query][slots], x[gallery], SHOWN),
+                            labels[query],
+                            labels[gallery],
+                        )
+                    ),
+                }
+                for method, x in features.items()
+            ]
+            directions.append({"title": f"{query} → {gallery}", "grids": grids})
+        plots = [
+            {
+                "method": method,
+                "png": _base64(figures.embedding({d: x[d] for d in (first, second)}, labels)),
+            }
+            for method, x in features.items()
+        ]
+        embeddings.append({"title": pair, "plots": plots})
+    return {"methods": curves, "directions": directions, "embeddings": embeddings}
+
+
+def _base64(data: bytes) -> str:
+    return base64.b64encode(data).decode()
+
+
+def log_summaries(params: Params, written: Written) -> None:
+    """One MLflow run per data set and setting that holds the table: the UI cannot pivot runs into one."""
+    uri = tracking.tracking_uri()
+    tracking.init_store(uri)
+    for dataset, setting in study_parts(params.study):
+        own = [
+            row
+            for row in written.rows
+            if (row.dataset, row.setting, row.epoch_choice) == (dataset, setting, LAST)
+        ]
+        means: dict[str, list[float]] = {}
+        for row in own:
+            metric = row.metric.replace("@", "_at_")
+            means.setdefault(f"{row.method}/{metric}", []).append(row.mean)
+        values = {name: float(np.mean(each)) for name, each in means.items()}
+        key = hashlib.sha256(json.dumps([dataset, setting, values]).encode()).hexdigest()[:12]
+        run = tracking.tracked_run(
+            uri,
+            f"ucir/{dataset}",
+            f"summary {dataset} {setting}",
+            key,
+            {"dataset": dataset, "setting": setting, "stage": "report", "study": params.study.name},
+            {},
+        )
+        with tracking.status_of(run):
+            run.log_scores(values)
+            for name in ("results.csv", "results.md", "report.html"):
+                run.log_artifact(written.page.with_name(name))
