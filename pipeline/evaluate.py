@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import sys
 
-from ucir.config import load_params
 from ucir.errors import run_main
 from ucir.evaluation import evaluate_method
 from ucir.paths import RESULTS
+from ucir.study import load_study
 
 
 def main() -> None:
     dataset, setting, method = sys.argv[1:4]
-    evaluate_method(load_params(), dataset, setting, method, RESULTS)
+    evaluate_method(load_study(), dataset, setting, method, RESULTS)
 
 
 if __name__ == "__main__":

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import sys
 
-from ucir.config import load_params
 from ucir.errors import run_main
 from ucir.evaluation import evaluate_start
 from ucir.paths import RESULTS
+from ucir.study import load_study
 
 
 def main() -> None:
     dataset, setting = sys.argv[1:3]
-    evaluate_start(load_params(), dataset, setting, RESULTS)
+    evaluate_start(load_study(), dataset, setting, RESULTS)
 
 
 if __name__ == "__main__":

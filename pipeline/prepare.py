@@ -5,16 +5,16 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from ucir.config import load_params
 from ucir.data.pack import domain_folders, split_pair, write_pack
 from ucir.errors import run_main
 from ucir.paths import PACKS, check_writable
 from ucir.progress import Progress
+from ucir.study import load_study
 
 
 def main() -> None:
     dataset = sys.argv[1]
-    block = load_params().datasets[dataset]
+    block = load_study().datasets[dataset]
     found = domain_folders(Path(block.source))
     domains = list(dict.fromkeys(d for pair in block.pairs for d in split_pair(pair, found)))
     check_writable(PACKS / dataset)

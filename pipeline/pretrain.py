@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import sys
 
-from ucir.config import load_params
 from ucir.data.pack import open_domain, read_info
 from ucir.devices import choose_device
 from ucir.errors import run_main
 from ucir.paths import PACKS, STARTS, check_writable
 from ucir.progress import Progress
+from ucir.study import load_study
 from ucir.training.pretrain import make_start
 
 
 def main() -> None:
     dataset = sys.argv[1]
-    params = load_params()
+    params = load_study()
     block = params.datasets[dataset]
     pack, out = PACKS / dataset, STARTS / dataset
     check_writable(out)

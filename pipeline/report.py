@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from ucir import tracking
-from ucir.config import load_params
 from ucir.errors import run_main
 from ucir.paths import PACKS, REPORTS, RESULTS
 from ucir.reports.table import plain
 from ucir.reports.write import log_summaries, write_report
+from ucir.study import load_study
 
 
 def main() -> None:
-    params = load_params()
+    params = load_study()
     written = write_report(params, PACKS, RESULTS, REPORTS)
     log_summaries(params, written)
     for table in written.headline:

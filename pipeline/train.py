@@ -6,14 +6,14 @@ import sys
 
 from ucir.cluster.launch import train_all
 from ucir.cluster.runs import materialise, plan_runs
-from ucir.config import load_params
 from ucir.errors import run_main
 from ucir.paths import RESULTS, check_writable
+from ucir.study import load_study
 
 
 def main() -> None:
     dataset, setting, method = sys.argv[1:4]
-    params = load_params()
+    params = load_study()
     out = RESULTS / dataset / setting / method / "train"
     check_writable(out)
     runs = plan_runs(params, dataset, setting, method)

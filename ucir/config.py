@@ -44,6 +44,10 @@ class AugmentParams(Block):
     blur_sigma: tuple[Positive, Positive] = (0.1, 2.0)
     """Pixels of the view."""
     flip_share: Share = 0.5
+    turn: Annotated[float, Field(ge=0, le=180)] = 0.0
+    """Rotate by up to this many degrees, either way."""
+    slant: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Lean by up to this much: shift across per unit of height, either way."""
     invert_share: Share = 0.0
 
     @model_validator(mode="after")
@@ -255,10 +259,9 @@ def load_params(path: Path | str = PARAMS_FILE, overrides: Sequence[str] = ()) -
             raise UserError(f"--set {override}: expected KEY=VALUE")
         block = raw
         for name in blocks:
-            if not isinstance(block, dict) or name not in block:
-                known = list(block) if isinstance(block, dict) else []
-                raise UserError(f"--set {override}: no block {name!r} in {path}; {nearest(name, known)}")
-            block = block[name]
+            block = block.setdefault(name, {})  # a block that the file leaves to its defaults
+            if not isinstance(block, dict):
+                raise UserError(f"--set {override}: {name!r} is a value in {path}, not a block")
         block[last] = yaml.safe_load(value)
     return checked(Params, raw, str(path))
 
@@ -266,8 +269,8 @@ def load_params(path: Path | str = PARAMS_FILE, overrides: Sequence[str] = ()) -
 B = TypeVar("B", bound=BaseModel)
 
 
-def checked(model: type[B], raw: object, where: str) -> B:
-    """``model`` from plain data; every fault named by ``where`` and field in one line.
+def checked(model: type[B], raw: object, file: str, block: str = "") -> B:
+    """``model`` from plain data; every fault named by file, block and field in one line.
 
     Raises:
         UserError: one clause for each unknown key, missing key or value out of range.
@@ -275,13 +278,13 @@ def checked(model: type[B], raw: object, where: str) -> B:
     try:
         return model.model_validate(raw)
     except ValidationError as error:
-        faults = "; ".join(_fault(model, entry) for entry in error.errors())
-        raise UserError(f"{where}: {faults}") from None
+        faults = "; ".join(_fault(model, entry, block) for entry in error.errors())
+        raise UserError(f"{file}: {faults}") from None
 
 
-def _fault(model: type[BaseModel], entry: Any) -> str:
+def _fault(model: type[BaseModel], entry: Any, block: str) -> str:
     location = [str(part) for part in entry["loc"]]
-    field = ".".join(location)
+    field = ".".join([*([block] if block else []), *location])
     if entry["type"] == "extra_forbidden":
         known = _known_keys(model, entry["loc"][:-1])
         return f"{field}: unknown key; {nearest(location[-1], known)}"

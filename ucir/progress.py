@@ -72,6 +72,12 @@ class Progress:
                 flush=True,
             )
 
+    def skip(self, steps: int) -> None:
+        """Count steps that an earlier process did."""
+        self.done += steps
+        if self.bar:
+            self.bar.update(self.task, completed=self.done)
+
     def message(self, text: str) -> None:
         """A line of its own, above the bar."""
         if self.bar:

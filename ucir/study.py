@@ -6,9 +6,21 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from ucir.config import Params
+from ucir.config import Params, load_params
 from ucir.errors import UserError
 from ucir.methods import method_params
+
+
+def load_study() -> Params:
+    """params.yaml with every method block of the active study checked: a typo must not wait for its stage.
+
+    Raises:
+        UserError: as :func:`ucir.config.load_params` and :func:`ucir.methods.method_params`.
+    """
+    params = load_params()
+    for run in params.study.runs.values():
+        method_params(params, run.method, run.dataset)
+    return params
 
 
 def study_block(params: Params, name: str) -> dict[str, Any]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -65,12 +67,13 @@ def _train_one(run: Run, cluster: ClusterParams, uri: str, progress: Progress) -
     resumed = len(run.history())
     if resumed:
         progress.message(f"{run.name}: resumes after epoch {resumed} of {run.params.epochs}")
-        progress.advance(resumed, run.name)
+        progress.skip(resumed)
     run.folder.mkdir(parents=True, exist_ok=True)
     tracked = _tracked_run(run, uri)
     in_process = cluster.num_workers == 0
     config: dict[str, Any] = {"run": run, "tracked": tracked}
     if in_process:
+        logging.getLogger("ray.train").setLevel(logging.WARNING)  # it announces local mode every time
         config["on_epoch"] = lambda history: progress.advance(1, _told(run, history[-1]))
     else:
         _connect(cluster)
@@ -83,8 +86,10 @@ def _train_one(run: Run, cluster: ClusterParams, uri: str, progress: Progress) -
             resources_per_worker={"CPU": cluster.cpus_per_worker},
         ),
         run_config=RunConfig(
-            name=run.folder.name,
-            storage_path=str(run.folder.parent / "ray"),
+            # a name of its own each time: Ray takes a finished run's name for nothing to do, and
+            # resuming is the run folder's business
+            name=f"ray-{time.time_ns()}",
+            storage_path=str(run.folder),
             failure_config=FailureConfig(max_failures=cluster.max_failures),
         ),
     )

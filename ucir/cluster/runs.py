@@ -253,11 +253,11 @@ def _run_key(
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def _code_version(method: str) -> str:
-    """Hash of the code that a training of this method runs through; comments and layout do not count."""
+def code_files(method: str) -> list[Path]:
+    """The code that a training of this method runs through."""
     root = Path(ucir.__file__).parent
     module = METHODS[method].__module__.rsplit(".", 1)[-1]
-    files = [
+    return [
         *(root / f"{name}.py" for name in ("memory", "clustering", "distributed")),
         *(root / "data" / f"{name}.py" for name in ("augment", "batches")),
         *(root / "methods" / f"{name}.py" for name in ("base", module)),
@@ -265,7 +265,11 @@ def _code_version(method: str) -> str:
         *sorted((root / "models").glob("*.py")),
         *(root / "training" / f"{name}.py" for name in ("loop", "features")),
     ]
+
+
+def _code_version(method: str) -> str:
+    """Hash of that code; comments and layout do not count."""
     digest = hashlib.sha256()
-    for file in files:
+    for file in code_files(method):
         digest.update(ast.dump(ast.parse(file.read_bytes())).encode())
     return digest.hexdigest()

@@ -37,6 +37,8 @@ class ViewDraw:
     grey_B: Tensor
     sigma_B: Tensor  # blur in pixels of the view; 0 = none
     flipped_B: Tensor
+    turn_B: Tensor  # radians
+    slant_B: Tensor
 
     def __getitem__(self, rows: Tensor) -> ViewDraw:
         return ViewDraw(*(getattr(self, field.name)[rows] for field in fields(self)))
@@ -75,18 +77,16 @@ def draw_view(params: AugmentParams, size_B2: Tensor, generator: torch.Generator
         grey_B=coin(params.grey_share),
         sigma_B=uniform(*params.blur_sigma) * coin(params.blur_share),
         flipped_B=coin(params.flip_share),
+        turn_B=uniform(-1, 1) * math.radians(params.turn),
+        slant_B=uniform(-1, 1) * params.slant,
     )
 
 
 def render_views(images_BSS3: Tensor, draw: ViewDraw, side: int) -> Tensor:
     """Apply a draw to stored images (uint8). Returns normalised float32 (B, 3, side, side)."""
-    x = torch.cat(
-        [
-            _resized_crop(image, box, side)
-            for image, box in zip(images_BSS3, draw.box_B4.tolist(), strict=True)
-        ]
-    )
-    x = x.float().div_(255)
+    x = resized_crops(images_BSS3, draw.box_B4, side)
+    if draw.turn_B.any() or draw.slant_B.any():
+        x = _lean(x, draw.turn_B, draw.slant_B)
     x = torch.where(draw.inverted_B.to(x.device)[:, None, None, None], 1 - x, x)
     x = _jitter(x, draw)
     grey = draw.grey_B.nonzero().flatten().to(x.device)
@@ -111,12 +111,9 @@ def eval_views(images_BSS3: Tensor, size_B2: Tensor, side: int, crop: float) -> 
         crop: side of the square as a share of the shorter side; 224/256 is the papers'
             ``Resize(256), CenterCrop(224)``.
     """
-    rows = []
-    for image, (width, height) in zip(images_BSS3, size_B2.tolist(), strict=True):
-        square = crop * min(width, height)
-        w, h = square / width, square / height
-        rows.append(_resized_crop(image, [(1 - w) / 2, (1 - h) / 2, w, h], side))
-    return _normalise(torch.cat(rows).float().div_(255))
+    size = size_B2.float()
+    extent = crop * size.amin(dim=1, keepdim=True) / size
+    return _normalise(resized_crops(images_BSS3, torch.cat([(1 - extent) / 2, extent], dim=1), side))
 
 
 def _crop_boxes(params: AugmentParams, size_B2: Tensor, generator: torch.Generator) -> Tensor:
@@ -158,25 +155,50 @@ def _crop_boxes(params: AugmentParams, size_B2: Tensor, generator: torch.Generat
     return torch.cat([corner / size_B2, extent / size_B2], dim=1)
 
 
-def _resized_crop(image_SS3: Tensor, box: list[float], side: int) -> Tensor:
-    """One crop, antialiased, uint8 in and out, (1, 3, side, side). Outside the picture its edge repeats."""
-    stored = image_SS3.shape[0]
-    x0, y0 = round(box[0] * stored), round(box[1] * stored)
-    x1 = max(x0 + 1, round((box[0] + box[2]) * stored))
-    y1 = max(y0 + 1, round((box[1] + box[3]) * stored))
-    if x0 < 0 or y0 < 0 or x1 > stored or y1 > stored:
-        rows = torch.arange(y0, y1, device=image_SS3.device).clamp(0, stored - 1)
-        columns = torch.arange(x0, x1, device=image_SS3.device).clamp(0, stored - 1)
-        crop = image_SS3[rows][:, columns]
-    else:
-        crop = image_SS3[y0:y1, x0:x1]
-    x = crop.permute(2, 0, 1).unsqueeze(0)
-    if x.shape[-2:] == (side, side):
-        return x
-    if x.is_cuda:  # the native uint8 kernel exists on the CPU alone
-        resized = F.interpolate(x.float(), (side, side), mode="bilinear", antialias=True)
-        return resized.round().clamp(0, 255).byte()
-    return F.interpolate(x, (side, side), mode="bilinear", antialias=True)
+def resized_crops(images_BSS3: Tensor, box_B4: Tensor, side: int) -> Tensor:
+    """Crop and resize each image with its own box, antialiased; outside the picture its edge repeats.
+
+    Bilinear resampling is linear in the pixels and separable: two batched matrix products, the same
+    on CPU and GPU. The whole picture gives what ``F.interpolate(..., mode="bilinear", antialias=True)``
+    gives; a crop differs from crop-then-resize only at its rim, where the filter sees the picture go on.
+
+    Args:
+        images_BSS3: stored images, uint8.
+        box_B4: left, top, width, height as shares of the image.
+        side: side of the result in pixels.
+
+    Returns:
+        (B, 3, side, side) float32 in 0..1.
+    """
+    stored = images_BSS3.shape[1]
+    box = box_B4.to(images_BSS3.device) * stored
+    across_BsS = _resampling(box[:, 0], box[:, 2], stored, side)
+    down_BsS = _resampling(box[:, 1], box[:, 3], stored, side)
+    rows = down_BsS @ images_BSS3.float().div_(255).flatten(2)  # (B, side, S * 3)
+    rows = rows.reshape(-1, side, stored, 3).permute(0, 3, 1, 2)
+    crops: Tensor = rows @ across_BsS.transpose(1, 2).unsqueeze(1)
+    return crops
+
+
+def _resampling(start_B: Tensor, extent_B: Tensor, stored: int, side: int) -> Tensor:
+    """Weights (B, side, S) of the stored pixels in each resampled one: a triangle as wide as the step."""
+    step_B1 = (extent_B / side)[:, None]
+    centre_Bs = start_B[:, None] + (torch.arange(side, device=start_B.device) + 0.5) * step_B1
+    centre_Bs = centre_Bs.clamp(0.5, stored - 0.5)  # outside, the edge goes on
+    pixel = torch.arange(stored, device=start_B.device) + 0.5
+    distance = (pixel - centre_Bs[:, :, None]).abs() / step_B1[:, :, None].clamp(min=1)
+    weight = (1 - distance).clamp(min=0)
+    return weight / weight.sum(dim=2, keepdim=True)
+
+
+def _lean(x: Tensor, turn_B: Tensor, slant_B: Tensor) -> Tensor:
+    """Rotate about the centre and slant, bilinear; outside the picture its edge repeats."""
+    cos, sin, zero = turn_B.cos(), turn_B.sin(), torch.zeros_like(turn_B)
+    first_row = torch.stack([cos, slant_B - sin, zero], dim=1)
+    second_row = torch.stack([sin, cos, zero], dim=1)
+    theta_B23 = torch.stack([first_row, second_row], dim=1).to(x.device)
+    grid = F.affine_grid(theta_B23, list(x.shape), align_corners=False)
+    return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
 
 
 def _jitter(x: Tensor, draw: ViewDraw) -> Tensor:
@@ -230,7 +252,9 @@ def gaussian_blur(x: Tensor, sigma_B: Tensor) -> Tensor:
     radius = max(1, math.ceil(3 * float(sigma_B.max())))
     radius = min(radius, x.shape[-1] - 1)
     offset = torch.arange(-radius, radius + 1, dtype=torch.float32)
-    kernel = torch.exp(-0.5 * (offset[None] / sigma_B[:, None].clamp(min=1e-3)) ** 2)
+    sigma_B1 = sigma_B[:, None].clamp(min=1e-3)
+    kernel = torch.exp(-0.5 * (offset / sigma_B1) ** 2)
+    kernel = kernel * (offset.abs() <= (3 * sigma_B1).ceil())  # its own width, whatever the batch
     kernel = (kernel / kernel.sum(dim=1, keepdim=True)).to(x.device)
     count, channels, height, width = x.shape
     weight = kernel.repeat_interleave(channels, dim=0)[:, None, None, :]

@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 SIDE = 40
 """Pixels per side of every image written."""
-SCAN = 32
+SCAN = 30
 """Pixels per side of an enlarged 8 x 8 scan, which has no margin of its own."""
 
 FONTS = (
@@ -80,7 +80,7 @@ def _glyph(text: str, font: Path, rng: np.random.Generator) -> Image.Image:
     """Ink mask (0..255) of one character, centred up to a small random turn, scale and shift."""
     scale = 2  # drawn large, then reduced: smooth edges at any angle
     side = SIDE * scale
-    pen = ImageFont.truetype(str(font), int(side * rng.uniform(0.62, 0.85)))
+    pen = ImageFont.truetype(str(font), int(side * rng.uniform(0.8, 1.05)))
     mask = Image.new("L", (side, side))
     shift = rng.uniform(-0.06, 0.06, 2) * side
     left, top, right, bottom = pen.getbbox(text)

@@ -14,19 +14,25 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
+def share_cores() -> int:
+    """Divide this process's cores between network and prefetching; returns the prefetching threads.
+
+    Called at the start of a training. A Ray worker's share comes as OMP_NUM_THREADS.
+    """
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = int(os.environ.get("OMP_NUM_THREADS") or usable or 1)
+    background = max(1, min(8, cores // 2))
+    torch.set_num_threads(max(1, cores - background))
+    return background
+
+
 def prefetch(work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
     """``map(work, items)`` in order, computed a few items ahead.
 
     torch releases the interpreter while it computes, so threads are enough; each of them runs its
     operations on one core, because small operations lose more than they gain by spreading.
     """
-    workers = max(
-        1,
-        min(
-            8,
-            (os.process_cpu_count() if hasattr(os, "process_cpu_count") else os.cpu_count() or 1) - 1,
-        ),
-    )
+    workers = share_cores()
     waiting: deque[Future[R]] = deque()
     with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         try:

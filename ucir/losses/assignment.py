@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ucir.losses import full_precision
+
 
 def self_entropy(q_BD: Tensor, centroid_KD: Tensor, temperature: float) -> Tensor:
     """Mean entropy of softmax_c(q_i c / phi): UCDIR eq. 9 for one feature and one centroid domain.
@@ -18,7 +20,7 @@ def self_entropy(q_BD: Tensor, centroid_KD: Tensor, temperature: float) -> Tenso
     Returns:
         Scalar in 0..log K.
     """
-    log_BK = torch.log_softmax(q_BD.float() @ centroid_KD.T / temperature, dim=1)
+    log_BK = torch.log_softmax(full_precision(q_BD) @ centroid_KD.T / temperature, dim=1)
     return -(log_BK.exp() * log_BK).sum(dim=1).mean()
 
 
@@ -40,7 +42,7 @@ def distance_of_distance(q_BD: Tensor, own_KD: Tensor, other_KD: Tensor, tempera
     """
     distances = []
     for centroid_KD in (own_KD, other_KD):
-        p_BK = torch.softmax(q_BD.float() @ centroid_KD.T / temperature, dim=1)
+        p_BK = torch.softmax(full_precision(q_BD) @ centroid_KD.T / temperature, dim=1)
         unit_BK = F.normalize(p_BK, dim=1)
         distances.append(1 - unit_BK @ unit_BK.T)
     # the official code adds 1e-6 to each difference before squaring

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ucir.losses import full_precision
+
 
 def cluster_contrast(
     q_BD: Tensor,
@@ -30,7 +32,7 @@ def cluster_contrast(
     Returns:
         (B,) one value per image; see :func:`confident` for which of them count.
     """
-    q = q_BD.float()
+    q = full_precision(q_BD)
     sum_KD = bank_ND.new_zeros(clusters, bank_ND.shape[1]).index_add_(0, label_N, bank_ND)
     size_K = torch.bincount(label_N, minlength=clusters).clamp(min=1)
     mean_KD = sum_KD / size_K[:, None]
@@ -45,7 +47,7 @@ def confident(
 
     In the official code (``cwcon-filterthresh``), absent from the paper; threshold 0 keeps all.
     """
-    probability_BK = torch.softmax(k_BD.float() @ centroid_KD.T / temperature, dim=1)
+    probability_BK = torch.softmax(full_precision(k_BD) @ centroid_KD.T / temperature, dim=1)
     return probability_BK.gather(1, label_B[:, None])[:, 0] > threshold
 
 

@@ -6,13 +6,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ucir.losses import full_precision
+
 
 def instance_contrast(
     q_BD: Tensor, k_BD: Tensor, slot_B: Tensor, bank_ND: Tensor, temperature: float
 ) -> Tensor:
     """InfoNCE of a view against its key and the bank of its own domain.
 
-    UCDIR eq. 1: mean over i of -log( e(q_i k_i) / (e(q_i k_i) + sum_{a != i} e(q_i M_a)) ), e(x) = exp(x / T).
+    UCDIR eq. 1: mean over i of -log( e(q_i k_i) / (e(q_i k_i) + sum_{a != i} e(q_i M_a)) ) with
+    e(x) = exp(x / T).
     The positive is the fresh key; the image's own row of the bank is no negative (``builder.py``).
 
     Args:
@@ -25,7 +28,7 @@ def instance_contrast(
     Returns:
         Scalar, float32.
     """
-    q = q_BD.float()
+    q = full_precision(q_BD)
     logits_BN = q @ bank_ND.T / temperature
     positive_B1 = (q * k_BD).sum(dim=1, keepdim=True) / temperature
     logits_BN = logits_BN.scatter(1, slot_B[:, None], positive_B1)
@@ -45,7 +48,7 @@ def view_contrast(first_BD: Tensor, second_BD: Tensor, domain_B: Tensor, tempera
     Returns:
         Scalar: mean over the 2B views of the cross-entropy of the partner among the domain's others.
     """
-    views = torch.cat([first_BD, second_BD]).float()
+    views = full_precision(torch.cat([first_BD, second_BD]))
     domain = torch.cat([domain_B, domain_B])
     barred = domain[:, None] != domain[None, :]
     barred.fill_diagonal_(True)

@@ -18,13 +18,14 @@ def method_params(params: Params, method: str, dataset: str) -> MethodParams:
     Raises:
         UserError: an unknown method, no block for the data set, an unknown key, a value out of range.
     """
-    if method not in METHODS:
-        raise UserError(f"method {method!r} is unknown; {nearest(method, METHODS)}")
+    for name in (method, *params.methods):
+        if name not in METHODS:
+            raise UserError(f"method {name!r} is unknown; {nearest(name, METHODS)}")
     blocks = params.methods.get(method, {})
     if dataset not in blocks:
         raise UserError(
             f"{PARAMS_FILE}: methods.{method} has no block {dataset!r}; "
             f"copy one of {', '.join(blocks) or 'the README'} and adapt it"
         )
-    where = f"{PARAMS_FILE}: methods.{method}.{dataset}"
-    return checked(METHODS[method].params_type, blocks[dataset], where)
+    block = f"methods.{method}.{dataset}"
+    return checked(METHODS[method].params_type, blocks[dataset], PARAMS_FILE, block)

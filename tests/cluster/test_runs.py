@@ -1,0 +1,176 @@
+"""Runs: keys, plans, folders; and launching them in this process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from mlflow import MlflowClient
+
+from ucir.cluster.launch import train_all
+from ucir.cluster.plan import describe
+from ucir.cluster.runs import Run, materialise, plan_runs
+from ucir.config import ClusterParams, load_params
+from ucir.data.pack import write_pack
+from ucir.devices import choose_device
+from ucir.errors import UserError
+from ucir.models.checkpoints import load_state, save_encoder
+from ucir.models.encoder import new_encoder
+from ucir.training.loop import PairTraining
+
+
+@pytest.fixture
+def prepared(project: Path) -> Path:
+    """The project with pack and start weights."""
+    params = load_params()
+    block = params.datasets["shapes"]
+    domains = ["art", "photo", "real-life"]
+    write_pack(Path(block.source), domains, Path("data/packs/shapes"), block.pack)
+    for name in ("untrained.pt", "start.pt"):
+        save_encoder(new_encoder(block.start.encoder, 0), Path("data/start/shapes") / name)
+    return project
+
+
+def plan(**changes: Any) -> list[Run]:
+    """Runs of the tiny study; changes are keys of params.yaml with dots as double underscores."""
+    overrides = [f"{key.replace('__', '.')}={value}" for key, value in changes.items()]
+    return plan_runs(load_params(overrides=overrides), "shapes", "closed", "ucdir")
+
+
+def test_a_key_changes_with_what_the_result_depends_on_and_nothing_else(prepared: Path) -> None:
+    keys = {run.pair: run.key for run in plan()}
+    assert len(set(keys.values())) == 2
+    assert {run.pair: run.key for run in plan()} == keys
+    for harmless in (
+        {"cluster__num_workers": 2},
+        {"datasets__shapes__evaluate__grid_queries": 1},
+        {"methods__ucdir__other": "{clusters: 3}"},
+    ):
+        assert {run.pair: run.key for run in plan(**harmless)} == keys
+    for matters in (
+        {"methods__ucdir__shapes__lr": 0.02},
+        {"datasets__shapes__view__side": 20},
+        {"study__seeds": "[5]"},
+    ):
+        assert not {run.key for run in plan(**matters)} & set(keys.values())
+    save_encoder(new_encoder(plan()[0].encoder, 1), Path("data/start/shapes/start.pt"))
+    assert not {run.key for run in plan()} & set(keys.values())
+
+
+def test_faults_are_found_before_any_training(prepared: Path) -> None:
+    for changes, told in (
+        ({"methods__ucdir__shapes__clusters": 25}, "clusters = 25 exceeds the 22 images of domain art"),
+        ({"methods__ucdir__shapes__batch_size": 64}, "batch_size = 64 exceeds the 28 images"),
+        ({"datasets__shapes__pairs": "[art-film]"}, "the domains are art, photo, real-life"),
+        ({"datasets__shapes__start__encoder__width": 8}, "does not fit the encoder"),
+    ):
+        with pytest.raises(UserError, match=told):
+            plan(**changes)
+    with pytest.raises(UserError, match="data set 'shape' is unknown; did you mean 'shapes'"):
+        plan_runs(load_params(), "shape", "closed", "ucdir")
+    (prepared / "data/start/shapes/start.pt").write_bytes(b"garbage")
+    with pytest.raises(UserError, match="unreadable as a checkpoint"):
+        plan()
+    (prepared / "runs").rmdir()
+    (prepared / "runs").write_text("a file where the folder should be")
+    save_encoder(
+        new_encoder(load_params().datasets["shapes"].start.encoder, 0), Path("data/start/shapes/start.pt")
+    )
+    with pytest.raises(UserError, match="runs: cannot be written to"):
+        plan()
+    (prepared / "data/start/shapes/start.pt").unlink()
+    with pytest.raises(UserError, match="run `dvc repro pretrain` first"):
+        plan()
+
+
+@pytest.mark.slow
+def test_runs_are_trained_tracked_and_never_repeated(
+    prepared: Path, store: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = plan()
+    cluster = ClusterParams()
+    assert "2 runs" not in describe(runs, load_params())
+    assert "runs: 2" in describe(runs, load_params())
+
+    # the first attempt dies in the middle of the second pair
+    original = PairTraining.train_epoch
+
+    def dies(self: PairTraining, epoch: int, max_steps: int | None = None) -> dict[str, float]:
+        if epoch == 2 and self.images[1].name == "real-life":
+            raise RuntimeError("the machine is gone")
+        return original(self, epoch, max_steps)
+
+    monkeypatch.setattr(PairTraining, "train_epoch", dies)
+    with pytest.raises(UserError, match=r"1 of 2 runs failed: ucdir art-real-life s0.*the machine is gone"):
+        train_all(runs, cluster)
+    assert [run.done for run in runs] == [True, False]
+    assert len(runs[1].history()) == 2
+    finished = (runs[0].folder / "state.pt").stat().st_mtime_ns
+
+    monkeypatch.setattr(PairTraining, "train_epoch", original)
+    capsys.readouterr()
+    train_all(runs, cluster)
+    assert (runs[0].folder / "state.pt").stat().st_mtime_ns == finished
+    printed = capsys.readouterr().out
+    assert "ucdir art-photo s0: finished before" in printed
+    assert "resumes after epoch 2 of 4" in printed
+    train_all(runs, cluster)  # nothing left to do
+
+    # undisturbed, the second pair ends alike
+    other = Run(**{**runs[1].__dict__, "folder": prepared / "runs/other", "key": "undisturbed"})
+    train_all([other], cluster)
+    assert load_state(other.folder / "state.pt")["history"][3]["train/loss_total"] == pytest.approx(
+        runs[1].history()[3]["train/loss_total"], rel=0
+    )
+    one, two = (load_state(run.folder / "last.pt")["state_dict"] for run in (runs[1], other))
+    assert all(torch.equal(one[key], two[key]) for key in one)
+
+    materialise(runs[1], prepared / "results")
+    assert {p.name for p in (prepared / "results/art-real-life-s0").iterdir()} == {
+        "last.pt",
+        "best.pt",
+        "run.json",
+    }
+
+    client = MlflowClient(store)
+    (experiment,) = client.search_experiments(filter_string="name = 'ucir/shapes'")
+    tracked = client.search_runs([experiment.experiment_id], "tags.seed = '0'")
+    assert len(tracked) == 3
+    for run in tracked:
+        assert run.info.status == "FINISHED"
+        assert run.data.tags["method"] == "ucdir"
+        assert run.data.tags["pair"] in {"art-photo", "art-real-life"}
+        assert run.data.params["lr"] == "0.01"
+        for metric in ("train/loss_total", "val/P_at_2", "val/mAP_at_All"):
+            points = client.get_metric_history(run.info.run_id, metric)
+            assert [point.step for point in points] == [0, 1, 2, 3]
+
+
+@pytest.mark.slow
+def test_two_ray_workers_train_what_one_process_does(prepared: Path, store: str) -> None:
+    (run,) = plan_runs(load_params(), "shapes", "closed", "ucdir", ("art-photo",))
+    train_all([run], ClusterParams(num_workers=2, cpus_per_worker=1))
+    assert run.done
+    alone = Run(**{**run.__dict__, "folder": prepared / "runs/alone", "key": "alone"})
+    train_all([alone], ClusterParams())
+    for one, many in zip(alone.history(), run.history(), strict=True):
+        for name in ("train/loss_total", "train/loss_instance_a", "val/mAP_at_All"):
+            assert many[name] == pytest.approx(one[name], rel=1e-3), name
+    assert choose_device(ClusterParams(use_gpu=False)).type == "cpu"
+
+
+def test_the_dvc_stages_name_every_file_that_a_run_key_hashes(tmp_path: Path) -> None:
+    """Else an edit would not make DVC look, and the old result would stay."""
+    import yaml
+
+    import ucir
+    from tests.conftest import ROOT
+    from ucir.cluster.runs import code_files
+
+    stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+    deps = [ROOT / dep for dep in stages["train"]["do"]["deps"] if "$" not in dep]
+    assert Path(ucir.__file__).parent == ROOT / "ucir"
+    for file in code_files("ucdir"):
+        assert any(file == dep or dep in file.parents for dep in deps), file

@@ -1,0 +1,134 @@
+"""Views: the same pixels as torchvision where the maths is the same, the same distribution elsewhere."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torchvision.transforms import RandomResizedCrop
+from torchvision.transforms.v2 import functional as tv
+
+from ucir.config import AugmentParams
+from ucir.data.augment import (
+    BRIGHTNESS,
+    CONTRAST,
+    HUE,
+    MEAN,
+    SATURATION,
+    STD,
+    adjust_colour,
+    draw_view,
+    eval_views,
+    gaussian_blur,
+    render_views,
+    resized_crops,
+)
+from ucir.data.batches import seeded
+
+GREYING = (CONTRAST, SATURATION)  # torchvision rounds its weights of the luma
+PLAIN = AugmentParams(
+    crop_area=(1, 1), crop_aspect=(1, 1), jitter_share=0, grey_share=0, blur_share=0, flip_share=0
+)
+
+
+def pictures(count: int, side: int = 24) -> Tensor:
+    return torch.randint(
+        0, 256, (count, side, side, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
+
+
+def denormalised(views: Tensor) -> Tensor:
+    return views * torch.tensor(STD)[:, None, None] + torch.tensor(MEAN)[:, None, None]
+
+
+def test_a_plain_view_is_the_resized_picture() -> None:
+    images = pictures(3)
+    draw = draw_view(PLAIN, torch.tensor([[24, 24]] * 3), seeded(0))
+    expected = tv.resize(images.permute(0, 3, 1, 2).float() / 255, [12, 12], antialias=True)
+    assert torch.allclose(denormalised(render_views(images, draw, 12)), expected, atol=1e-5)
+
+
+def test_a_crop_shows_its_part_of_the_picture_and_repeats_the_edge_outside() -> None:
+    images = pictures(2, 20)
+    boxes = torch.tensor([[0.25, 0.5, 0.5, 0.5], [-0.5, -0.5, 1.0, 1.0]])
+    crops = resized_crops(images, boxes, 10)
+    assert torch.allclose(crops[0], images[0, 10:20, 5:15].permute(2, 0, 1) / 255, atol=1e-6)
+    # the second box is the whole side, moved half-way out: its first quarter shows the corner alone
+    assert torch.allclose(crops[1][:, :5, :5], crops[1][:, :1, :1].expand(3, 5, 5), atol=1e-6)
+    inside = resized_crops(images, torch.tensor([[0.0, 0.0, 1.0, 1.0]] * 2), 10)[1]
+    assert torch.allclose(crops[1][:, 5:, 5:], inside[:, :5, :5], atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [BRIGHTNESS, CONTRAST, SATURATION, HUE])
+def test_colour_operations_are_torchvisions(kind: int) -> None:
+    reference = {
+        BRIGHTNESS: tv.adjust_brightness,
+        CONTRAST: tv.adjust_contrast,
+        SATURATION: tv.adjust_saturation,
+        HUE: tv.adjust_hue,
+    }[kind]
+    x = pictures(4).permute(0, 3, 1, 2).float() / 255
+    x[3] = 0.5  # grey has no hue
+    factors = [-0.3, 0.0, 0.1, 0.45] if kind == HUE else [0.6, 1.0, 1.4, 0.2]
+    ours = adjust_colour(x.clone(), kind, torch.tensor(factors)[:, None, None, None])
+    for image, result, factor in zip(x, ours, factors, strict=True):
+        assert torch.allclose(result, reference(image, factor), atol=2e-3 if kind in GREYING else 1e-5)
+
+
+def test_blur_is_torchvisions_with_a_sigma_for_each_image() -> None:
+    x = pictures(2).permute(0, 3, 1, 2).float() / 255
+    ours = gaussian_blur(x, torch.tensor([0.5, 2.0]))
+    inner = (slice(None), slice(7, -7), slice(7, -7))  # torchvision reflects at the edge
+    tail = 3e-3  # ours ends at three sigma
+    for image, result, sigma in zip(x, ours, (0.5, 2.0), strict=True):
+        assert torch.allclose(result[inner], tv.gaussian_blur(image, [13, 13], [sigma] * 2)[inner], atol=tail)
+
+
+def test_crop_boxes_are_distributed_as_torchvisions() -> None:
+    count, width, height = 4000, 300, 200
+    params = AugmentParams()
+    box = draw_view(params, torch.tensor([[width, height]] * count), seeded(0)).box_B4.numpy()
+    torch.manual_seed(0)
+    blank = torch.empty(3, height, width)
+    reference = np.array(
+        [RandomResizedCrop.get_params(blank, [0.2, 1.0], [3 / 4, 4 / 3]) for _ in range(count)]
+    )[:, [1, 0, 3, 2]] / [width, height, width, height]
+    assert np.allclose(box.mean(axis=0), reference.mean(axis=0), atol=0.01)
+    assert np.allclose(box.std(axis=0), reference.std(axis=0), atol=0.01)
+    assert (box[:, :2] >= -1e-6).all()
+    assert (box[:, :2] + box[:, 2:] <= 1 + 1e-6).all()
+
+
+def test_shares_are_kept() -> None:
+    draw = draw_view(AugmentParams(invert_share=0.1), torch.ones(5000, 2), seeded(0))
+    for drawn, share in (
+        (draw.jittered_B, 0.8),
+        (draw.grey_B, 0.2),
+        (draw.sigma_B > 0, 0.5),
+        (draw.flipped_B, 0.5),
+        (draw.inverted_B, 0.1),
+    ):
+        assert drawn.float().mean() == pytest.approx(share, abs=0.03)
+
+
+def test_rows_are_rendered_alike_alone_and_in_the_batch() -> None:
+    """What a worker computes of its own rows is what one process computes of all."""
+    images = pictures(8)
+    draw = draw_view(AugmentParams(crop_pad=0.2), torch.tensor([[24, 24]] * 8), seeded(3))
+    whole = render_views(images, draw, 16)
+    for rows in (torch.tensor([5]), torch.tensor([7, 0, 3])):
+        assert torch.allclose(render_views(images[rows], draw[rows], 16), whole[rows], atol=1e-5)
+
+
+def test_the_evaluation_view_is_the_centre_square_of_the_original() -> None:
+    """A 2:1 picture lies squashed in the store; its centre is cut out in the original's proportions."""
+    wide = torch.zeros(1, 32, 32, 3, dtype=torch.uint8)
+    wide[:, :, 8:24] = 255  # the centre half of the width is the largest square
+    view = denormalised(eval_views(wide, torch.tensor([[200, 100]]), 16, 1.0))
+    assert view[..., 1:-1].min() > 0.99
+    expected = tv.center_crop(
+        tv.resize(pictures(1, 32).permute(0, 3, 1, 2).float() / 255, [16, 16], antialias=True), [14, 14]
+    )
+    ours = denormalised(eval_views(pictures(1, 32), torch.tensor([[32, 32]]), 14, 14 / 16))
+    assert torch.allclose(ours, expected, atol=1e-5)

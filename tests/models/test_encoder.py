@@ -1,0 +1,124 @@
+"""Encoder, its moving average, batch statistics, checkpoints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from ucir.config import EncoderParams
+from ucir.errors import UserError
+from ucir.models.checkpoints import load_encoder, save_atomically, save_encoder
+from ucir.models.encoder import key_encoder_of, new_encoder, update_key_encoder
+from ucir.models.norm import GroupedBatchNorm2d
+
+TINY = EncoderParams(backbone="convnet", width=4, feature_dim=8)
+IMAGES = torch.randn(6, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("backbone", ["convnet", "resnet18", "resnet50"])
+def test_features_are_unit_vectors(backbone: str) -> None:
+    params = EncoderParams(backbone=backbone, width=8 if backbone == "convnet" else 64, feature_dim=16)
+    features = new_encoder(params, 0)(torch.randn(2, 3, 32, 32))
+    assert features.shape == (2, 16)
+    assert torch.allclose(features.norm(dim=1), torch.ones(2), atol=1e-6)
+
+
+def test_the_seed_alone_decides_the_weights() -> None:
+    torch.manual_seed(7)
+    one = new_encoder(TINY, 0).state_dict()
+    torch.manual_seed(8)
+    two, three = new_encoder(TINY, 0).state_dict(), new_encoder(TINY, 1).state_dict()
+    assert all(torch.equal(one[key], two[key]) for key in one)
+    assert not torch.equal(one["net.fc.0.weight"], three["net.fc.0.weight"])
+
+
+def test_the_key_encoder_moves_its_parameters_and_keeps_its_own_statistics() -> None:
+    query = new_encoder(TINY, 0)
+    key = key_encoder_of(query)
+    with torch.no_grad():
+        for parameter in query.parameters():
+            parameter += 1
+    query.net.blocks[1].running_mean += 5
+    before = [p.clone() for p in key.parameters()]
+    update_key_encoder(key, query, 0.9)
+    for old, new, target in zip(before, key.parameters(), query.parameters(), strict=True):
+        assert torch.allclose(new, 0.9 * old + 0.1 * target, atol=1e-6)
+        assert not new.requires_grad
+    assert torch.equal(key.net.blocks[1].running_mean, torch.zeros(4))
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_groups_of_the_batch_have_their_own_statistics(memory_format: torch.memory_format) -> None:
+    x = torch.randn(6, 5, 3, 3).contiguous(memory_format=memory_format)
+    ours, halves = GroupedBatchNorm2d(5, groups=2), [nn.BatchNorm2d(5) for _ in range(2)]
+    out = ours(x)
+    expected = torch.cat([norm(part) for norm, part in zip(halves, x.chunk(2), strict=True)])
+    assert torch.allclose(out, expected, atol=1e-5)
+    for buffer in ("running_mean", "running_var"):
+        mean = (getattr(halves[0], buffer) + getattr(halves[1], buffer)) / 2
+        assert torch.allclose(getattr(ours, buffer), mean, atol=1e-6)
+    ours.eval()
+    plain = nn.BatchNorm2d(5)
+    plain.load_state_dict(ours.state_dict())
+    assert torch.equal(ours(x), plain.eval()(x))
+
+
+@pytest.mark.parametrize("prefix", ["module.encoder_q.", "encoder_q."])
+def test_a_checkpoint_comes_back_whole_whatever_its_prefix(tmp_path: Path, prefix: str) -> None:
+    encoder = new_encoder(TINY, 0)
+    encoder(IMAGES)  # moves the batch statistics
+    save_encoder(encoder, tmp_path / "a.pt")
+    state = torch.load(tmp_path / "a.pt")["state_dict"]
+    state = {prefix + key.removeprefix("module.encoder_q."): value for key, value in state.items()}
+    state["module.queue"] = torch.zeros(3)  # what MoCo's file holds besides is passed over
+    torch.save({"state_dict": state, "epoch": 800}, tmp_path / "b.pt")
+    other = new_encoder(TINY, 1)
+    load_encoder(other, tmp_path / "b.pt")
+    assert torch.equal(other.eval()(IMAGES), encoder.eval()(IMAGES))
+
+
+def test_the_checkpoint_has_moco_v2s_names(tmp_path: Path) -> None:
+    save_encoder(new_encoder(EncoderParams(), 0), tmp_path / "moco.pt")
+    state = torch.load(tmp_path / "moco.pt")["state_dict"]
+    shapes = {key: tuple(value.shape) for key, value in state.items()}
+    assert shapes["module.encoder_q.conv1.weight"] == (64, 3, 7, 7)
+    assert shapes["module.encoder_q.layer4.2.bn3.running_var"] == (2048,)
+    assert shapes["module.encoder_q.fc.0.weight"] == (2048, 2048)
+    assert shapes["module.encoder_q.fc.2.bias"] == (128,)
+
+
+def test_unfit_checkpoints_are_named_with_what_is_wrong(tmp_path: Path) -> None:
+    path = tmp_path / "x.pt"
+
+    def told(content: object) -> str:
+        if isinstance(content, bytes):
+            path.write_bytes(content)
+        elif content is not None:
+            torch.save(content, path)
+        with pytest.raises(UserError) as caught:
+            load_encoder(new_encoder(TINY, 0), path)
+        assert str(path) in str(caught.value)
+        return str(caught.value)
+
+    assert "no such checkpoint" in told(None)
+    assert "unreadable" in told(b"garbage")
+    assert "unreadable" in told(b"")
+    assert "no 'state_dict'" in told({"model": {}})
+    assert "no key begins with" in told({"state_dict": {"backbone.conv1.weight": torch.zeros(1)}})
+    state = {f"encoder_q.{k}": v for k, v in new_encoder(TINY, 0).net.state_dict().items()}
+    del state["encoder_q.fc.2.bias"]
+    assert "fc.2.bias is missing" in told({"state_dict": state})
+    state["encoder_q.fc.2.bias"] = torch.zeros(3)
+    assert "fc.2.bias has shape (3,), not (8,)" in told({"state_dict": state})
+
+
+def test_writing_is_all_or_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "state.pt"
+    save_atomically({"x": 1}, path)
+    with pytest.raises(AttributeError):
+        save_atomically({"x": lambda: 0}, path)
+    assert torch.load(path) == {"x": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["state.pt"]

@@ -1,0 +1,138 @@
+"""`dvc repro` for real, on a tiny study: what runs, what runs again, what survives a kill."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from tests.conftest import ROOT, make_images, run_python, tiny_params, write_params
+from ucir.models.checkpoints import load_state
+
+pytestmark = pytest.mark.slow
+
+EPOCHS = 40
+"""Of the run that is killed: long enough to be met in the middle."""
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> Path:
+    """A clone of the project's pipeline around a tiny data set, with everything run once."""
+    folder = tmp_path_factory.mktemp("workspace")
+    shutil.copytree(ROOT / "pipeline", folder / "pipeline", ignore=shutil.ignore_patterns("__pycache__"))
+    (folder / "ucir").symlink_to(ROOT / "ucir")
+    for name in ("dvc.yaml", ".dvcignore", ".gitignore"):
+        shutil.copyfile(ROOT / name, folder / name)
+    make_images(folder / "images")
+    write_params(folder, tiny_params("images"))
+    shutil.copyfile(empty_store, folder / "mlflow.db")
+    subprocess.run(["git", "init", "-q"], cwd=folder, check=True)
+    run_python("-m", "dvc", "init", "-q", cwd=folder)
+    repro(folder)
+    return folder
+
+
+def environment() -> dict[str, str]:
+    """Stages call `python`: this one."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return {**os.environ, "PATH": path, "DVC_NO_ANALYTICS": "1"}
+
+
+def repro(folder: Path, *arguments: str, check: bool = True) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "dvc", "repro", *arguments],
+        cwd=folder,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert not check or done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout + done.stderr
+
+
+def stages_run(output: str) -> list[str]:
+    return [line.split("'")[1] for line in output.splitlines() if line.startswith("Running stage")]
+
+
+def change(folder: Path, key: str, value: object) -> None:
+    params = yaml.safe_load((folder / "params.yaml").read_text())
+    block = params
+    *blocks, last = key.split(".")
+    for name in blocks:
+        block = block[name]
+    block[last] = value
+    write_params(folder, params)
+
+
+def test_the_report_stands_and_shows_every_part(workspace: Path) -> None:
+    page = (workspace / "reports/report.html").read_text()
+    for part in ("untrained", "pretrained", "ucdir", "art → photo", "photo → art", "t-SNE", "<svg", "P@2"):
+        assert part in page
+    assert "http" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "").replace(
+        "http://creativecommons.org", ""
+    ).replace("https://matplotlib.org", ""), "the page must need nothing else"
+    lines = (workspace / "reports/results.csv").read_text().splitlines()
+    # (untrained + pretrained + ucdir last + ucdir best) x 4 directions x 3 metrics
+    assert len(lines) == 1 + 4 * 4 * 3
+    assert "**shapes, closed: P@2" in (workspace / "reports/results.md").read_text()
+
+
+def test_a_second_repro_does_nothing_and_a_weight_re_runs_its_method(workspace: Path) -> None:
+    assert stages_run(repro(workspace)) == []
+    change(workspace, "methods.ucdir.shapes.entropy_weight", 0.7)
+    output = repro(workspace)
+    assert stages_run(output) == ["train@shapes-closed-ucdir", "evaluate@shapes-closed-ucdir", "report"]
+    assert "finished before" not in output
+    change(workspace, "methods.ucdir.shapes.entropy_weight", 1.0)
+    repro(workspace, "--no-run-cache")
+    change(workspace, "datasets.shapes.evaluate.grid_queries", 2)
+    assert set(stages_run(repro(workspace))) <= {
+        "evaluate_start@shapes-closed",
+        "evaluate@shapes-closed-ucdir",
+        "report",
+    }
+
+
+def test_a_killed_repro_goes_on_and_ends_as_an_undisturbed_one(workspace: Path) -> None:
+    change(workspace, "methods.ucdir.shapes.epochs", EPOCHS)
+    before = set((workspace / "runs").iterdir())
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dvc", "repro"],
+        cwd=workspace,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+
+    def states() -> list[Path]:
+        return [
+            p / "state.pt" for p in set((workspace / "runs").iterdir()) - before if (p / "state.pt").exists()
+        ]
+
+    deadline = time.monotonic() + 120
+    while not states() or load_state(states()[0])["epoch"] < 3:
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    (killed,) = states()
+    assert not (killed.parent / "done.json").exists()
+
+    assert "resumes after epoch" in repro(workspace)
+    one = load_state(killed.parent / "last.pt")["state_dict"]
+    kept = killed.parent.rename(workspace / "kept")
+    repro(workspace, "--force", "--single-item", "train@shapes-closed-ucdir")
+    two = load_state(killed.parent / "last.pt")["state_dict"]
+    assert all(torch.equal(one[key], two[key]) for key in one)
+    shutil.rmtree(kept)

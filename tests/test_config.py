@@ -1,0 +1,118 @@
+"""params.yaml: what is accepted, what is refused and how."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.conftest import ROOT, tiny_params, write_params
+from ucir.config import load_params
+from ucir.errors import UserError
+from ucir.methods import METHODS, method_params
+from ucir.study import activate, study_block
+
+
+def load(folder: Path, change: dict[str, Any]) -> None:
+    """Load tiny params with some keys, named by path, set to other values."""
+    params = tiny_params("images")
+    for path, value in change.items():
+        block = params
+        *blocks, last = path.split(".")
+        for name in blocks:
+            block = block.setdefault(name, {})
+        block[last] = value
+    write_params(folder, params)
+    loaded = load_params(folder / "params.yaml")
+    method_params(loaded, "ucdir", "shapes")
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"datasets.shapes.veiw": {}}, "datasets.shapes.veiw: unknown key; did you mean 'view'?"),
+        ({"datasets.shapes.view.augment.gray_share": 1}, "did you mean 'grey_share'?"),
+        ({"datasets.shapes.start.pretrain.step": 1}, "did you mean 'steps'?"),
+        ({"methods.ucdir.shapes.temprature": 1}, "did you mean 'temperature'?"),
+        ({"methods.ucdir.shapes.temperature": 0}, "shapes.temperature = 0: input should be greater than 0"),
+        ({"methods.ucdir.shapes.clusters": 1}, "clusters = 1: input should be greater than or equal to 2"),
+        ({"methods.ucdir.shapes.lr": "fast"}, "lr = 'fast': input should be a valid number"),
+        ({"methods.ucdir.shapes.ramp_end": 1}, "ramp_end 1 must come after ramp_start 1"),
+        ({"datasets.shapes.start.checkpoint": "x.pt"}, "either 'checkpoint' (a file) or 'pretrain'"),
+        ({"datasets.shapes.pairs": []}, "datasets.shapes.pairs = []"),
+        ({"datasets.shapes.source": "elsewhere"}, "run `ucir study tiny` to renew the study block"),
+        ({"study.seeds": [-1]}, "study.seeds.0 = -1"),
+        ({"cluster.num_workers": -2}, "cluster.num_workers = -2"),
+    ],
+)
+def test_faults_are_named_with_their_field(tmp_path: Path, change: dict[str, Any], told: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load(tmp_path, change)
+    assert told in str(caught.value)
+    assert "params.yaml" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_or_broken_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such file"):
+        load_params(tmp_path / "params.yaml")
+    (tmp_path / "params.yaml").write_text("study: [")
+    with pytest.raises(UserError, match="not readable as YAML"):
+        load_params(tmp_path / "params.yaml")
+
+
+def test_an_unknown_method_and_a_missing_block_are_named(tmp_path: Path) -> None:
+    write_params(tmp_path, tiny_params("images"))
+    params = load_params(tmp_path / "params.yaml")
+    with pytest.raises(UserError, match="did you mean 'ucdir'"):
+        method_params(params, "ucdri", "shapes")
+    with pytest.raises(UserError, match="has no block 'office'"):
+        method_params(params, "ucdir", "office")
+
+
+def test_overrides_take_the_place_of_the_file(tmp_path: Path) -> None:
+    write_params(tmp_path, tiny_params("images"))
+    params = load_params(tmp_path / "params.yaml", ["methods.ucdir.shapes.lr=0.5", "cluster.num_workers=2"])
+    assert method_params(params, "ucdir", "shapes").lr == 0.5
+    assert params.cluster.num_workers == 2
+    wrong = load_params(tmp_path / "params.yaml", ["methods.ucdri.shapes.lr=0.5"])
+    with pytest.raises(UserError, match="did you mean 'ucdir'"):
+        method_params(wrong, "ucdir", "shapes")
+    with pytest.raises(UserError, match="'lr' is a value"):
+        load_params(tmp_path / "params.yaml", ["methods.ucdir.shapes.lr.x=0.5"])
+    with pytest.raises(UserError, match="expected KEY=VALUE"):
+        load_params(tmp_path / "params.yaml", ["study"])
+
+
+def test_the_shipped_params_are_good_and_their_study_is_current() -> None:
+    params = load_params(ROOT / "params.yaml")
+    for method, blocks in params.methods.items():
+        assert method in METHODS
+        for dataset in blocks:
+            method_params(params, method, dataset)
+    shipped = yaml.safe_load((ROOT / "params.yaml").read_text())
+    assert shipped["study"] == study_block(params, "sample")
+    for name in params.studies:
+        study_block(params, name)
+
+
+def test_choosing_a_study_rewrites_its_block_alone(tmp_path: Path) -> None:
+    text = (ROOT / "params.yaml").read_text()
+    text = text.replace(
+        "studies:\n",
+        "studies:\n  two: {datasets: [digits], settings: [closed], methods: [ucdir], seeds: [3, 4]}\n",
+        1,
+    )
+    path = tmp_path / "params.yaml"
+    path.write_text(text)
+    activate(path, load_params(path), "two")
+    changed = load_params(path)
+    assert changed.study.name == "two"
+    assert changed.study.seeds == (3, 4)
+    activate(path, changed, "sample")
+    back = path.read_text()
+    assert yaml.safe_load(back) == yaml.safe_load(text)
+    comments = [line.split("#")[1] for line in text.splitlines() if "#" in line]
+    assert [line.split("#")[1] for line in back.splitlines() if "#" in line] == comments

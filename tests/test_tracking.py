@@ -1,0 +1,69 @@
+"""MLflow: nothing is logged twice, nothing is lost."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+from ucir import tracking
+
+
+def a_run(uri: str, key: str = "k1") -> tracking.TrackedRun:
+    return tracking.tracked_run(uri, "ucir/x", "ucdir a-b s0", key, {"method": "ucdir"}, {"lr": 0.1})
+
+
+def test_a_run_is_found_again_by_its_key(store: str) -> None:
+    first, again, other = a_run(store), a_run(store), a_run(store, "k2")
+    assert first.run_id == again.run_id != other.run_id
+    run = MlflowClient(store).get_run(first.run_id)
+    assert run.info.run_name == "ucdir a-b s0"
+    assert run.data.params == {"lr": "0.1"}
+    assert run.data.tags["method"] == "ucdir"
+    assert run.data.tags["git_sha"]
+
+
+def test_points_are_logged_once_and_gaps_are_filled(store: str) -> None:
+    run = a_run(store)
+    history = [{"epoch": float(e), "val/P_at_50": 10.0 * e, "ot/gap": math.nan} for e in range(4)]
+    run.log_history(history[:2])
+    run.log_history(history)
+    a_run(store).log_history(history)
+    points = MlflowClient(store).get_metric_history(run.run_id, "val/P_at_50")
+    assert [(p.step, p.value) for p in points] == [(0, 0.0), (1, 10.0), (2, 20.0), (3, 30.0)]
+    for _ in range(2):
+        run.log_scores({"P_at_50": 42.0})
+    assert len(MlflowClient(store).get_metric_history(run.run_id, "P_at_50")) == 1
+
+
+def test_a_run_ends_as_what_it_came_to(store: str) -> None:
+    run = a_run(store)
+    for error, status in ((ValueError, "FAILED"), (KeyboardInterrupt, "KILLED")):
+        with pytest.raises(error), tracking.status_of(run):
+            raise error
+        assert MlflowClient(store).get_run(run.run_id).info.status == status
+        assert MlflowClient(store).get_run(a_run(store).run_id).info.status == "RUNNING"
+    with tracking.status_of(run):
+        pass
+    assert MlflowClient(store).get_run(run.run_id).info.status == "FINISHED"
+
+
+def test_addresses_are_absolute(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert tracking.tracking_uri() == f"sqlite:///{project / 'mlflow.db'}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///other.db")
+    assert tracking.tracking_uri() == f"sqlite:///{project / 'other.db'}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow:5000")
+    assert tracking.tracking_uri() == "http://mlflow:5000"
+
+
+@pytest.mark.slow
+def test_processes_may_meet_at_a_fresh_store(tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    command = [sys.executable, "-c", f"from ucir import tracking; tracking.init_store({uri!r})"]
+    running = [subprocess.Popen(command) for _ in range(3)]
+    assert [process.wait() for process in running] == [0, 0, 0]
+    assert MlflowClient(uri).search_experiments()

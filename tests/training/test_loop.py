@@ -1,0 +1,202 @@
+"""The epoch loop: exact resume, invisible labels, equal results on any number of workers."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch import distributed as dist
+from torch.multiprocessing import spawn
+
+from tests.conftest import CLASSES, make_images
+from ucir.config import AugmentParams, EncoderParams, PackParams, PretrainParams, StartParams, ViewParams
+from ucir.data.pack import open_domain, write_pack
+from ucir.methods.base import Term
+from ucir.methods.ucdir import Ucdir, UcdirParams
+from ucir.models.checkpoints import save_encoder
+from ucir.models.encoder import new_encoder
+from ucir.training.loop import EpochReport, PairTraining, train
+from ucir.training.pretrain import make_start
+
+ENCODER = EncoderParams(backbone="convnet", width=4, feature_dim=8)
+VIEW = ViewParams(side=16, eval_crop=1.0)
+PARAMS = UcdirParams(
+    clusters=3,
+    epochs=4,
+    batch_size=8,
+    lr=0.01,
+    key_momentum=0.9,
+    ramp_start=1,
+    ramp_end=2,
+    cross_domain_start=2,
+)
+CPU = torch.device("cpu")
+
+
+class Keep:
+    """A reporter that keeps everything; may act as if killed after an epoch."""
+
+    def __init__(self, state: dict[str, Any] | None = None, killed_after: int | None = None) -> None:
+        self.state, self.killed_after = state, killed_after
+        self.reports: list[EpochReport] = []
+
+    def load_state(self) -> dict[str, Any] | None:
+        return self.state
+
+    def end_epoch(self, report: EpochReport) -> None:
+        self.reports.append(report)
+        self.state = _copied(report.state)
+        if report.epoch == self.killed_after:
+            raise KeyboardInterrupt
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, dict):
+        return {key: _copied(part) for key, part in value.items()}
+    return [_copied(part) for part in value] if isinstance(value, list) else value
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Path:
+    save_encoder(new_encoder(ENCODER, 3), tmp_path / "start.pt")
+    return tmp_path / "start.pt"
+
+
+def training(pack: Path, start: Path, params: UcdirParams = PARAMS, seed: int = 0) -> PairTraining:
+    images = open_domain(pack, "art"), open_domain(pack, "photo")
+    return PairTraining(images, VIEW, ENCODER, start, Ucdir(params, seed), CPU)
+
+
+def weights(training: PairTraining) -> dict[str, Tensor]:
+    return {
+        f"{name}.{key}": value.clone()
+        for name, part in (("query", training.query), ("key", training.key))
+        for key, value in part.state_dict().items()
+    }
+
+
+def assert_equal(one: dict[str, Tensor], two: dict[str, Tensor]) -> None:
+    different = [key for key in one if not torch.equal(one[key], two[key])]
+    assert not different
+
+
+def test_a_run_killed_at_any_epoch_and_resumed_ends_as_an_undisturbed_one(pack: Path, start: Path) -> None:
+    whole = training(pack, start)
+    reporter = Keep()
+    train(whole, reporter)
+    assert [report.epoch for report in reporter.reports] == [0, 1, 2, 3]
+    for killed_after in (0, 2):
+        first = Keep(killed_after=killed_after)
+        with pytest.raises(KeyboardInterrupt):
+            train(training(pack, start), first)
+        second = training(pack, start)
+        rest = Keep(first.state)
+        train(second, rest)
+        assert [report.epoch for report in rest.reports] == list(range(killed_after + 1, 4))
+        assert_equal(weights(whole), weights(second))
+        for one, two in zip(reporter.reports[killed_after + 1 :], rest.reports, strict=True):
+            assert torch.equal(one.features[0], two.features[0])
+            losses = {k: v for k, v in one.metrics.items() if k.startswith("train/")}
+            assert losses == {k: v for k, v in two.metrics.items() if k.startswith("train/")}
+
+
+def test_training_moves_the_encoder_and_the_seed_matters(pack: Path, start: Path) -> None:
+    ends = []
+    for seed in (0, 1):
+        run = training(pack, start, seed=seed)
+        before = weights(run)
+        train(run, Keep())
+        assert not torch.equal(before["query.net.fc.2.weight"], weights(run)["query.net.fc.2.weight"])
+        assert not torch.equal(before["key.net.fc.2.weight"], weights(run)["key.net.fc.2.weight"])
+        ends.append(weights(run)["query.net.fc.2.weight"])
+    assert not torch.equal(*ends)
+
+
+def test_permuted_class_names_give_the_same_weights(tmp_path: Path, start: Path) -> None:
+    """Labels are invisible to training."""
+    ends = []
+    for number, names in enumerate((CLASSES, ("square", "circle", "cross"), ("x", "x2", "a"))):
+        source = make_images(tmp_path / str(number) / "images")
+        for domain in ("art", "photo"):
+            for old, new in zip(CLASSES, names, strict=True):
+                (source / domain / old).rename(source / domain / f"{new}.new")
+        pack = tmp_path / str(number) / "pack"
+        write_pack(source, ["art", "photo"], pack, PackParams(side=20))
+        run = training(pack, start)
+        train(run, Keep())
+        ends.append(weights(run))
+    assert_equal(ends[0], ends[1])
+    assert_equal(ends[0], ends[2])
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_is_named(
+    pack: Path, start: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = training(pack, start)
+    terms = {"fine": Term(1.0, torch.tensor(1.0)), "broken": Term(1.0, torch.tensor(float("nan")))}
+    monkeypatch.setattr(run.method, "losses", lambda epoch, batch: terms)
+    with pytest.raises(FloatingPointError, match=r"epoch 0, step 0.*fine = 1, broken = nan"):
+        train(run, Keep())
+
+
+def test_the_start_is_learnt_and_repeats_itself(pack: Path, tmp_path: Path) -> None:
+    domains = [open_domain(pack, domain) for domain in ("art", "photo", "real-life")]
+    params = StartParams(encoder=ENCODER, pretrain=PretrainParams(steps=80, batch_size=32, lr=0.02))
+    view = ViewParams(side=16, eval_crop=1.0, augment=AugmentParams(crop_area=(0.8, 1.0)))
+    losses: list[float] = []
+    for name in ("one", "two"):
+        make_start(domains, view, params, tmp_path / name, CPU, lambda s, n, loss: losses.append(loss))
+    assert np.mean(losses[70:80]) < 0.9 * np.mean(losses[:10])
+    one, two = (torch.load(tmp_path / name / "start.pt")["state_dict"] for name in ("one", "two"))
+    assert_equal(one, two)
+    given = StartParams(encoder=ENCODER, checkpoint=str(tmp_path / "one/start.pt"))
+    make_start(domains, VIEW, given, tmp_path / "three", CPU)
+    assert_equal(one, torch.load(tmp_path / "three/start.pt")["state_dict"])
+
+
+def _steps(pack: Path, start: Path) -> dict[str, Any]:
+    """A few steps of every phase: losses by epoch, then weights and features."""
+    run = training(pack, start)
+    features = run.features()
+    run.method.start(features)
+    losses = []
+    for epoch in (0, 2, 3):
+        run.method.start_epoch(epoch, features)
+        losses.append(run.train_epoch(epoch, max_steps=2))
+        features = run.features()
+    return {"losses": losses, "weights": weights(run), "features": features}
+
+
+def _worker(rank: int, world: int, port: int, pack: Path, start: Path, out: Path) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    dist.init_process_group("gloo", rank=rank, world_size=world)
+    torch.save(_steps(pack, start), out / f"{world}-{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 4])
+def test_workers_change_speed_and_never_results(pack: Path, start: Path, tmp_path: Path, world: int) -> None:
+    """Losses, weights (so: gradients) and features of 1 and of several gloo workers."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    alone = _steps(pack, start)
+    spawn(_worker, (world, port, pack, start, tmp_path), nprocs=world)
+    for rank in range(world):
+        together = torch.load(tmp_path / f"{world}-{rank}.pt")
+        for one, many in zip(alone["losses"], together["losses"], strict=True):
+            assert many == pytest.approx(one, rel=1e-5, abs=1e-6)
+        for key, value in alone["weights"].items():
+            assert torch.allclose(together["weights"][key], value, rtol=1e-4, atol=1e-5), key
+        for one, many in zip(alone["features"], together["features"], strict=True):
+            assert torch.allclose(many, one, atol=1e-4)
