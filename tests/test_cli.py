@@ -5,9 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from tests.conftest import ROOT, run_python
+from ucir.cli import app
 from ucir.config import load_params
+from ucir.errors import UserError
 
 UCIR = ("-c", "from ucir.cli import main; main()")
 
@@ -22,30 +25,37 @@ UCIR = ("-c", "from ucir.cli import main; main()")
     ],
 )
 def test_help_teaches(command: list[str], taught: list[str], project: Path) -> None:
-    told = " ".join(run_python(*UCIR, *command, "--help", cwd=project).stdout.split())
+    told = " ".join(ucir(*command, "--help").split())
     for part in taught:
         assert part in told
 
 
+def ucir(*arguments: str) -> str:
+    """Run the command in this process; its mistakes come as they are raised."""
+    done = CliRunner().invoke(app, list(arguments), catch_exceptions=False)
+    assert done.exit_code == 0
+    return done.stdout
+
+
 def test_studies_are_listed_and_chosen(project: Path) -> None:
-    assert "* tiny: shapes x closed x ucdir" in run_python(*UCIR, "study", cwd=project).stdout
+    assert "* tiny: shapes x closed x ucdir" in ucir("study")
+    with pytest.raises(UserError, match="did you mean 'tiny'"):
+        ucir("study", "tinny")
     text = (project / "params.yaml").read_text()
-    (project / "params.yaml").write_text(text.replace("source: images", "source: elsewhere"))
-    refused = run_python(*UCIR, "study", "tinny", cwd=project, check=False)
-    assert refused.returncode == 2
-    assert "did you mean 'tiny'" in refused.stderr
-    (project / "params.yaml").write_text(text)
-    run_python(*UCIR, "study", "tiny", cwd=project)
+    (project / "params.yaml").write_text(text.replace("name: tiny", "name: other"))
+    ucir("study", "tiny")
     assert load_params().study.name == "tiny"
 
 
 def test_mistakes_are_one_line_with_a_remedy(project: Path) -> None:
-    done = run_python(*UCIR, "train", "--dataset", "shapes", cwd=project, check=False)
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: data/packs/shapes: no finished pack; run `dvc repro prepare`")
-    assert done.stderr.count("\n") == 1
+    with pytest.raises(UserError, match="data/packs/shapes: no finished pack; run `dvc repro prepare`"):
+        ucir("train", "--dataset", "shapes")
+    with pytest.raises(UserError, match="did you mean 'shapes'"):
+        ucir("train", "--dataset", "shape")
     outside = run_python(*UCIR, "study", cwd=project.parent, check=False)
+    assert outside.returncode == 2
     assert outside.stderr.startswith("error: params.yaml: no such file")
+    assert outside.stderr.count("\n") == 1
 
 
 @pytest.mark.slow

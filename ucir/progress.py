@@ -26,8 +26,9 @@ class Progress:
     def __init__(self, title: str, total: int, unit: str) -> None:
         self.title, self.total, self.unit = title, total, unit
         self.done = 0
-        self.began = time.monotonic()
         self.counted = 0  # steps of this process: those done before it began say nothing of its speed
+        self.first = 0.0  # the first step's end: it warms up, and says as little
+        self.first_steps = 0
         self.last_line = 0.0
         self.bar: Bar | None = None
         if sys.stdout.isatty():
@@ -64,13 +65,13 @@ class Progress:
             self.bar.update(self.task, advance=steps, note=note)
             return
         now = time.monotonic()
+        if not self.first:
+            self.first, self.first_steps = now, steps
         if now - self.last_line >= LINE_SECONDS or self.done == self.total:
             self.last_line = now
-            left = (now - self.began) / max(1, self.counted) * (self.total - self.done)
-            print(
-                f"{self.title}: {self.done}/{self.total} {self.unit}s, ETA {clock(left)}  {note}",
-                flush=True,
-            )
+            timed = self.counted - self.first_steps
+            left = clock((now - self.first) / timed * (self.total - self.done)) if timed else "?"
+            print(f"{self.title}: {self.done}/{self.total} {self.unit}s, ETA {left}  {note}", flush=True)
 
     def skip(self, steps: int) -> None:
         """Count steps that an earlier process did."""

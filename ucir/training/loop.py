@@ -92,8 +92,8 @@ class PairTraining:
         self.optimizer = method.optimizer(self.query.parameters())
         self.model: nn.Module = self.query
         if world_size() > 1:
-            # batch statistics are already global, so there are no buffers to broadcast
-            self.model = nn.parallel.DistributedDataParallel(self.query, broadcast_buffers=False)
+            # batch statistics are already global, so there are no buffers to keep in step
+            self.model = nn.parallel.DistributedDataParallel(self.query, forward_sync_buffers=False)
 
     def features(self) -> tuple[Tensor, Tensor]:
         """The key encoder's features of all images: it is the retrieval encoder."""
