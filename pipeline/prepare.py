@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from ucir.data.pack import domain_folders, split_pair, write_pack
+from ucir.data.pack import domain_folders, read_index, split_pair, write_pack
 from ucir.errors import run_main
 from ucir.paths import PACKS, check_writable
 from ucir.progress import Progress
@@ -31,6 +31,12 @@ def main() -> None:
     info, bad = write_pack(Path(block.source), domains, PACKS / dataset, block.pack, show)
     told = ", ".join(f"{count} {domain}" for domain, count in info.counts.items())
     print(f"prepare: {told} images in {len(info.classes)} classes at {info.side} px")
+    for domain in info.counts:
+        missing = sorted(
+            set(info.classes) - {picture.label for picture in read_index(PACKS / dataset, domain)}
+        )
+        if missing:
+            print(f"prepare: domain {domain} has no class {', '.join(missing)}: nothing to find there")
     for fault in bad:
         print(f"prepare: left out {fault.path}: {fault.reason}")
 

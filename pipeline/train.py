@@ -20,7 +20,7 @@ def main() -> None:
     train_all(runs, params.cluster)
     for run in runs:
         materialise(run, out)
-    print(f"train: {len(runs)} runs in {out}")
+    print(f"train: {', '.join(run.slug for run in runs)} in {out}")
 
 
 if __name__ == "__main__":

@@ -42,13 +42,21 @@ def test_studies_are_listed_and_chosen(project: Path) -> None:
     with pytest.raises(UserError, match="did you mean 'tiny'"):
         ucir("study", "tinny")
     text = (project / "params.yaml").read_text()
+    (project / "params.yaml").write_text(
+        text.replace("[shapes]", "x").replace(
+            "  tiny:\n    datasets:\n    - shapes", "  tiny:\n    datasets:\n    - shape"
+        )
+    )
+    assert "cannot run: studies.tiny: no data set 'shape'" in ucir("study")
     (project / "params.yaml").write_text(text.replace("name: tiny", "name: other"))
     ucir("study", "tiny")
     assert load_params().study.name == "tiny"
 
 
 def test_mistakes_are_one_line_with_a_remedy(project: Path) -> None:
-    with pytest.raises(UserError, match="data/packs/shapes: no finished pack; run `dvc repro prepare`"):
+    with pytest.raises(
+        UserError, match="data/packs/shapes: no finished pack; run `uv run dvc repro prepare`"
+    ):
         ucir("train", "--dataset", "shapes")
     with pytest.raises(UserError, match="did you mean 'shapes'"):
         ucir("train", "--dataset", "shape")

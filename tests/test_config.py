@@ -41,8 +41,10 @@ def load(folder: Path, change: dict[str, Any]) -> None:
         ({"methods.ucdir.shapes.lr": "fast"}, "lr = 'fast': input should be a valid number"),
         ({"methods.ucdir.shapes.ramp_end": 1}, "ramp_end 1 must come after ramp_start 1"),
         ({"datasets.shapes.start.checkpoint": "x.pt"}, "either 'checkpoint' (a file) or 'pretrain'"),
+        ({"methods.ucdir.shapes.cross_domain_start": 9}, "lies beyond the last of 4 epochs"),
         ({"datasets.shapes.pairs": []}, "datasets.shapes.pairs = []"),
-        ({"datasets.shapes.source": "elsewhere"}, "run `ucir study tiny` to renew the study block"),
+        ({"datasets.shapes.evaluate.cutoffs": 5}, "input should be a list, e.g. [1, 2]"),
+        ({"datasets.shapes.source": "elsewhere"}, "run `uv run ucir study tiny` to renew the study block"),
         ({"study.seeds": [-1]}, "study.seeds.0 = -1"),
         ({"cluster.num_workers": -2}, "cluster.num_workers = -2"),
     ],
@@ -58,9 +60,15 @@ def test_faults_are_named_with_their_field(tmp_path: Path, change: dict[str, Any
 def test_a_missing_or_broken_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such file"):
         load_params(tmp_path / "params.yaml")
-    (tmp_path / "params.yaml").write_text("study: [")
-    with pytest.raises(UserError, match="not readable as YAML"):
-        load_params(tmp_path / "params.yaml")
+    for broken, told in (
+        ("study: [", "not readable as YAML"),
+        ("study: 1\nstudy: 2", "duplicate key"),
+        ("", "no blocks in it"),
+        ("[1]", "no blocks in it"),
+    ):
+        (tmp_path / "params.yaml").write_text(broken)
+        with pytest.raises(UserError, match=told):
+            load_params(tmp_path / "params.yaml")
 
 
 def test_an_unknown_method_and_a_missing_block_are_named(tmp_path: Path) -> None:
@@ -82,8 +90,11 @@ def test_overrides_take_the_place_of_the_file(tmp_path: Path) -> None:
         method_params(wrong, "ucdir", "shapes")
     with pytest.raises(UserError, match="'lr' is a value"):
         load_params(tmp_path / "params.yaml", ["methods.ucdir.shapes.lr.x=0.5"])
-    with pytest.raises(UserError, match="expected KEY=VALUE"):
-        load_params(tmp_path / "params.yaml", ["study"])
+    for wrong_set in ("study", "=3", "a..b=3"):
+        with pytest.raises(UserError, match="expected KEY=VALUE"):
+            load_params(tmp_path / "params.yaml", [wrong_set])
+    with pytest.raises(UserError, match="not readable as YAML"):
+        load_params(tmp_path / "params.yaml", ["methods.ucdir.shapes.lr=[1"])
 
 
 def test_the_shipped_params_are_good_and_their_study_is_current() -> None:

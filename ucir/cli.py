@@ -16,7 +16,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     help="Unsupervised cross-domain image retrieval.\n\n"
-    "`dvc repro` runs the whole active study; the commands here choose the study, train single runs "
+    "`uv run dvc repro` runs the whole active study; the commands here choose the study, train single runs "
     "and check the machine. All settings stand in params.yaml.",
 )
 
@@ -40,16 +40,16 @@ def main() -> None:
 def study(
     name: Annotated[str | None, typer.Argument(help="A study under `studies`; none = list them.")] = None,
 ) -> None:
-    """Choose what `dvc repro` runs.
+    """Choose what `uv run dvc repro` runs.
 
     Writes the `study` block of params.yaml from the lists that stand under `studies.NAME`.
 
-    Your own pictures: put them as <folder>/<domain>/<class>/<file>; in params.yaml copy the block
-    `datasets.digits` to a name of your own, set `source` and `pairs`, take out `sample`; copy
-    `methods.ucdir.digits` likewise and set `clusters`; add a line under `studies`. Then
-    `ucir study NAME` and `dvc repro`.
+    Your own pictures: put them as <folder>/<domain>/<class>/<file>. In params.yaml add a block under
+    `datasets` with their `source`, `pairs` and start, one under `methods.ucdir` with the number of
+    `clusters`, and a line under `studies`; README.md, "Your own pictures", has all three to copy. Then
+    `uv run ucir study NAME` and `uv run dvc repro`.
     """
-    from ucir.study import activate
+    from ucir.study import activate, study_block
 
     params = load_params()
     if name is None:
@@ -59,12 +59,23 @@ def study(
                 f"{mark} {known}: {', '.join(recipe.datasets)} x {', '.join(recipe.settings)} x "
                 f"{', '.join(recipe.methods)}, seeds {', '.join(map(str, recipe.seeds))}"
             )
-        typer.echo("Next: `ucir study NAME`, then `dvc repro`")
+            try:
+                study_block(params, known)
+            except UserError as error:
+                typer.echo(f"    cannot run: {error}")
+        typer.echo("Next: `uv run ucir study NAME`, then `uv run dvc repro`")
         return
     if name not in params.studies:
         raise UserError(f"study {name!r} is unknown; {nearest(name, params.studies)}")
+    for dataset in params.studies[name].datasets:
+        block = params.datasets.get(dataset)
+        if block and not block.sample and not Path(block.source).exists():
+            raise UserError(
+                f"datasets.{dataset}.source: {block.source}: no such folder; put the pictures there as "
+                "<domain>/<class>/<file>"
+            )
     activate(Path(PARAMS_FILE), params, name)
-    typer.echo(f"{PARAMS_FILE}: `dvc repro` now runs the study {name!r}")
+    typer.echo(f"{PARAMS_FILE}: `uv run dvc repro` now runs the study {name!r}")
 
 
 @app.command()
@@ -85,9 +96,10 @@ def train(
         bool, typer.Option("--dry-run", help="Only tell what would be done and how long it takes.")
     ] = False,
 ) -> None:
-    """Train one method on one or more pairs: no DVC, no server, no cluster needed.
+    """Train one method on one or more pairs, in this process or on Ray workers.
 
-    The same command goes on where a killed one stopped, and does nothing for runs that are done.
+    The data set must have been prepared once: `uv run dvc repro prepare pretrain` does it. The
+    same command goes on where a killed one stopped, and does nothing for runs that are done.
     """
     from ucir.cluster.runs import plan_runs
 
@@ -118,7 +130,7 @@ def train(
     typer.echo("\n" + plain(direction_table(rows, display_name(f"P_at_{block.evaluate.cutoffs[0]}"))))
     for run in runs:
         typer.echo(f"weights: {run.folder / 'last.pt'}")
-    typer.echo("Next: `dvc repro` for the whole study with its report")
+    typer.echo("Next: `uv run dvc repro` for the whole study with its report")
 
 
 @app.command()
@@ -129,5 +141,5 @@ def doctor() -> None:
     findings = examine()
     for finding in findings:
         typer.echo(f"{'ok  ' if finding.good else 'LOOK'}  {finding.text}")
-    typer.echo("Next: `dvc repro`" if all(f.good for f in findings) else "See the lines marked LOOK")
+    typer.echo("Next: `uv run dvc repro`" if all(f.good for f in findings) else "See the lines marked LOOK")
     raise typer.Exit(0 if all(f.good for f in findings) else 1)

@@ -19,6 +19,7 @@ PARAMS_FILE = "params.yaml"
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
+Setting = Literal["closed"]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.]+$")]
 
 
@@ -156,7 +157,7 @@ class SettingParams(Block):
     """A data set in a setting."""
 
     dataset: Name
-    setting: Literal["closed"]
+    setting: Setting
 
 
 class RunParams(SettingParams):
@@ -172,7 +173,7 @@ class SourceParams(Block):
 
 
 class StudyParams(Block):
-    """What `dvc repro` runs; written by `ucir study NAME`."""
+    """What `uv run dvc repro` runs; written by `uv run ucir study NAME`."""
 
     name: str
     seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]
@@ -187,7 +188,7 @@ class StudyRecipe(Block):
     """A study to choose from: the product of its lists."""
 
     datasets: Annotated[tuple[Name, ...], Field(min_length=1)]
-    settings: Annotated[tuple[Literal["closed"], ...], Field(min_length=1)]
+    settings: Annotated[tuple[Setting, ...], Field(min_length=1)]
     methods: Annotated[tuple[str, ...], Field(min_length=1)]
     seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]
 
@@ -222,13 +223,13 @@ class Params(Block):
             if copy.source != self.datasets[name].source:
                 raise ValueError(
                     f"study.datasets.{name}.source differs from datasets.{name}.source: "
-                    f"run `ucir study {self.study.name}` to renew the study block"
+                    f"run `uv run ucir study {self.study.name}` to renew the study block"
                 )
         for key, run in self.study.runs.items():
             if run.dataset not in self.study.datasets:
                 raise ValueError(
                     f"study.runs.{key}: data set {run.dataset!r} is not in study.datasets: "
-                    f"run `ucir study {self.study.name}` to renew the study block"
+                    f"run `uv run ucir study {self.study.name}` to renew the study block"
                 )
         return self
 
@@ -243,27 +244,39 @@ def load_params(path: Path | str = PARAMS_FILE, overrides: Sequence[str] = ()) -
     Raises:
         UserError: no such file, not YAML, an unknown key, a value out of range; names file and field.
     """
-    import yaml
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
 
     path = Path(path)
+    yaml = YAML(typ="safe", pure=True)  # as DVC reads it: a key given twice is an error
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = yaml.load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; run the command in the project's folder") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
+    except (YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not readable as YAML: {_first_words(error)}") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: no blocks in it; restore it with `git checkout {path}`")
     for override in overrides:
         key, equals, value = override.partition("=")
         *blocks, last = key.split(".")
-        if not equals:
+        if not equals or not all((*blocks, last)):
             raise UserError(f"--set {override}: expected KEY=VALUE")
         block = raw
         for name in blocks:
             block = block.setdefault(name, {})  # a block that the file leaves to its defaults
             if not isinstance(block, dict):
                 raise UserError(f"--set {override}: {name!r} is a value in {path}, not a block")
-        block[last] = yaml.safe_load(value)
+        try:
+            block[last] = yaml.load(value)
+        except YAMLError as error:
+            raise UserError(f"--set {override}: not readable as YAML: {_first_words(error)}") from None
     return checked(Params, raw, str(path))
+
+
+def _first_words(error: Exception) -> str:
+    words = " ".join(str(error).split())
+    return words if len(words) < 200 else f"{words[:200]} …"
 
 
 B = TypeVar("B", bound=BaseModel)
@@ -290,7 +303,7 @@ def _fault(model: type[BaseModel], entry: Any, block: str) -> str:
         return f"{field}: unknown key; {nearest(location[-1], known)}"
     if entry["type"] == "missing":
         return f"{field}: missing"
-    message = entry["msg"].removeprefix("Value error, ")
+    message = entry["msg"].removeprefix("Value error, ").replace("valid tuple", "list, e.g. [1, 2]")
     if entry["type"] == "value_error":  # our own checks name the field and the remedy themselves
         return f"{field}: {message}" if field else message
     return f"{field} = {entry['input']!r}: {message[0].lower()}{message[1:]}"

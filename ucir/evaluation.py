@@ -137,7 +137,7 @@ def evaluate_method(
     folder = results / dataset / setting / method
     trained = sorted((folder / "train").glob("*/run.json"))
     if not trained:
-        raise UserError(f"{folder / 'train'}: nothing trained; run `dvc repro train` first")
+        raise UserError(f"{folder / 'train'}: nothing trained; run `uv run dvc repro train` first")
     labels = pair_labels(PACKS / dataset)
     device = choose_device(params.cluster)
     scores: list[DirectionScore] = []

@@ -56,6 +56,8 @@ class TrackedRun:
 
     uri: str
     run_id: str
+    finished: bool = False
+    """It was, when it was found: its times are left as they are."""
 
     def log_history(self, history: Sequence[Mapping[str, float]]) -> None:
         """Add the epochs that the store does not have yet. Each entry has ``epoch`` and its metrics."""
@@ -91,10 +93,6 @@ class TrackedRun:
     def log_artifact(self, path: Path) -> None:
         _client(self.uri).log_artifact(self.run_id, str(path))
 
-    def finish(self, status: str = "FINISHED") -> None:
-        """Status ``FINISHED``, ``FAILED`` or ``KILLED``."""
-        _client(self.uri).set_terminated(self.run_id, status)
-
 
 def tracked_run(
     uri: str,
@@ -121,9 +119,7 @@ def tracked_run(
     experiment_id = found.experiment_id if found else client.create_experiment(experiment)
     runs = client.search_runs([experiment_id], f"tags.{KEY_TAG} = '{key}'", max_results=1)
     if runs:
-        run_id = runs[0].info.run_id
-        client.update_run(run_id, status="RUNNING")
-        return TrackedRun(uri, run_id)
+        return TrackedRun(uri, runs[0].info.run_id, runs[0].info.status == "FINISHED")
     run = client.create_run(experiment_id, run_name=name)
     client.log_batch(
         run.info.run_id,
@@ -163,13 +159,17 @@ def _quiet_alembic() -> None:
 
 @contextlib.contextmanager
 def status_of(run: TrackedRun) -> Iterator[None]:
-    """Close a run as what it came to: finished, failed, or killed."""
+    """Keep a run's status: running, then finished, failed or killed."""
+    if run.finished:
+        yield
+        return
+    _client(run.uri).update_run(run.run_id, status="RUNNING")
     try:
         yield
     except KeyboardInterrupt:
-        run.finish("KILLED")
+        _client(run.uri).set_terminated(run.run_id, "KILLED")
         raise
     except BaseException:
-        run.finish("FAILED")
+        _client(run.uri).set_terminated(run.run_id, "FAILED")
         raise
-    run.finish()
+    _client(run.uri).set_terminated(run.run_id, "FINISHED")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ def test_a_key_changes_with_what_the_result_depends_on_and_nothing_else(prepared
     for harmless in (
         {"cluster__num_workers": 2},
         {"datasets__shapes__evaluate__grid_queries": 1},
-        {"methods__ucdir__other": "{clusters: 3}"},
+        {"study__name": "other"},
     ):
         assert {run.pair: run.key for run in plan(**harmless)} == keys
     for matters in (
@@ -65,11 +66,18 @@ def test_faults_are_found_before_any_training(prepared: Path) -> None:
         ({"methods__ucdir__shapes__batch_size": 64}, "batch_size = 64 exceeds the 28 images"),
         ({"datasets__shapes__pairs": "[art-film]"}, "the domains are art, photo, real-life"),
         ({"datasets__shapes__start__encoder__width": 8}, "does not fit the encoder"),
+        (
+            {"datasets__shapes__pack__side": 30},
+            "holds pictures of 20 px, but datasets.shapes.pack.side is 30",
+        ),
+        ({"methods__ucdir__shape__lr": 1}, "there is no data set 'shape'; did you mean 'shapes'"),
     ):
         with pytest.raises(UserError, match=told):
             plan(**changes)
     with pytest.raises(UserError, match="data set 'shape' is unknown; did you mean 'shapes'"):
         plan_runs(load_params(), "shape", "closed", "ucdir")
+    with pytest.raises(UserError, match="setting 'open' is unknown"):
+        plan_runs(load_params(), "shapes", "open", "ucdir")
     (prepared / "data/start/shapes/start.pt").write_bytes(b"garbage")
     with pytest.raises(UserError, match="unreadable as a checkpoint"):
         plan()
@@ -81,8 +89,24 @@ def test_faults_are_found_before_any_training(prepared: Path) -> None:
     with pytest.raises(UserError, match="runs: cannot be written to"):
         plan()
     (prepared / "data/start/shapes/start.pt").unlink()
-    with pytest.raises(UserError, match="run `dvc repro pretrain` first"):
+    with pytest.raises(UserError, match="run `uv run dvc repro pretrain` first"):
         plan()
+
+
+def test_a_pair_is_one_run_whichever_domain_comes_first(prepared: Path) -> None:
+    def key(pair: str) -> str:
+        return plan_runs(load_params(), "shapes", "closed", "ucdir", (pair,))[0].key
+
+    assert key("photo-art") == key("art-photo") != key("art-real-life")
+
+
+def test_a_run_belongs_to_one_process_at_a_time(prepared: Path, store: str) -> None:
+    run = plan()[0]
+    run.folder.mkdir(parents=True)
+    with (run.folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="ucdir art-photo s0: another process is training it"):
+            train_all([run], ClusterParams())
 
 
 @pytest.mark.slow

@@ -78,13 +78,15 @@ def test_bad_files_are_quarantined_by_name_with_their_reason(source: Path, tmp_p
     for name, data in bad.items():
         (source / "art/circle" / name).write_bytes(data)
     (source / "art/circle/.DS_Store").write_bytes(b"hidden files are nobody's business")
+    (source / "art/circle/Thumbs.db").write_bytes(b"nor what a desktop leaves")
+    (source / "art/stray.txt").write_bytes(b"neither here nor there")
     info, faults = write_pack(source, ["art", "photo"], tmp_path / "pack", LENIENT)
-    assert {Path(fault.path).name for fault in faults} == set(bad)
+    assert {Path(fault.path).name for fault in faults} == {*bad, "stray.txt"}
     reasons = {Path(fault.path).name: fault.reason for fault in faults}
     assert "truncated" in reasons["truncated.jpg"]
     assert reasons["text.png"] == "not an image"
     assert reasons["empty.png"] == "empty file"
-    assert (tmp_path / "pack/quarantine.csv").read_text().count("\n") == 4
+    assert (tmp_path / "pack/quarantine.csv").read_text().count("\n") == 5
     assert good
     assert info.counts["art"] == len(read_index(tmp_path / "pack", "art")) == 10
 
@@ -154,9 +156,22 @@ def test_cmyk_and_exif_orientation() -> None:
     assert turned.size == (20, 40)
 
 
+def test_a_pack_that_lost_a_file_is_no_pack(source: Path, tmp_path: Path) -> None:
+    pack = tmp_path / "pack"
+    for lost in ("art.csv", "photo.u8"):
+        write_pack(source, ["art", "photo"], pack, LENIENT)
+        (pack / lost).unlink()
+        with pytest.raises(UserError, match="incomplete: the files of domain"):
+            open_domain(pack, "art")
+    write_pack(source, ["art", "photo"], pack, LENIENT)
+    (pack / "art.u8").write_bytes(b"short")
+    with pytest.raises(UserError, match="incomplete: the files of domain art"):
+        read_info(pack)
+
+
 def test_pairs_split_at_the_hyphen_between_domains() -> None:
     assert split_pair("art-real-life", list(DOMAINS)) == ("art", "real-life")
     assert split_pair("real-life-art", list(DOMAINS)) == ("real-life", "art")
     for wrong in ("art", "art-art", "art-film", "photo-"):
-        with pytest.raises(UserError, match="is not two domains joined"):
+        with pytest.raises(UserError, match="is not two different domains joined"):
             split_pair(wrong, list(DOMAINS))

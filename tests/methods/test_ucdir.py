@@ -105,3 +105,9 @@ def test_the_bank_takes_the_keys_before_the_losses() -> None:
 def test_a_phase_that_needs_clusters_too_early_is_refused() -> None:
     with pytest.raises(UserError, match="need the clusters that begin there"):
         checked(UcdirParams, {"clusters": 3, "cross_domain_start": 5}, "params.yaml")
+
+
+@pytest.mark.parametrize(("epochs", "schedule"), [(200, (20, 100, 100)), (20, (2, 10, 10)), (1, (0, 1, 0))])
+def test_the_schedule_follows_the_epochs(epochs: int, schedule: tuple[int, int, int]) -> None:
+    p = UcdirParams(clusters=3, epochs=epochs)
+    assert (p.ramp_start, p.ramp_end, p.cross_domain_start) == schedule

@@ -56,7 +56,7 @@ def test_a_typo_in_a_method_stops_the_first_stage_with_one_line(project: Path) -
     [
         ("no folder", "images: no such folder"),
         ("one domain", "1 domain folder(s) (art); cross-domain retrieval needs at least two"),
-        ("no domain", "pair 'art-photo' is not two domains joined by '-'"),
+        ("no domain", "pair 'art-photo' is not two different domains joined by '-'"),
         ("empty class", "art/cross: empty class folder"),
         ("broken file", "1 of 23 files are bad, more than max_bad_share = 0.01 (art/cross/x.png: not"),
         ("read-only", "data/packs/shapes: cannot be written to"),
@@ -87,7 +87,7 @@ def test_stages_in_the_wrong_order_name_the_right_one(
     stage,  # type: ignore[no-untyped-def]
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert "no finished pack; run `dvc repro prepare` first" in refused(stage, "pretrain", "shapes")
+    assert "no finished pack; run `uv run dvc repro prepare` first" in refused(stage, "pretrain", "shapes")
     stage("prepare", "shapes")
     assert "22 art, 28 photo, 34 real-life images in 3 classes at 20 px" in capsys.readouterr().out
     assert "no start weights" in refused(stage, "train", "shapes", "closed", "ucdir")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import IO, Any
 
 # before ray is imported. uv: workers use this interpreter as it is. Paths: ours are absolute.
 # The health check's period bounds how fast a worker's report passes through.
@@ -64,11 +65,12 @@ def _train_one(run: Run, cluster: ClusterParams, uri: str, progress: Progress) -
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
+    run.folder.mkdir(parents=True, exist_ok=True)
+    lock = _lock(run)
     resumed = len(run.history())
     if resumed:
         progress.message(f"{run.name}: resumes after epoch {resumed} of {run.params.epochs}")
         progress.skip(resumed)
-    run.folder.mkdir(parents=True, exist_ok=True)
     tracked = _tracked_run(run, uri)
     in_process = cluster.num_workers == 0
     config: dict[str, Any] = {"run": run, "tracked": tracked}
@@ -93,10 +95,21 @@ def _train_one(run: Run, cluster: ClusterParams, uri: str, progress: Progress) -
             failure_config=FailureConfig(max_failures=cluster.max_failures),
         ),
     )
-    with tracking.status_of(tracked):
+    with lock, tracking.status_of(tracked):
         trainer.fit()
     if not in_process:
         progress.advance(run.params.epochs - resumed, _told(run, run.history()[-1]))
+
+
+def _lock(run: Run) -> IO[str]:
+    """Hold the run's folder for this process; closing the file gives it back, and so does a kill."""
+    lock = (run.folder / "lock").open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        raise UserError(f"{run.name}: another process is training it in {run.folder}") from None
+    return lock
 
 
 def worker_main(config: dict[str, Any]) -> None:
@@ -153,8 +166,8 @@ def _tracked_run(run: Run, uri: str) -> tracking.TrackedRun:
 def _track(run: Run, uri: str) -> None:
     """Bring the store up to date with a finished run: it may be new, or have been down."""
     tracked = _tracked_run(run, uri)
-    tracked.log_history(run.history())
-    tracked.finish()
+    with tracking.status_of(tracked):
+        tracked.log_history(run.history())
 
 
 def _told(run: Run, entry: dict[str, float]) -> str:

@@ -18,12 +18,12 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
 import ucir
-from ucir.config import EncoderParams, Params, ViewParams
+from ucir.config import EncoderParams, Params, Setting, ViewParams
 from ucir.data.pack import PackInfo, open_domain, read_index, read_info, split_pair
 from ucir.errors import UserError, nearest
 from ucir.methods import METHODS, method_params
@@ -79,8 +79,12 @@ class Run:
 
     def history(self) -> list[dict[str, float]]:
         """Metrics of the finished epochs."""
-        path = self.folder / "state.pt"
-        return load_state(path)["history"] if path.exists() else []
+        history: list[dict[str, float]] = []
+        if self.done:
+            history = json.loads((self.folder / "done.json").read_text("utf-8"))["history"]
+        elif (self.folder / "state.pt").exists():
+            history = load_state(self.folder / "state.pt")["history"]
+        return history
 
 
 def plan_runs(
@@ -105,16 +109,25 @@ def plan_runs(
     if dataset not in params.datasets:
         raise UserError(f"data set {dataset!r} is unknown; {nearest(dataset, params.datasets)}")
     block = params.datasets[dataset]
+    if setting not in get_args(Setting):
+        raise UserError(f"setting {setting!r} is unknown; {nearest(setting, get_args(Setting))}")
     wanted = method_params(params, method, dataset)
     info = read_info(PACKS / dataset)
+    if info.side != block.pack.side:
+        raise UserError(
+            f"{PACKS / dataset} holds pictures of {info.side} px, but datasets.{dataset}.pack.side is "
+            f"{block.pack.side}: run `uv run dvc repro prepare` first"
+        )
     start = (STARTS / dataset / "start.pt").resolve()
     if not start.exists():
-        raise UserError(f"{start}: no start weights; run `dvc repro pretrain` first")
+        raise UserError(f"{start}: no start weights; run `uv run dvc repro pretrain` first")
     load_encoder(new_encoder(block.start.encoder, 0), start)
     check_writable(RUNS)
     runs = []
     for name in pairs or block.pairs:
         pair = split_pair(name, list(info.counts))
+        if "-".join(pair[::-1]) in block.pairs:  # one training serves both directions: the same run
+            pair = pair[::-1]
         _check_sizes(wanted, pair, info)
         for seed in params.study.seeds if seeds is None else seeds:
             key = _run_key(setting, method, wanted, pair, seed, block.view, block.start.encoder, info, start)
@@ -177,7 +190,8 @@ class RunReporter:
         save_atomically({**report.state, "history": self.history}, self.run.folder / "state.pt")
         self.on_epoch(self.history)
         if last:
-            text = json.dumps({**self.run.tags(), "run_key": self.run.key}, indent=1)
+            told = {**self.run.tags(), "run_key": self.run.key, "history": self.history}
+            text = json.dumps(told, indent=1)
             (self.run.folder / "done.json").write_text(text + "\n", encoding="utf-8")
 
     def _scores(self, report: EpochReport) -> dict[str, float]:
@@ -201,8 +215,7 @@ def materialise(run: Run, out: Path) -> None:
     target.mkdir(parents=True, exist_ok=True)
     for name in ("last.pt", "best.pt"):
         shutil.copyfile(run.folder / name, target / name)
-    told = {**run.tags(), "run_key": run.key, "history": run.history()}
-    (target / "run.json").write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+    shutil.copyfile(run.folder / "done.json", target / "run.json")
 
 
 def open_pair(run: Run) -> tuple[Any, Any]:

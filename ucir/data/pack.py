@@ -108,9 +108,14 @@ def write_pack(
     for domain, classes in folders.items():
         files = [(path, label) for label, paths in classes.items() for path in paths]
         pictures, faults = _pack_domain(source, domain, files, out, params, partial(progress, domain))
+        faults += [
+            BadFile(p.relative_to(source).as_posix(), "lies beside the class folders")
+            for p in sorted((source / domain).iterdir())
+            if p.is_file() and not _passed_over(p)
+        ]
         bad += faults
         _write_rows(out / "quarantine.csv", ("path", "reason"), [asdict(fault) for fault in bad])
-        _check_share(domain, faults, len(files), params.max_bad_share, out)
+        _check_share(domain, faults, len(pictures) + len(faults), params.max_bad_share, out)
         _check_classes(source / domain, classes, pictures)
         counts[domain] = len(pictures)
         fingerprints[domain] = _fingerprint(pictures, params.side)
@@ -151,7 +156,7 @@ def domain_classes(source: Path, domain: str) -> dict[str, list[Path]]:
     if domain not in found:
         raise UserError(f"{folder}: no such domain folder; {nearest(domain, found)}")
     classes = {
-        entry.name: sorted(p for p in entry.rglob("*") if p.is_file() and p.name[0] != ".")
+        entry.name: sorted(p for p in entry.rglob("*") if p.is_file() and not _passed_over(p))
         for entry in sorted(folder.iterdir())
         if entry.is_dir() and not entry.name.startswith(".")
     }
@@ -161,6 +166,11 @@ def domain_classes(source: Path, domain: str) -> dict[str, list[Path]]:
         if not files:
             raise UserError(f"{folder / label}: empty class folder; fill it or remove it")
     return classes
+
+
+def _passed_over(path: Path) -> bool:
+    """Hidden files and what desktops leave in folders."""
+    return path.name.startswith(".") or path.name in ("Thumbs.db", "desktop.ini")
 
 
 def split_pair(pair: str, domains: list[str]) -> tuple[str, str]:
@@ -173,7 +183,9 @@ def split_pair(pair: str, domains: list[str]) -> tuple[str, str]:
         second = pair.removeprefix(f"{first}-")
         if second != pair and second in domains and second != first:
             return first, second
-    raise UserError(f"pair {pair!r} is not two domains joined by '-'; the domains are {', '.join(domains)}")
+    raise UserError(
+        f"pair {pair!r} is not two different domains joined by '-'; the domains are {', '.join(domains)}"
+    )
 
 
 def decode_image(data: bytes, max_pixels: int) -> Image.Image:
@@ -212,12 +224,20 @@ def read_info(pack: Path) -> PackInfo:
     """``pack.json`` of a finished pack.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or a file of it is missing or cut off.
     """
     try:
-        return PackInfo(**json.loads((pack / "pack.json").read_text(encoding="utf-8")))
+        info = PackInfo(**json.loads((pack / "pack.json").read_text(encoding="utf-8")))
     except FileNotFoundError:
-        raise UserError(f"{pack}: no finished pack; run `dvc repro prepare` first") from None
+        raise UserError(f"{pack}: no finished pack; run `uv run dvc repro prepare` first") from None
+    for domain, count in info.counts.items():
+        pixels, index = pack / f"{domain}.u8", pack / f"{domain}.csv"
+        if not index.exists() or not pixels.exists() or pixels.stat().st_size != count * info.side**2 * 3:
+            raise UserError(
+                f"{pack}: incomplete: the files of domain {domain} are missing or cut off; "
+                "run `uv run dvc repro prepare`"
+            )
+    return info
 
 
 def open_domain(pack: Path, domain: str) -> DomainImages:

@@ -21,11 +21,17 @@ def method_params(params: Params, method: str, dataset: str) -> MethodParams:
     for name in (method, *params.methods):
         if name not in METHODS:
             raise UserError(f"method {name!r} is unknown; {nearest(name, METHODS)}")
+        for block in params.methods.get(name, {}):
+            if block not in params.datasets:
+                raise UserError(
+                    f"{PARAMS_FILE}: methods.{name}.{block}: there is no data set {block!r}; "
+                    f"{nearest(block, params.datasets)}"
+                )
     blocks = params.methods.get(method, {})
     if dataset not in blocks:
         raise UserError(
             f"{PARAMS_FILE}: methods.{method} has no block {dataset!r}; "
             f"copy one of {', '.join(blocks) or 'the README'} and adapt it"
         )
-    block = f"methods.{method}.{dataset}"
-    return checked(METHODS[method].params_type, blocks[dataset], PARAMS_FILE, block)
+    where = f"methods.{method}.{dataset}"
+    return checked(METHODS[method].params_type, blocks[dataset], PARAMS_FILE, where)

@@ -32,10 +32,10 @@ class UcdirParams(MethodParams):
     """T of both contrastive terms."""
     cluster_weight: Weight = 0.5
     """alpha, reached at ``ramp_end``."""
-    ramp_start: Epoch = 20
-    """T1: the last epoch without cluster-wise contrast; K-means begins with it."""
-    ramp_end: Epoch = 100
-    """T2: the first epoch with full weight (eq. 4)."""
+    ramp_start: Epoch
+    """T1: the last epoch without cluster-wise contrast; K-means begins with it. A tenth of the epochs."""
+    ramp_end: Epoch
+    """T2: the first epoch with full weight (eq. 4). Half of the epochs."""
     confidence: Share = 0.2
     """Images whose key's probability of its cluster is no higher take no part in cluster-wise contrast."""
     entropy_weight: Weight = 1.0
@@ -45,21 +45,42 @@ class UcdirParams(MethodParams):
     distance_weight: Weight = 0.5
     """beta."""
     distance_temperature: Positive = 0.01
-    cross_domain_start: Epoch = 100
-    """First epoch with self-entropy and distance of distance."""
+    cross_domain_start: Epoch
+    """First epoch with self-entropy and distance of distance. Half of the epochs."""
     kmeans_iterations: Annotated[int, Field(ge=1)] = 20
     kmeans_restarts: Annotated[int, Field(ge=1)] = 5
     kmeans_max_points: Annotated[int, Field(ge=1)] = 2000
 
+    @model_validator(mode="before")
+    @classmethod
+    def _schedule_fits_the_epochs(cls, given: Any) -> Any:
+        """The published 20, 100 and 100 of 200 epochs, in proportion, where nothing else is given."""
+        epochs = given.get("epochs", cls.model_fields["epochs"].default) if isinstance(given, dict) else None
+        if not isinstance(epochs, int):
+            return given
+        start = epochs // 10
+        schedule = {
+            "ramp_start": start,
+            "ramp_end": max(start + 1, epochs // 2),
+            "cross_domain_start": epochs // 2,
+        }
+        return {**schedule, **given}
+
     @model_validator(mode="after")
-    def _ramp_rises(self) -> Self:
+    def _phases_follow_each_other(self) -> Self:
         if self.ramp_end <= self.ramp_start:
             raise ValueError(f"ramp_end {self.ramp_end} must come after ramp_start {self.ramp_start}")
-        if min(self.cross_domain_start, self.epochs) < self.ramp_start:
+        if self.cross_domain_start < self.ramp_start:
             raise ValueError(
                 f"cross_domain_start {self.cross_domain_start} must not come before ramp_start "
                 f"{self.ramp_start}: the cross-domain terms need the clusters that begin there"
             )
+        for name in ("ramp_end", "cross_domain_start"):
+            if getattr(self, name) > self.epochs:
+                raise ValueError(
+                    f"{name} {getattr(self, name)} lies beyond the last of {self.epochs} epochs; "
+                    "leave it out and it follows them (to drop a term, set its weight to 0)"
+                )
         return self
 
 

@@ -81,6 +81,8 @@ def load_state(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint") from None
-    except (RuntimeError, EOFError, pickle.UnpicklingError, OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{path}: unreadable as a checkpoint ({reason})") from None
+    except (RuntimeError, EOFError, pickle.UnpicklingError, OSError, ValueError, KeyError):
+        raise UserError(
+            f"{path}: unreadable as a checkpoint: damaged, or no file of torch's; if this program wrote "
+            "it, delete it and give the same command again"
+        ) from None

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from markupsafe import Markup
 
 from ucir import tracking
-from ucir.config import Params, StudyParams
-from ucir.data.pack import open_domain
+from ucir.config import DatasetParams, Params, StudyParams
+from ucir.data.pack import open_domain, split_pair
 from ucir.evaluation import BEST, LAST, PRETRAINED, UNTRAINED, load_features, pair_labels
 from ucir.reports import figures
 from ucir.reports.table import (
@@ -98,62 +99,50 @@ def study_parts(study: StudyParams) -> list[tuple[str, str]]:
 
 
 def _pictures(params: Params, dataset: str, pack: Path, results: Path, methods: list[str]) -> dict[str, Any]:
-    from markupsafe import Markup
-
+    """Curves, retrieval grids and embeddings of the first seed, pair by pair."""
     block = params.datasets[dataset]
     seed = params.study.seeds[0]
     labels = pair_labels(pack)
     pixels = {domain: open_domain(pack, domain).pixels_NSS3 for domain in labels}
-    curves = []
-    for method in methods:
-        runs = [
-            json.loads(path.read_text("utf-8"))
-            for path in sorted((results / method / "train").glob("*/run.json"))
-        ]
-        histories = {run["pair"]: run["history"] for run in runs if run["seed"] == str(seed)}
-        svg = figures.curves(histories, block.evaluate.cutoffs[0]).decode()
-        svg = svg[svg.index("<svg") :]  # inside HTML there is no XML header
-        curves.append({"name": method, "seed": seed, "curves": Markup(svg)})
+    pairs = [split_pair(pair, list(labels)) for pair in block.pairs]
+    curves = [
+        {"name": method, "seed": seed, "curves": _curves(results / method / "train", pairs, seed, block)}
+        for method in methods
+    ]
     directions = []
     embeddings = []
-    # the features of one pair and method: those of the start are per data set, not per pair
-    for folder in sorted((results / methods[0] / "evaluate").glob(f"*-s{seed}.npz")):
-        pair = folder.stem.removesuffix(f"-s{seed}")
-        features = {
-            method: load_features(
-                results / method / "evaluate" / (folder.name if method in methods else "all.npz")
-            )
-            for method in (PRETRAINED, *methods)
-        }
-        first, second = load_features(folder)
-        for query, gallery in ((first, second), (second, first)):
+    start = load_features(results / PRETRAINED / "evaluate" / "all.npz")
+    for pair in pairs:
+        name = "-".join(pair)
+        features = {PRETRAINED: start}
+        for method in methods:
+            features[method] = load_features(results / method / "evaluate" / f"{name}-s{seed}.npz")
+        for query, gallery in (pair, pair[::-1]):
             slots = figures.query_slots(labels[query], block.evaluate.grid_queries)
-            grids = [
-                {
-                    "method": method,
-                    "png": _base64(
-                        figures.retrieval_grid(
-                            pixels[query],
-                            pixels[gallery],
-                            slots,
-                            top_ranked(x[query][slots], x[gallery], SHOWN),
-                            labels[query],
-                            labels[gallery],
-                        )
-                    ),
-                }
-                for method, x in features.items()
-            ]
+            grids = []
+            for method, x in features.items():
+                ranked = top_ranked(x[query][slots], x[gallery], SHOWN)
+                png = figures.retrieval_grid(
+                    pixels[query], pixels[gallery], slots, ranked, labels[query], labels[gallery]
+                )
+                grids.append({"method": method, "png": _base64(png)})
             directions.append({"title": f"{query} → {gallery}", "grids": grids})
-        plots = [
-            {
-                "method": method,
-                "png": _base64(figures.embedding({d: x[d] for d in (first, second)}, labels)),
-            }
-            for method, x in features.items()
-        ]
-        embeddings.append({"title": pair, "plots": plots})
+        plots = []
+        for method, x in features.items():
+            png = figures.embedding({domain: x[domain] for domain in pair}, labels)
+            plots.append({"method": method, "png": _base64(png)})
+        embeddings.append({"title": name, "plots": plots})
     return {"methods": curves, "directions": directions, "embeddings": embeddings}
+
+
+def _curves(trained: Path, pairs: list[tuple[str, str]], seed: int, block: DatasetParams) -> Markup:
+    histories = {}
+    for pair in pairs:
+        name = "-".join(pair)
+        run = json.loads((trained / f"{name}-s{seed}" / "run.json").read_text("utf-8"))
+        histories[name] = run["history"]
+    svg = figures.curves(histories, block.evaluate.cutoffs[0]).decode()
+    return Markup(svg[svg.index("<svg") :])  # inside HTML there is no XML header
 
 
 def _base64(data: bytes) -> str:
