@@ -21,7 +21,6 @@ class Clusters:
     label_N: Tensor  # int64
     centroid_KD: Tensor  # L2-normalised prototypes, float32
     size_K: Tensor  # int64; an empty cluster keeps its place with 0
-    objective: float  # sum of squared distances to the centroids before normalisation
 
 
 def kmeans(
@@ -55,10 +54,10 @@ def kmeans(
         clustering.min_points_per_centroid = 1
         index = faiss.IndexFlatL2(points.shape[1])
         clustering.train(points, index)
-        distance, label = index.search(points, 1)
+        _, label = index.search(points, 1)
         centroid = faiss.vector_float_to_array(clustering.centroids).reshape(k, -1)
-        found = label[:, 0].astype(np.int64), centroid.copy(), float(distance.sum(dtype=np.float64))
-    label, centroid, objective = broadcast_from_first(found)
+        found = label[:, 0].astype(np.int64), centroid.copy()
+    label, centroid = broadcast_from_first(found)
     label_N = torch.from_numpy(label).to(features_ND.device)
     centroid_KD = F.normalize(torch.from_numpy(centroid).to(features_ND.device), dim=1)
-    return Clusters(label_N, centroid_KD, torch.bincount(label_N, minlength=k), objective)
+    return Clusters(label_N, centroid_KD, torch.bincount(label_N, minlength=k))

@@ -111,8 +111,8 @@ def embedding(features: Mapping[str, Tensor], labels: Mapping[str, Sequence[str]
             c=[colour[label] for label in labels[domain][:n]],
             linewidths=0.8,
             alpha=0.7,
-            label=domain,
         )
+        axis.scatter([], [], color="grey", marker=marker, label=domain, s=14)
     for label in classes[:20]:
         axis.scatter([], [], color=colour[label], label=label, s=14)
     axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)

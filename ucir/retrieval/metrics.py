@@ -22,7 +22,6 @@ class RetrievalScores:
 
     precision: dict[int, float]  # K to P@K
     mean_average_precision: float
-    queries: int  # queries whose class the gallery has
 
     def named(self) -> dict[str, float]:
         """Metric identifiers that MLflow accepts: ``P_at_50``, ``mAP_at_All``."""
@@ -73,7 +72,6 @@ def retrieval_scores(
     return RetrievalScores(
         {k: 100 * hits[k] / shown[k] if shown[k] else float("nan") for k in cutoffs},
         float(100 * ap.mean()) if len(ap) else float("nan"),
-        len(ap),
     )
 
 
