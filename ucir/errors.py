@@ -28,7 +28,7 @@ def run_main(main: Callable[[], None]) -> None:
     except UserError as error:
         sys.exit(_fail(str(error), 2))
     except KeyboardInterrupt:
-        sys.exit(_fail("stopped; the same command goes on from the last finished epoch", 130))
+        sys.exit(_fail("stopped", 130))
 
 
 def _fail(message: str, status: int) -> int:

@@ -48,7 +48,10 @@ def train_all(runs: list[Run], cluster: ClusterParams) -> None:
         for run in open_runs:
             try:
                 _train_one(run, cluster, uri, progress)
-            except (UserError, KeyboardInterrupt):
+            except UserError:
+                raise
+            except KeyboardInterrupt:
+                progress.message("stopped: the same command goes on after the last finished epoch")
                 raise
             except Exception as error:
                 failed[run.name] = f"{type(error).__name__}: {error}".splitlines()[0]
