@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -43,14 +44,15 @@ def test_studies_are_listed_and_chosen(project: Path) -> None:
         ucir("study", "tinny")
     text = (project / "params.yaml").read_text()
     (project / "params.yaml").write_text(
-        text.replace("[shapes]", "x").replace(
-            "  tiny:\n    datasets:\n    - shapes", "  tiny:\n    datasets:\n    - shape"
-        )
+        text.replace("  tiny:\n    datasets:\n    - shapes", "  tiny:\n    datasets:\n    - shape")
     )
     assert "cannot run: studies.tiny: no data set 'shape'" in ucir("study")
     (project / "params.yaml").write_text(text.replace("name: tiny", "name: other"))
     ucir("study", "tiny")
     assert load_params().study.name == "tiny"
+    shutil.rmtree(project / "images")
+    with pytest.raises(UserError, match="images: no such folder"):
+        ucir("study", "tiny")
 
 
 def test_mistakes_are_one_line_with_a_remedy(project: Path) -> None:

@@ -49,6 +49,7 @@ def study(
     `clusters`, and a line under `studies`; README.md, "Your own pictures", has all three to copy. Then
     `uv run ucir study NAME` and `uv run dvc repro`.
     """
+    from ucir.data.pack import domain_folders
     from ucir.study import activate, study_block
 
     params = load_params()
@@ -69,11 +70,8 @@ def study(
         raise UserError(f"study {name!r} is unknown; {nearest(name, params.studies)}")
     for dataset in params.studies[name].datasets:
         block = params.datasets.get(dataset)
-        if block and not block.sample and not Path(block.source).exists():
-            raise UserError(
-                f"datasets.{dataset}.source: {block.source}: no such folder; put the pictures there as "
-                "<domain>/<class>/<file>"
-            )
+        if block and not block.sample:
+            domain_folders(Path(block.source))
     activate(Path(PARAMS_FILE), params, name)
     typer.echo(f"{PARAMS_FILE}: `uv run dvc repro` now runs the study {name!r}")
 

@@ -123,9 +123,7 @@ def load_features(path: Path) -> dict[str, Tensor]:
         return {domain: torch.from_numpy(stored[domain].astype(np.float32)) for domain in stored}
 
 
-def evaluate_method(
-    params: Params, dataset: str, setting: str, method: str, results: Path
-) -> list[DirectionScore]:
+def evaluate_method(params: Params, dataset: str, setting: str, method: str, results: Path) -> None:
     """Score every trained run under ``<results>/<dataset>/<setting>/<method>/train``.
 
     Writes ``metrics.json`` and the last epoch's features beside it, and the scores to MLflow.
@@ -154,7 +152,6 @@ def evaluate_method(
         tracker.log(run["run_key"], own)
         scores += own
     write_scores(folder / "metrics.json", scores)
-    return scores
 
 
 def evaluate_start(params: Params, dataset: str, setting: str, results: Path) -> None:
@@ -187,14 +184,15 @@ def evaluate_start(params: Params, dataset: str, setting: str, results: Path) ->
 def last_scores(params: Params, runs: list[Run]) -> list[DirectionScore]:
     """Scores of finished runs' last epoch, straight from their folders."""
     scores = []
+    labels = pair_labels(runs[0].pack)  # the runs of a plan share their pack
+    device = choose_device(params.cluster)
     for run in runs:
-        labels = pair_labels(run.pack)
         features = encoder_features(
             run.folder / "last.pt",
             params.datasets[run.dataset],
             run.pack,
             list(run.pair),
-            choose_device(params.cluster),
+            device,
         )
         scores += score_pair(features, labels, run.pair, run.seed, LAST, run.cutoffs)
     return scores

@@ -44,10 +44,7 @@ def init_store(uri: str) -> None:
     with database.with_name(database.name + ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not database.exists():
-            _quiet_alembic()
-            from mlflow import MlflowClient
-
-            MlflowClient(uri).search_experiments(max_results=1)
+            _client(uri).search_experiments(max_results=1)
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,8 @@ def train_all(runs: list[Run], cluster: ClusterParams) -> None:
     with Progress("train", epochs, "epoch") as progress:
         for run in open_runs:
             try:
-                _train_one(run, cluster, uri, progress)
+                with _lock(run):
+                    _train_one(run, cluster, uri, progress)
             except UserError:
                 raise
             except KeyboardInterrupt:
@@ -68,8 +69,6 @@ def _train_one(run: Run, cluster: ClusterParams, uri: str, progress: Progress) -
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
-    run.folder.mkdir(parents=True, exist_ok=True)
-    lock = _lock(run)
     resumed = len(run.history())
     if resumed:
         progress.message(f"{run.name}: resumes after epoch {resumed} of {run.params.epochs}")
@@ -98,7 +97,7 @@ def _train_one(run: Run, cluster: ClusterParams, uri: str, progress: Progress) -
             failure_config=FailureConfig(max_failures=cluster.max_failures),
         ),
     )
-    with lock, tracking.status_of(tracked):
+    with tracking.status_of(tracked):
         trainer.fit()
     if not in_process:
         progress.advance(run.params.epochs - resumed, _told(run, run.history()[-1]))
@@ -106,6 +105,7 @@ def _train_one(run: Run, cluster: ClusterParams, uri: str, progress: Progress) -
 
 def _lock(run: Run) -> IO[str]:
     """Hold the run's folder for this process; closing the file gives it back, and so does a kill."""
+    run.folder.mkdir(parents=True, exist_ok=True)
     lock = (run.folder / "lock").open("w")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

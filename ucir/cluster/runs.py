@@ -123,6 +123,15 @@ def plan_runs(
         raise UserError(f"{start}: no start weights; run `uv run dvc repro pretrain` first")
     load_encoder(new_encoder(block.start.encoder, 0), start)
     check_writable(RUNS)
+    shared = {
+        "setting": setting,
+        "method": method,
+        "params": wanted.model_dump(mode="json"),
+        "view": block.view.model_dump(mode="json"),
+        "encoder": block.start.encoder.model_dump(mode="json"),
+        "start": hashlib.sha256(start.read_bytes()).hexdigest(),
+        "code": _code_version(method),
+    }
     runs = []
     for name in pairs or block.pairs:
         pair = split_pair(name, list(info.counts))
@@ -130,7 +139,7 @@ def plan_runs(
             pair = pair[::-1]
         _check_sizes(wanted, pair, info)
         for seed in params.study.seeds if seeds is None else seeds:
-            key = _run_key(setting, method, wanted, pair, seed, block.view, block.start.encoder, info, start)
+            key = _run_key(shared, pair, seed, info)
             slug = f"{dataset}-{setting}-{method}-{'-'.join(pair)}-s{seed}-{key}"
             runs.append(
                 Run(
@@ -239,30 +248,10 @@ def _check_sizes(params: MethodParams, pair: tuple[str, str], info: PackInfo) ->
         )
 
 
-def _run_key(
-    setting: str,
-    method: str,
-    params: MethodParams,
-    pair: tuple[str, str],
-    seed: int,
-    view: ViewParams,
-    encoder: EncoderParams,
-    info: PackInfo,
-    start: Path,
-) -> str:
-    depends_on = {
-        "setting": setting,
-        "method": method,
-        "params": params.model_dump(mode="json"),
-        "pair": pair,
-        "seed": seed,
-        "view": view.model_dump(mode="json"),
-        "encoder": encoder.model_dump(mode="json"),
-        "data": [info.fingerprints[domain] for domain in pair],
-        "start": hashlib.sha256(start.read_bytes()).hexdigest(),
-        "code": _code_version(method),
-    }
-    text = json.dumps(depends_on, sort_keys=True)
+def _run_key(shared: dict[str, Any], pair: tuple[str, str], seed: int, info: PackInfo) -> str:
+    """Hash of all that a run's result depends on: what its plan shares, and what is its own."""
+    own = {"pair": pair, "seed": seed, "data": [info.fingerprints[domain] for domain in pair]}
+    text = json.dumps({**shared, **own}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 

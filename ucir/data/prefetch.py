@@ -17,7 +17,7 @@ R = TypeVar("R")
 def share_cores() -> int:
     """Divide this process's cores between network and prefetching; returns the prefetching threads.
 
-    Called at the start of a training. A Ray worker's share comes as OMP_NUM_THREADS.
+    A Ray worker's share comes as OMP_NUM_THREADS.
     """
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     cores = int(os.environ.get("OMP_NUM_THREADS") or usable or 1)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ucir.distributed import all_reduce_sum, world_size
+from ucir.distributed import all_reduce_sum, rank, world_size
 
 
 class GroupedBatchNorm2d(nn.BatchNorm2d):
@@ -66,8 +66,6 @@ class GroupedBatchNorm2d(nn.BatchNorm2d):
         return out.to(x.dtype)
 
     def _group_of_rows(self, rows: int, device: torch.device) -> Tensor:
-        from ucir.distributed import rank
-
         total = rows * world_size()
         place = torch.arange(rows, device=device) + rank() * rows
         return (place * self.groups) // total
