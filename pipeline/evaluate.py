@@ -11,8 +11,9 @@ from ucir.study import load_study
 
 
 def main() -> None:
-    dataset, setting, method = sys.argv[1:4]
-    evaluate_method(load_study(), dataset, setting, method, RESULTS)
+    params = load_study()
+    part = params.study.runs[sys.argv[1]]
+    evaluate_method(params, part.dataset, part.setting, part.method, RESULTS)
 
 
 if __name__ == "__main__":

@@ -11,8 +11,7 @@ from ucir.study import load_study
 
 
 def main() -> None:
-    dataset, setting = sys.argv[1:3]
-    evaluate_start(load_study(), dataset, setting, RESULTS)
+    evaluate_start(load_study(), sys.argv[1], RESULTS)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 from ucir.data.pack import open_domain, read_info
+from ucir.data.weights import local_start
 from ucir.devices import choose_device
 from ucir.errors import run_main
 from ucir.paths import PACKS, STARTS, check_writable
@@ -19,13 +20,14 @@ def main() -> None:
     block = params.datasets[dataset]
     pack, out = PACKS / dataset, STARTS / dataset
     check_writable(out)
+    start = local_start(block.start)
     domains = [open_domain(pack, domain) for domain in read_info(pack).counts]
-    steps = block.start.pretrain.steps if block.start.pretrain else 0
+    steps = start.pretrain.steps if start.pretrain else 0
     with Progress("pretrain", steps, "step") as progress:
         make_start(
             domains,
             block.view,
-            block.start,
+            start,
             out,
             choose_device(params.cluster),
             lambda step, total, loss: progress.advance(1, f"loss {loss:.3f}"),

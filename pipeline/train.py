@@ -12,11 +12,11 @@ from ucir.study import load_study
 
 
 def main() -> None:
-    dataset, setting, method = sys.argv[1:4]
     params = load_study()
-    out = RESULTS / dataset / setting / method / "train"
+    part = params.study.runs[sys.argv[1]]
+    out = RESULTS / part.dataset / part.setting / part.method / "train"
     check_writable(out)
-    runs = plan_runs(params, dataset, setting, method)
+    runs = plan_runs(params, part.dataset, part.setting, part.method, part.pairs)
     train_all(runs, params.cluster)
     for run in runs:
         materialise(run, out)

@@ -29,8 +29,10 @@ import yaml
 from hypothesis import settings
 from PIL import Image
 
-from ucir.config import PackParams
-from ucir.data.pack import write_pack
+from ucir.config import PackParams, load_params
+from ucir.data.prepare import write_pack
+from ucir.models.checkpoints import save_encoder
+from ucir.models.encoder import new_encoder
 
 settings.register_profile("ucir", deadline=None, max_examples=25)
 settings.load_profile("ucir")
@@ -111,6 +113,7 @@ def tiny_params(source: str) -> dict[str, Any]:
                     "pretrain": {"steps": 3, "batch_size": 16},
                 },
                 "evaluate": {"cutoffs": [2, 5], "grid_queries": 3},
+                "split": {},
             }
         },
         "methods": {
@@ -139,6 +142,18 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     write_params(folder, tiny_params("images"))
     monkeypatch.chdir(folder)
     return folder
+
+
+@pytest.fixture
+def prepared(project: Path) -> Path:
+    """The project with pack and start weights."""
+    params = load_params()
+    block = params.datasets["shapes"]
+    domains = ["art", "photo", "real-life"]
+    write_pack(Path(block.source), domains, Path("data/packs/shapes"), block.pack)
+    for name in ("untrained.pt", "start.pt"):
+        save_encoder(new_encoder(block.start.encoder, 0), Path("data/start/shapes") / name)
+    return project
 
 
 def write_params(folder: Path, params: dict[str, Any]) -> None:

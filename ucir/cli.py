@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ucir.config import PARAMS_FILE, load_params
+from ucir.config import PARAMS_FILE, DatasetParams, load_params, without_study
 from ucir.errors import UserError, nearest, run_main
 
 app = typer.Typer(
@@ -38,42 +38,123 @@ def main() -> None:
 
 @app.command()
 def study(
-    name: Annotated[str | None, typer.Argument(help="A study under `studies`; none = list them.")] = None,
+    name: Annotated[
+        str | None,
+        typer.Argument(help="A study under `studies`, or a small file with one; none = list them."),
+    ] = None,
 ) -> None:
     """Choose what `uv run dvc repro` runs.
 
-    Writes the `study` block of params.yaml from the lists that stand under `studies.NAME`.
+    Writes the `study` block of params.yaml from the lists that stand under `studies.NAME`. The shipped
+    ones: `sample` (embedded, minutes), `pacs` (a real benchmark at a size for CPUs), `paper` (every table
+    of the three papers; look at `uv run ucir plan paper` first).
 
-    Your own pictures: put them as <folder>/<domain>/<class>/<file>. In params.yaml add a block under
-    `datasets` with their `source`, `pairs` and start, one under `methods.ucdir` with the number of
-    `clusters`, and a line under `studies`; README.md, "Your own pictures", has all three to copy. Then
-    `uv run ucir study NAME` and `uv run dvc repro`.
+    Your own pictures: put them as <folder>/<domain>/<class>/<file>, or <folder>/<domain>/<file> without
+    labels, and write a file mine.yaml:
+
+    \b
+      datasets:
+        mine:
+          source: <folder>
+          pairs: [sketches-photos]
+          start: {checkpoint: <MoCo v2 file>}
+      methods:
+        ucdir: {mine: {clusters: 20, epochs: 20}}
+      studies:
+        mine: {datasets: [mine], settings: [closed], methods: [ucdir], seeds: [0]}
+
+    Then `uv run ucir study mine.yaml` and `uv run dvc repro`.
     """
-    from ucir.data.pack import domain_folders
-    from ucir.study import activate, study_block
+    from ucir.study import activate, check_sources, describe_recipes
 
-    params = load_params()
     if name is None:
-        for known, recipe in params.studies.items():
-            mark = "*" if known == params.study.name else " "
-            typer.echo(
-                f"{mark} {known}: {', '.join(recipe.datasets)} x {', '.join(recipe.settings)} x "
-                f"{', '.join(recipe.methods)}, seeds {', '.join(map(str, recipe.seeds))}"
-            )
-            try:
-                study_block(params, known)
-            except UserError as error:
-                typer.echo(f"    cannot run: {error}")
-        typer.echo("Next: `uv run ucir study NAME`, then `uv run dvc repro`")
+        typer.echo(describe_recipes())
+        typer.echo("Next: `uv run ucir plan NAME` tells what it costs, `uv run ucir study NAME` chooses it")
         return
-    if name not in params.studies:
-        raise UserError(f"study {name!r} is unknown; {nearest(name, params.studies)}")
-    for dataset in params.studies[name].datasets:
-        block = params.datasets.get(dataset)
-        if block and not block.sample:
-            domain_folders(Path(block.source))
-    activate(Path(PARAMS_FILE), params, name)
-    typer.echo(f"{PARAMS_FILE}: `uv run dvc repro` now runs the study {name!r}")
+    chosen, missing = activate(Path(PARAMS_FILE), name)
+    typer.echo(f"{PARAMS_FILE}: `uv run dvc repro` now runs the study {chosen!r}")
+    if missing:
+        typer.echo(f"left out, not built yet: {', '.join(missing)}; their cells in the tables stay empty")
+    check_sources(load_params(), chosen)
+    typer.echo("Next: `uv run ucir plan` tells what it costs, `uv run dvc repro` runs it")
+
+
+@app.command()
+def plan(
+    name: Annotated[str | None, typer.Argument(help="A study; default: the active one.")] = None,
+    overrides: Overrides = None,
+) -> None:
+    """How much work a study is: runs for each table, what is done, disk, hours on this machine.
+
+    Trains a few steps on noise with each encoder and method to measure this machine; needs no pictures.
+    """
+    from ucir.cluster.plan import describe_study
+
+    params = load_params(overrides=list(overrides or []))
+    typer.echo(describe_study(params, name or params.study.name))
+    typer.echo("Next: `uv run ucir study NAME` chooses a study, `uv run dvc repro` runs it")
+
+
+@app.command()
+def check(dataset: Annotated[str, typer.Argument(help="A data set of params.yaml.")]) -> None:
+    """Look whether a data set is right: reads and decodes every picture, writes nothing.
+
+    Compares what is there with what the papers' authors had, by domain and class; names missing classes,
+    misspelt folders, broken files, and the same picture in two domains. Exit status 1 when anything differs.
+    """
+    from ucir.data.checks import table
+    from ucir.data.prepare import check_source
+    from ucir.progress import by_domain
+
+    found = check_source(_dataset_block(dataset), by_domain("check"))
+    typer.echo(table(found))
+    odd = len(found.faults) + len(found.bad)
+    typer.echo(f"{dataset}: {f'{odd} to LOOK at' if odd else 'as expected'}")
+    raise typer.Exit(1 if odd else 0)
+
+
+@app.command()
+def fetch(
+    dataset: Annotated[
+        str | None, typer.Argument(help="A data set of params.yaml; none = list the catalogue.")
+    ] = None,
+    target: Annotated[
+        Path | None,
+        typer.Option("--unpack", help="Also unpack the archives into this folder, for other programs."),
+    ] = None,
+) -> None:
+    """Download a data set and its start weights, or say which file to put where.
+
+    Goes on where an earlier attempt stopped and verifies what has a published digest. Archives are read
+    in place: nothing needs to be unpacked.
+    """
+    from ucir.data.catalogue import entry, names
+    from ucir.data.fetch import fetch as fetch_files
+    from ucir.data.fetch import unpack
+    from ucir.data.source import is_archive
+    from ucir.data.weights import local_start
+    from ucir.progress import Progress, by_bytes
+
+    if dataset is None:
+        for name in names():
+            known = entry(name)
+            typer.echo(f"{name}: {known.title}; {known.about}\n    {known.licence}\n    {known.ask}")
+            if known.citation:
+                typer.echo(f"    cite: {known.citation}")
+        return
+    block = _dataset_block(dataset)
+    files = fetch_files(block, by_bytes)
+    for file in files:
+        typer.echo(f"there: {file}")
+    if target:
+        for file in filter(is_archive, files):
+            with Progress(f"unpack {file.name}", 1, "file") as bar:
+                count = unpack(file, target, bar.reach)
+            typer.echo(f"unpacked: {count} files in {target}")
+    start = local_start(block.start)
+    if start.checkpoint:
+        typer.echo(f"there: {start.checkpoint}")
+    typer.echo(f"Next: `uv run ucir check {dataset}`")
 
 
 @app.command()
@@ -81,10 +162,13 @@ def train(
     dataset: Annotated[str, typer.Option(help="A data set of params.yaml (`datasets.<name>`).")],
     pair: Annotated[
         list[str] | None,
-        typer.Option(help="Two domains, e.g. Art-Real; may be repeated. Default: `datasets.<name>.pairs`."),
+        typer.Option(
+            help="Two domains, e.g. Art-Real, or one direction, Art>Real; may be repeated. "
+            "Default: `datasets.<name>.pairs`."
+        ),
     ] = None,
     method: Annotated[str, typer.Option(help="A method of params.yaml (`methods.<name>`).")] = "ucdir",
-    setting: Annotated[str, typer.Option(help="Label spaces of the two domains: closed.")] = "closed",
+    setting: Annotated[str, typer.Option(help="Label spaces: closed, partial or open.")] = "closed",
     seed: Annotated[list[int] | None, typer.Option(help="May be repeated. Default: `study.seeds`.")] = None,
     num_workers: Annotated[
         int | None, typer.Option(help="Workers per training. Default: `cluster.num_workers`.")
@@ -120,15 +204,25 @@ def train(
         return
     from ucir.cluster.launch import train_all
     from ucir.evaluation import last_scores
-    from ucir.reports.table import direction_table, display_name, plain, score_rows
+    from ucir.reports.table import direction_table, display_name, plain
 
     train_all(runs, params.cluster)
     block = params.datasets[dataset]
-    rows = score_rows(dataset, setting, method, last_scores(params, runs))
-    typer.echo("\n" + plain(direction_table(rows, display_name(f"P_at_{block.evaluate.cutoffs[0]}"))))
+    metric = display_name(f"P_at_{block.evaluate.cutoffs[0]}")
+    if scores := last_scores(params, runs):
+        typer.echo("\n" + plain(direction_table(dataset, setting, {method: scores}, metric)))
+    else:
+        typer.echo("no labels, so no scores: look at what is retrieved in the report of `uv run dvc repro`")
     for run in runs:
         typer.echo(f"weights: {run.folder / 'last.pt'}")
     typer.echo("Next: `uv run dvc repro` for the whole study with its report")
+
+
+def _dataset_block(dataset: str) -> DatasetParams:
+    params = load_params(raw=without_study())
+    if dataset not in params.datasets:
+        raise UserError(f"data set {dataset!r} is unknown; {nearest(dataset, params.datasets)}")
+    return params.datasets[dataset]
 
 
 @app.command()

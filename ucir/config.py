@@ -6,12 +6,14 @@ mistake costs a second and not a night. What a method may be given stands in the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from ucir.data.catalogue import FOLDER, Entry
+from ucir.data.catalogue import entry as catalogue_entry
 from ucir.errors import UserError, nearest
 
 PARAMS_FILE = "params.yaml"
@@ -19,7 +21,9 @@ PARAMS_FILE = "params.yaml"
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
-Setting = Literal["closed"]
+Seeds = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]
+Setting = Literal["closed", "partial", "open"]
+DIGEST = r"^(md5|sha256):[0-9a-f]{6,64}$"
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.]+$")]
 
 
@@ -77,6 +81,9 @@ class PackParams(Block):
 
     side: Annotated[int, Field(ge=16, le=1024)] = 256
     """Pixels per side of the stored square."""
+    fit: Literal["squash", "crop", "letterbox"] = "squash"
+    """How a picture becomes a square: squash keeps all of it and views undo the distortion; crop keeps the
+    centre square of the shorter side; letterbox pads the shorter side with white."""
     max_bad_share: Share = 0.01
     """More bad files than this share of a domain stop the stage."""
     max_pixels: Count = 100_000_000
@@ -86,7 +93,18 @@ class PackParams(Block):
 class EncoderParams(Block):
     """The network: backbone, two-layer head as in MoCo v2, L2-normalised output."""
 
-    backbone: Literal["resnet50", "resnet18", "convnet"] = "resnet50"
+    backbone: Literal[
+        "convnet",
+        "resnet18",
+        "resnet34",
+        "resnet50",
+        "resnet101",
+        "resnet152",
+        "resnext50_32x4d",
+        "resnext101_32x8d",
+        "wide_resnet50_2",
+    ] = "resnet50"
+    """torchvision's ResNets by their names there, or our small ``convnet``."""
     width: Annotated[int, Field(ge=4, le=512)] = 64
     """Channels of the first block; the ResNets are built for 64."""
     feature_dim: Annotated[int, Field(ge=2, le=2048)] = 128
@@ -110,16 +128,27 @@ class PretrainParams(Block):
 
 
 class StartParams(Block):
-    """Where training starts: a checkpoint in MoCo v2's published layout, or a pretraining of our own."""
+    """Where training starts, in one of three ways."""
 
     encoder: EncoderParams = EncoderParams()
     checkpoint: str | None = None
+    """A file in MoCo v2's published layout, or its http(s) address."""
+    digest: Annotated[str | None, Field(pattern=DIGEST)] = None
+    """Of the checkpoint, whole or its beginning: ``md5:a04e12f8``."""
+    torchvision: str | None = None
+    """torchvision's weights for the backbone by name, e.g. IMAGENET1K_V2: learnt *with* ImageNet's labels."""
     pretrain: PretrainParams | None = None
+    """A label-free pretraining of our own."""
 
     @model_validator(mode="after")
     def _one_way_in(self) -> Self:
-        if (self.checkpoint is None) == (self.pretrain is None):
-            raise ValueError("give either 'checkpoint' (a file) or 'pretrain' (a block), not both")
+        if sum(way is not None for way in (self.checkpoint, self.torchvision, self.pretrain)) != 1:
+            raise ValueError(
+                "give one of 'checkpoint' (a file or an address), 'torchvision' (a name) and 'pretrain' "
+                "(a block)"
+            )
+        if self.digest and not self.checkpoint:
+            raise ValueError("digest: belongs to 'checkpoint'")
         return self
 
 
@@ -139,18 +168,46 @@ class SampleParams(Block):
     seed: Annotated[int, Field(ge=0)] = 0
 
 
+class SplitParams(Block):
+    """Label spaces of the settings ``partial`` and ``open``; see :mod:`ucir.data.splits`."""
+
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Draws the classes that both domains have: half of all, rounded down."""
+    shared: tuple[str, ...] | None = None
+    """Those classes by name, instead of a draw."""
+
+
 class DatasetParams(Block):
-    """One data set, ``<source>/<domain>/<class>/<file>``."""
+    """One data set."""
 
     source: str
-    pairs: Annotated[tuple[str, ...], Field(min_length=1)]
-    """Two domain names joined by '-'; one training serves both directions."""
+    """A folder or an archive (zip, tar, tar.gz); archives in the folder are read in place."""
+    catalogue: str = FOLDER
+    """The data set's entry in the catalogue (``ucir fetch`` lists them): names, counts, printed tables."""
+    pairs: tuple[Annotated[str, Field(pattern=r"^[^/]+[->][^/]+$")], ...] = ()
+    """``A-B``: two domains, both directions; ``A>B``: query A, gallery B alone. Default: the catalogue's."""
     sample: SampleParams | None = None
     """Only for the sample: it is drawn into ``source`` instead of being looked for there."""
     pack: PackParams = PackParams()
     view: ViewParams = ViewParams()
     start: StartParams
     evaluate: EvaluateParams = EvaluateParams()
+    split: SplitParams = SplitParams()
+
+    @model_validator(mode="after")
+    def _pairs_are_known(self) -> Self:
+        known = self.entry.pairs
+        if not self.pairs:
+            if not known:
+                raise ValueError("pairs: missing; two domains joined by '-', e.g. [sketches-photos]")
+            pairs = dict.fromkeys(pair for paper in known.values() for pair in paper)
+            object.__setattr__(self, "pairs", tuple(pairs))
+        return self
+
+    @property
+    def entry(self) -> Entry:
+        """The data set's entry in the catalogue."""
+        return catalogue_entry(self.catalogue)
 
 
 class SettingParams(Block):
@@ -158,6 +215,8 @@ class SettingParams(Block):
 
     dataset: Name
     setting: Setting
+    pairs: tuple[str, ...] | None = None
+    """None = the data set's."""
 
 
 class RunParams(SettingParams):
@@ -176,7 +235,7 @@ class StudyParams(Block):
     """What `uv run dvc repro` runs; written by `uv run ucir study NAME`."""
 
     name: str
-    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]
+    seeds: Seeds
     datasets: dict[Name, SourceParams]
     samples: dict[Name, SourceParams]
     """Those of ``datasets`` that are drawn here."""
@@ -184,13 +243,31 @@ class StudyParams(Block):
     runs: dict[str, RunParams]
 
 
-class StudyRecipe(Block):
-    """A study to choose from: the product of its lists."""
+class StudyPart(Block):
+    """A product of lists; for a paper's table, its rows and columns."""
 
     datasets: Annotated[tuple[Name, ...], Field(min_length=1)]
     settings: Annotated[tuple[Setting, ...], Field(min_length=1)]
     methods: Annotated[tuple[str, ...], Field(min_length=1)]
-    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]
+    pairs: tuple[str, ...] | None = None
+    """None = those of the data sets."""
+
+
+class StudyRecipe(Block):
+    """A study to choose from: one part, or several by name."""
+
+    seeds: Seeds
+    parts: Annotated[dict[str, StudyPart], Field(min_length=1)]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_part_needs_no_name(cls, given: Any) -> Any:
+        if not isinstance(given, dict) or "parts" in given:
+            return given
+        return {
+            **{key: value for key, value in given.items() if key not in StudyPart.model_fields},
+            "parts": {"all": {k: v for k, v in given.items() if k in StudyPart.model_fields}},
+        }
 
 
 class ClusterParams(Block):
@@ -234,12 +311,46 @@ class Params(Block):
         return self
 
 
-def load_params(path: Path | str = PARAMS_FILE, overrides: Sequence[str] = ()) -> Params:
+def parse_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file with blocks, as DVC reads it: a key given twice is an error.
+
+    Raises:
+        UserError: no such file, not YAML, no blocks.
+    """
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
+
+    try:
+        raw = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; run the command in the project's folder") from None
+    except (YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not readable as YAML: {_first_words(error)}") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: no blocks in it; restore it with `git checkout {path}`")
+    return raw
+
+
+def without_study(raw: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """params.yaml with no active study, which may be out of date and about to be renewed.
+
+    Args:
+        raw: the blocks; None = read them.
+    """
+    raw = parse_yaml(Path(PARAMS_FILE)) if raw is None else raw
+    none = {"name": "none", "seeds": [0], "datasets": {}, "samples": {}, "settings": {}, "runs": {}}
+    return {**raw, "study": none}
+
+
+def load_params(
+    path: Path | str = PARAMS_FILE, overrides: Sequence[str] = (), raw: dict[str, Any] | None = None
+) -> Params:
     """Read and check params.yaml.
 
     Args:
         path: the file.
         overrides: ``key.path=value`` each, as if they stood in the file.
+        raw: what stands in the file, where that is at hand.
 
     Raises:
         UserError: no such file, not YAML, an unknown key, a value out of range; names file and field.
@@ -248,15 +359,8 @@ def load_params(path: Path | str = PARAMS_FILE, overrides: Sequence[str] = ()) -
     from ruamel.yaml.error import YAMLError
 
     path = Path(path)
-    yaml = YAML(typ="safe", pure=True)  # as DVC reads it: a key given twice is an error
-    try:
-        raw = yaml.load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; run the command in the project's folder") from None
-    except (YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not readable as YAML: {_first_words(error)}") from None
-    if not isinstance(raw, dict):
-        raise UserError(f"{path}: no blocks in it; restore it with `git checkout {path}`")
+    yaml = YAML(typ="safe", pure=True)
+    raw = parse_yaml(path) if raw is None else raw
     for override in overrides:
         key, equals, value = override.partition("=")
         *blocks, last = key.split(".")

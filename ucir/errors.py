@@ -18,6 +18,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """The hint for a wrong name: the nearest known one, or all of them."""
     known = sorted(known)
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    if not known:
+        return "there is none"
     return f"did you mean {near[0]!r}?" if near else f"there is: {', '.join(known)}"
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,9 @@ from torch import Tensor
 
 from ucir import tracking
 from ucir.cluster.runs import Run
-from ucir.config import DatasetParams, Params
-from ucir.data.pack import open_domain, read_index, read_info, split_pair
+from ucir.config import DatasetParams, Params, SplitParams
+from ucir.data.pack import DomainImages, open_domain, read_index, read_info, split_pair
+from ucir.data.splits import LabelSpaces, directions, label_spaces, trainings
 from ucir.devices import choose_device
 from ucir.errors import UserError
 from ucir.models.checkpoints import load_encoder
@@ -45,42 +46,34 @@ class DirectionScore:
 
 
 def encoder_features(
-    checkpoint: Path, block: DatasetParams, pack: Path, domains: list[str], device: torch.device
+    checkpoint: Path, block: DatasetParams, images: Sequence[DomainImages], device: torch.device
 ) -> dict[str, Tensor]:
     """Unit features of each domain by the encoder of a checkpoint, on the CPU."""
     encoder = new_encoder(block.start.encoder, 0)
     load_encoder(encoder, checkpoint)
-    images = tuple(open_domain(pack, domain) for domain in domains)
-    found = extract_features(encoder.to(device), images, block.view, device)
-    return {domain: x.cpu() for domain, x in zip(domains, found, strict=True)}
+    found = extract_features(encoder.to(device), tuple(images), block.view, device)
+    return {domain.name: x.cpu() for domain, x in zip(images, found, strict=True)}
 
 
-def pair_labels(pack: Path) -> dict[str, list[str]]:
-    """Class names of all images, by domain."""
+def domain_labels(pack: Path) -> dict[str, list[str]]:
+    """Class names of all images, by domain; empty names in a domain without labels."""
     return {domain: [p.label for p in read_index(pack, domain)] for domain in read_info(pack).counts}
 
 
-def score_pair(
+def score_direction(
     features: Mapping[str, Tensor],
     labels: Mapping[str, list[str]],
-    pair: tuple[str, str],
+    direction: tuple[str, str],
     seed: int,
     epoch_choice: str,
     cutoffs: tuple[int, ...],
 ) -> list[DirectionScore]:
-    """Both directions of a pair."""
-    return [
-        DirectionScore(
-            query,
-            gallery,
-            seed,
-            epoch_choice,
-            retrieval_scores(
-                features[query], features[gallery], labels[query], labels[gallery], cutoffs
-            ).named(),
-        )
-        for query, gallery in (pair, pair[::-1])
-    ]
+    """One direction's scores; nothing when one of the domains has no labels."""
+    query, gallery = direction
+    if not any(labels[query]) or not any(labels[gallery]):
+        return []
+    scores = retrieval_scores(features[query], features[gallery], labels[query], labels[gallery], cutoffs)
+    return [DirectionScore(query, gallery, seed, epoch_choice, scores.named())]
 
 
 def write_scores(path: Path, scores: list[DirectionScore]) -> None:
@@ -126,7 +119,8 @@ def load_features(path: Path) -> dict[str, Tensor]:
 def evaluate_method(params: Params, dataset: str, setting: str, method: str, results: Path) -> None:
     """Score every trained run under ``<results>/<dataset>/<setting>/<method>/train``.
 
-    Writes ``metrics.json`` and the last epoch's features beside it, and the scores to MLflow.
+    Writes ``metrics.json`` and the last epoch's features beside it, and the scores to MLflow. Without
+    labels there are features and no scores.
 
     Raises:
         UserError: nothing is trained, or a checkpoint does not fit.
@@ -136,17 +130,24 @@ def evaluate_method(params: Params, dataset: str, setting: str, method: str, res
     trained = sorted((folder / "train").glob("*/run.json"))
     if not trained:
         raise UserError(f"{folder / 'train'}: nothing trained; run `uv run dvc repro train` first")
-    labels = pair_labels(PACKS / dataset)
     device = choose_device(params.cluster)
     scores: list[DirectionScore] = []
     tracker = _Tracker(dataset, setting, method, block)
     for path in trained:
         run = json.loads(path.read_text("utf-8"))
-        pair = split_pair(run["pair"], list(labels))
+        spaces = LabelSpaces(**run["label_spaces"])
+        pair = split_pair(run["pair"], list(read_info(PACKS / dataset).counts))
         own = []
         for choice, name in ((LAST, "last.pt"), (BEST, "best.pt")):
-            features = encoder_features(path.parent / name, block, PACKS / dataset, list(pair), device)
-            own += score_pair(features, labels, pair, int(run["seed"]), choice, block.evaluate.cutoffs)
+            if not (path.parent / name).exists():
+                continue
+            features, labels = _pair_features(
+                path.parent / name, block, PACKS / dataset, pair, spaces, device
+            )
+            for direction in directions(setting, pair):
+                own += score_direction(
+                    features, labels, direction, int(run["seed"]), choice, block.evaluate.cutoffs
+                )
             if choice == LAST:
                 save_features(folder / "evaluate" / f"{path.parent.name}.npz", features)
         tracker.log(run["run_key"], own)
@@ -154,48 +155,90 @@ def evaluate_method(params: Params, dataset: str, setting: str, method: str, res
     write_scores(folder / "metrics.json", scores)
 
 
-def evaluate_start(params: Params, dataset: str, setting: str, results: Path) -> None:
-    """Score the random network and the start on every pair, as :func:`evaluate_method` does."""
-    block = params.datasets[dataset]
-    labels = pair_labels(PACKS / dataset)
+def evaluate_start(params: Params, key: str, results: Path) -> None:
+    """Score the random network and the start in every direction of ``study.settings.<key>``.
+
+    Writes what :func:`evaluate_method` writes, and the setting's label spaces as ``label_spaces.json``.
+    """
+    part = params.study.settings[key]
+    block = params.datasets[part.dataset]
+    pack = PACKS / part.dataset
+    info = read_info(pack)
+    spaces = label_spaces(part.setting, info.classes, block.split)
+    write_label_spaces(results / part.dataset / part.setting / "label_spaces.json", spaces, block.split)
+    every = domain_labels(pack)
+    kept = {
+        (domain, role): rows_of(labels, spaces.of(role))
+        for domain, labels in every.items()
+        for role in (0, 1)
+    }
+    images = [open_domain(pack, domain) for domain in every]
     device = choose_device(params.cluster)
     for method, name in ((UNTRAINED, "untrained.pt"), (PRETRAINED, "start.pt")):
-        checkpoint = STARTS / dataset / name
-        features = encoder_features(checkpoint, block, PACKS / dataset, list(labels), device)
-        folder = results / dataset / setting / method
+        checkpoint = STARTS / part.dataset / name
+        features = encoder_features(checkpoint, block, images, device)
+        folder = results / part.dataset / part.setting / method
         save_features(folder / "evaluate" / "all.npz", features)
-        key = hashlib.sha256(checkpoint.read_bytes()).hexdigest()[:12]
-        tracker = _Tracker(dataset, setting, method, block)
+        run_key = hashlib.sha256(checkpoint.read_bytes()).hexdigest()[:12]
+        tracker = _Tracker(part.dataset, part.setting, method, block)
         scores = []
-        for pair in block.pairs:
-            own = score_pair(
-                features,
-                labels,
-                split_pair(pair, list(labels)),
-                block.start.pretrain.seed if block.start.pretrain else 0,
-                LAST,
-                block.evaluate.cutoffs,
-            )
-            tracker.log(key, own)
-            scores += own
+        for pair in trainings(part.setting, part.pairs or block.pairs, list(every)):
+            for query, gallery in directions(part.setting, pair):
+                rows = {query: kept[query, 0], gallery: kept[gallery, 1]}
+                own = score_direction(
+                    {domain: features[domain][row] for domain, row in rows.items()},
+                    {domain: [every[domain][i] for i in row] for domain, row in rows.items()},
+                    (query, gallery),
+                    block.start.pretrain.seed if block.start.pretrain else 0,
+                    LAST,
+                    block.evaluate.cutoffs,
+                )
+                tracker.log(run_key, own)
+                scores += own
         write_scores(folder / "metrics.json", scores)
+
+
+def write_label_spaces(path: Path, spaces: LabelSpaces, split: SplitParams) -> None:
+    """Who has which classes, so that anybody can repeat it; null = all."""
+    told = {**asdict(spaces), "seed": None if split.shared else split.seed}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+
+
+def rows_of(labels: Sequence[str], space: Collection[str] | None) -> list[int]:
+    """Slots of the pictures whose class is in a label space; None = all."""
+    return [slot for slot, label in enumerate(labels) if space is None or label in space]
 
 
 def last_scores(params: Params, runs: list[Run]) -> list[DirectionScore]:
     """Scores of finished runs' last epoch, straight from their folders."""
     scores = []
-    labels = pair_labels(runs[0].pack)  # the runs of a plan share their pack
     device = choose_device(params.cluster)
     for run in runs:
-        features = encoder_features(
-            run.folder / "last.pt",
-            params.datasets[run.dataset],
-            run.pack,
-            list(run.pair),
-            device,
+        block = params.datasets[run.dataset]
+        features, labels = _pair_features(
+            run.folder / "last.pt", block, run.pack, run.pair, run.spaces, device
         )
-        scores += score_pair(features, labels, run.pair, run.seed, LAST, run.cutoffs)
+        for direction in run.directions:
+            scores += score_direction(features, labels, direction, run.seed, LAST, run.cutoffs)
     return scores
+
+
+def _pair_features(
+    checkpoint: Path,
+    block: DatasetParams,
+    pack: Path,
+    pair: tuple[str, str],
+    spaces: LabelSpaces,
+    device: torch.device,
+) -> tuple[dict[str, Tensor], dict[str, list[str]]]:
+    """Features and class names of a training's pictures, by domain."""
+    images = [open_domain(pack, domain, spaces.of(role)) for role, domain in enumerate(pair)]
+    labels = {
+        domain: [p.label for p in read_index(pack, domain, spaces.of(role))]
+        for role, domain in enumerate(pair)
+    }
+    return encoder_features(checkpoint, block, images, device), labels
 
 
 class _Tracker:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
@@ -79,6 +80,13 @@ class Progress:
         if self.bar:
             self.bar.update(self.task, completed=self.done)
 
+    def reach(self, done: int, total: int) -> None:
+        """So many of so many steps are finished, where only the work itself knows how many there are."""
+        self.total = total
+        if self.bar:
+            self.bar.update(self.task, total=total)
+        self.advance(done - self.done)
+
     def message(self, text: str) -> None:
         """A line of its own, above the bar."""
         if self.bar:
@@ -92,3 +100,32 @@ def clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def by_domain(title: str) -> Callable[[str, int, int], None]:
+    """A callback (domain, files done, files in all) with a bar for each domain."""
+    bars: dict[str, Progress] = {}
+
+    def show(domain: str, done: int, total: int) -> None:
+        if domain not in bars:
+            bars[domain] = Progress(f"{title} {domain}", total, "file").__enter__()
+        bars[domain].advance(done - bars[domain].done)
+        if done == total:
+            bars[domain].__exit__(None, None, None)
+
+    return show
+
+
+def by_bytes(title: str) -> Callable[[int, int | None], None]:
+    """A callback (bytes there, bytes in all) with a bar in MiB."""
+    bar: list[Progress] = []
+
+    def show(done: int, total: int | None) -> None:
+        if not bar:
+            bar.append(Progress(title, round((total or 0) / 2**20), "MiB").__enter__())
+            bar[0].skip(max(0, round(done / 2**20) - 1))
+        bar[0].advance(round(done / 2**20) - bar[0].done)
+        if done == total:
+            bar[0].__exit__(None, None, None)
+
+    return show

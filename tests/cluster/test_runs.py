@@ -14,24 +14,11 @@ from ucir.cluster.launch import train_all
 from ucir.cluster.plan import describe
 from ucir.cluster.runs import Run, materialise, plan_runs
 from ucir.config import ClusterParams, load_params
-from ucir.data.pack import write_pack
 from ucir.devices import choose_device
 from ucir.errors import UserError
 from ucir.models.checkpoints import load_state, save_encoder
 from ucir.models.encoder import new_encoder
 from ucir.training.loop import PairTraining
-
-
-@pytest.fixture
-def prepared(project: Path) -> Path:
-    """The project with pack and start weights."""
-    params = load_params()
-    block = params.datasets["shapes"]
-    domains = ["art", "photo", "real-life"]
-    write_pack(Path(block.source), domains, Path("data/packs/shapes"), block.pack)
-    for name in ("untrained.pt", "start.pt"):
-        save_encoder(new_encoder(block.start.encoder, 0), Path("data/start/shapes") / name)
-    return project
 
 
 def plan(**changes: Any) -> list[Run]:
@@ -68,7 +55,7 @@ def test_faults_are_found_before_any_training(prepared: Path) -> None:
         ({"datasets__shapes__start__encoder__width": 8}, "does not fit the encoder"),
         (
             {"datasets__shapes__pack__side": 30},
-            "holds pictures of 20 px, but datasets.shapes.pack.side is 30",
+            "holds pictures of 20 px .squash., but datasets.shapes.pack says 30 px",
         ),
         ({"methods__ucdir__shape__lr": 1}, "there is no data set 'shape'; did you mean 'shapes'"),
     ):
@@ -76,8 +63,8 @@ def test_faults_are_found_before_any_training(prepared: Path) -> None:
             plan(**changes)
     with pytest.raises(UserError, match="data set 'shape' is unknown; did you mean 'shapes'"):
         plan_runs(load_params(), "shape", "closed", "ucdir")
-    with pytest.raises(UserError, match="setting 'open' is unknown"):
-        plan_runs(load_params(), "shapes", "open", "ucdir")
+    with pytest.raises(UserError, match="setting 'ajar' is unknown"):
+        plan_runs(load_params(), "shapes", "ajar", "ucdir")
     (prepared / "data/start/shapes/start.pt").write_bytes(b"garbage")
     with pytest.raises(UserError, match="unreadable as a checkpoint"):
         plan()
@@ -131,12 +118,13 @@ def test_runs_are_trained_tracked_and_never_repeated(
         train_all(runs, cluster)
     assert [run.done for run in runs] == [True, False]
     assert len(runs[1].history()) == 2
-    finished = (runs[0].folder / "state.pt").stat().st_mtime_ns
+    assert not (runs[0].folder / "state.pt").exists(), "a finished run needs no state"
+    finished = (runs[0].folder / "done.json").stat().st_mtime_ns
 
     monkeypatch.setattr(PairTraining, "train_epoch", original)
     capsys.readouterr()
     train_all(runs, cluster)
-    assert (runs[0].folder / "state.pt").stat().st_mtime_ns == finished
+    assert (runs[0].folder / "done.json").stat().st_mtime_ns == finished
     printed = capsys.readouterr().out
     assert "ucdir art-photo s0: finished before" in printed
     assert "resumes after epoch 2 of 4" in printed
@@ -145,7 +133,7 @@ def test_runs_are_trained_tracked_and_never_repeated(
     # undisturbed, the second pair ends alike
     other = Run(**{**runs[1].__dict__, "folder": prepared / "runs/other", "key": "undisturbed"})
     train_all([other], cluster)
-    assert load_state(other.folder / "state.pt")["history"][3]["train/loss_total"] == pytest.approx(
+    assert other.history()[3]["train/loss_total"] == pytest.approx(
         runs[1].history()[3]["train/loss_total"], rel=0
     )
     one, two = (load_state(run.folder / "last.pt")["state_dict"] for run in (runs[1], other))

@@ -81,8 +81,8 @@ def test_the_report_stands_and_shows_every_part(workspace: Path) -> None:
         "http://creativecommons.org", ""
     ).replace("https://matplotlib.org", ""), "the page must need nothing else"
     lines = (workspace / "reports/results.csv").read_text().splitlines()
-    # (untrained + pretrained + ucdir last + ucdir best) x 4 directions x 3 metrics
-    assert len(lines) == 1 + 4 * 4 * 3
+    # (untrained + pretrained + ucdir last + ucdir best) x (4 directions + their mean) x 3 metrics
+    assert len(lines) == 1 + 4 * 5 * 3
     assert "**shapes, closed: P@2" in (workspace / "reports/results.md").read_text()
 
 
@@ -92,6 +92,18 @@ def test_a_second_repro_does_nothing_and_a_weight_re_runs_its_method(workspace: 
     output = repro(workspace)
     assert stages_run(output) == ["train@shapes-closed-ucdir", "evaluate@shapes-closed-ucdir", "report"]
     assert "finished before" not in output
+
+
+def test_prepare_keeps_what_it_has_decoded(workspace: Path) -> None:
+    kept = workspace / "data/packs/shapes/unfinished"
+    new = workspace / "images/art/circle/new.png"
+    new.write_bytes(b"no image, and one of 23 is too many")
+    output = repro(workspace, "--single-item", "prepare@shapes", check=False)
+    assert "1 of 23 files are bad" in output
+    assert (kept / "earlier.json").exists(), "DVC must not clear the stage's folder (persist)"
+    new.unlink()
+    assert stages_run(repro(workspace, "--single-item", "prepare@shapes")) == ["prepare@shapes"]
+    assert not kept.exists()
 
 
 def test_a_killed_repro_goes_on_and_ends_as_an_undisturbed_one(workspace: Path) -> None:

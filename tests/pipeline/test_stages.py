@@ -89,8 +89,10 @@ def test_stages_in_the_wrong_order_name_the_right_one(
 ) -> None:
     assert "no finished pack; run `uv run dvc repro prepare` first" in refused(stage, "pretrain", "shapes")
     stage("prepare", "shapes")
-    assert "22 art, 28 photo, 34 real-life images in 3 classes at 20 px" in capsys.readouterr().out
-    assert "no start weights" in refused(stage, "train", "shapes", "closed", "ucdir")
+    printed = capsys.readouterr().out
+    assert "84 pictures of 3 domains at 20 px" in printed
+    assert "28 pictures, 3 classes" in printed
+    assert "no start weights" in refused(stage, "train", "shapes-closed-ucdir")
     params = tiny_params("images")
     params["datasets"]["shapes"]["start"] = {
         "encoder": {"backbone": "convnet", "width": 4},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +13,23 @@ import torch
 from PIL import Image
 from torch.nn.functional import normalize
 
+from ucir.data.catalogue import entry
+from ucir.data.pack import DomainImages
 from ucir.evaluation import BEST, LAST, DirectionScore, read_scores, write_scores
-from ucir.reports.figures import HIT, MISS, QUERY, curves, embedding, query_slots, retrieval_grid
-from ucir.reports.table import direction_table, markdown, plain, read_results, score_rows, write_csv
+from ucir.methods import METHODS, TO_COME
+from ucir.reports.figures import HIT, MISS, QUERY, UNKNOWN, curves, embedding, query_slots, retrieval_grid
+from ucir.reports.reference import PrintedCell, printed_cells
+from ucir.reports.table import (
+    cell,
+    comparison_tables,
+    direction_table,
+    latex,
+    markdown,
+    plain,
+    read_results,
+    result_rows,
+    write_csv,
+)
 
 
 def scores(shift: float, seeds: tuple[int, ...] = (0, 1), choices: tuple[str, ...] = (LAST, BEST)):  # type: ignore[no-untyped-def]
@@ -41,40 +56,116 @@ def test_scores_come_back_and_the_mean_stands_first(tmp_path: Path) -> None:
 def test_tables_hold_means_deviations_and_the_best(tmp_path: Path) -> None:
     for method, found in (("pretrained", scores(-30, (0,), (LAST,))), ("ucdir", scores(0))):
         write_scores(tmp_path / "x/closed" / method / "metrics.json", found)
-    rows = read_results(tmp_path, "x", "closed", ["pretrained", "ucdir"])
-    table = direction_table(rows, "P@2")
+    own = read_results(tmp_path, "x", "closed", ["pretrained", "ucdir"])
+    table = direction_table("x", "closed", own, "P@2")
     assert table.columns == ["art → photo", "photo → art", "mean"]
     assert table.rows == [
         ("pretrained", ["20.0", "10.0", "15.0"]),
-        ("ucdir", ["50.5 ± 0.7", "40.5 ± 0.7", "45.5"]),
+        ("ucdir", ["50.5 ± 0.7", "40.5 ± 0.7", "45.5 ± 0.7"]),
     ]
-    assert "| ucdir | **50.5 ± 0.7** | **40.5 ± 0.7** | **45.5** |" in markdown(table)
-    assert plain(table).splitlines()[-1].split() == ["ucdir", "50.5", "±", "0.7", "40.5", "±", "0.7", "45.5"]
+    assert "| ucdir | **50.5 ± 0.7** | **40.5 ± 0.7** | **45.5 ± 0.7** |" in markdown(table)
+    assert plain(table).splitlines()[-1].split()[:4] == ["ucdir", "50.5", "±", "0.7"]
     # by labels: the start has no epochs to choose from and shows its only scores
-    assert [cells[-1] for _, cells in direction_table(rows, "P@2", BEST).rows] == ["15.0", "46.5"]
-    write_csv(rows, tmp_path / "results.csv")
+    best = direction_table("x", "closed", own, "P@2", BEST)
+    assert [cells[-1] for _, cells in best.rows] == ["15.0", "46.5 ± 0.7"]
+    write_csv(result_rows("x", "closed", own), tmp_path / "results.csv")
     written = list(csv.DictReader((tmp_path / "results.csv").open()))
     columns = "dataset,setting,method,query_domain,gallery_domain,metric,epoch_choice,mean,std,seeds,"
     assert list(written[0]) == f"{columns}paper_value,paper_source".split(",")
-    (line,) = [
-        r
-        for r in written
-        if (r["method"], r["query_domain"], r["metric"], r["epoch_choice"]) == ("ucdir", "art", "P@2", LAST)
+    key = ("method", "metric", "epoch_choice", "query_domain")
+    lines = {tuple(line[name] for name in key): line for line in written}
+    for query, mean in (("art", "50.5"), ("AVERAGE", "45.5")):
+        line = lines["ucdir", "P@2", LAST, query]
+        assert (line["mean"], line["std"], line["seeds"], line["paper_value"]) == (mean, "0.7071", "2", "")
+
+
+def test_the_deviation_of_a_mean_is_over_seeds_not_over_directions() -> None:
+    # seed 0: 10 and 30, seed 1: 20 and 40: the means are 20 and 30
+    own = [
+        DirectionScore(q, g, seed, LAST, {"P_at_2": value + 10 * seed})
+        for q, g, value in (("a", "b", 10.0), ("b", "a", 30.0))
+        for seed in (0, 1)
     ]
-    assert (line["mean"], line["std"], line["seeds"], line["paper_value"]) == ("50.5", "0.7071", "2", "")
+    found = cell(own, "P@2", LAST, [("a", "b"), ("b", "a")])
+    assert found is not None
+    assert (found.mean, found.seeds) == (25.0, 2)
+    assert found.std == pytest.approx(10 / 2**0.5)
+    assert cell(own[:3], "P@2", LAST, [("a", "b"), ("b", "a")]) is None, "a mean of what is there is no mean"
+    assert cell(own[:1], "P@2", LAST, [("a", "b")]).std is None  # type: ignore[union-attr]
 
 
-def test_one_seed_has_no_deviation() -> None:
-    (row, *_) = score_rows("x", "closed", "m", scores(0, (0,)))
-    assert row.std is None
+def paper(method: str, query: str, gallery: str, value: float | None) -> PrintedCell:
+    return PrintedCell("UCDIR Table 9", "x", "closed", method, query, gallery, "P@2", value, None)
+
+
+def test_ours_stand_beside_the_printed_numbers() -> None:
+    own = {"ucdir": scores(0), "mine": scores(5)}
+    printed = [
+        paper("pcs", "art", "photo", 41.04),
+        paper("pcs", "photo", "art", None),
+        paper("ucdir", "art", "photo", 52.0),
+        paper("ucdir", "photo", "art", None),
+        paper("ucdir", "AVERAGE", "AVERAGE", 44.0),
+    ]
+    (table,) = comparison_tables(own, printed)
+    assert table.columns == ["art → photo", "photo → art", "mean"]
+    assert table.rows == [
+        ("pcs", ["(41.0)", "(lost)", ""]),
+        ("ucdir", ["50.5 ± 0.7 (52.0, −1.5)", "40.5 ± 0.7 (lost)", "45.5 ± 0.7 (44.0, +1.5)"]),
+    ]
+    assert table.best == [1, 1, 1]
+    every = result_rows("x", "closed", own, printed)
+    rows = {(r.method, r.query_domain, r.epoch_choice): r for r in every if r.metric == "P@2"}
+    assert rows["ucdir", "art", LAST].paper_value == 52.0
+    assert rows["ucdir", "art", LAST].paper_source == "UCDIR Table 9"
+    assert rows["ucdir", "AVERAGE", LAST].paper_value == 44.0
+    assert (rows["pcs", "art", LAST].mean, rows["pcs", "art", LAST].paper_value) == (None, 41.04)
+    assert rows["pcs", "photo", LAST].paper_source == "UCDIR Table 9 (lost in the scan)"
+    assert rows["mine", "art", LAST].paper_source == ""
+    # over other directions than the table's, our mean is another thing
+    one = {"ucdir": [s for s in scores(0) if s.query == "art"]}
+    (table,) = comparison_tables(one, printed)
+    assert table.rows[1][1][2] == "(44.0)"
+    rows_of_one = result_rows("x", "closed", one, printed)
+    assert all(row.mean is None for row in rows_of_one if row.query_domain == "AVERAGE")
+
+
+def test_latex_has_booktabs_rules_and_escapes() -> None:
+    own = {"a_b&c": scores(0), "d": scores(5)}
+    text = latex(direction_table("x_y", "closed", own, "P@2"))
+    for part in (r"\toprule", r"\midrule", r"\bottomrule", r"a\_b\&c & 50.5 $\pm$ 0.7", r"art $\to$ photo"):
+        assert part in text
+    assert r"d & \textbf{55.5 $\pm$ 0.7} & \textbf{45.5 $\pm$ 0.7} & \textbf{50.5 $\pm$ 0.7} \\" in text
+
+
+def test_the_printed_tables_are_those_of_the_papers() -> None:
+    cells = printed_cells()
+    assert Counter(c.table.split()[0] for c in cells) == {"UCDIR": 546, "UEM": 862}
+    assert sum(c.value is None for c in cells) == 14 + 8 + 1
+    by_place = {(c.table, c.dataset, c.setting, c.method, *c.direction, c.metric): c for c in cells}
+    assert len(by_place) == len(cells)
+    one = by_place["UCDIR Table 2", "domainnet", "closed", "ucdir", "AVERAGE", "AVERAGE", "P@50"]
+    assert one.value == 47.09
+    two = by_place["UEM Table 1", "office31", "closed", "cds", "amazon", "dslr", "mAP@All"]
+    assert (two.value, two.std) == (66.7, 1.1)
+    for c in cells:
+        assert {c.query_domain, c.gallery_domain} <= {*entry(c.dataset).domains, "AVERAGE"}
+        assert c.method in {*METHODS, *TO_COME}
 
 
 def test_the_grid_frames_query_hits_and_misses() -> None:
     grey = np.full((4, 8, 8, 3), 128, np.uint8)
-    png = retrieval_grid(grey, grey, [1], np.array([[0, 3]]), ["a", "b", "a", "b"], ["b", "b", "b", "a"])
-    image = Image.open(io.BytesIO(png)).convert("RGB")
-    cell = (image.width - 4) // 3
-    assert [image.getpixel((x, 1)) for x in (1, cell + 5, 2 * cell + 5)] == [QUERY, HIT, MISS]
+    images = DomainImages("x", grey, np.arange(4), np.full((4, 2), 8))
+
+    def frames(query_label: str) -> list[object]:
+        labels = ["a", query_label, "a", "b"]
+        png = retrieval_grid(images, images, [1], np.array([[0, 3]]), labels, ["b", "b", "b", "a"])
+        image = Image.open(io.BytesIO(png)).convert("RGB")
+        wide = (image.width - 4) // 3
+        return [image.getpixel((x, 1)) for x in (1, wide + 5, 2 * wide + 5)]
+
+    assert frames("b") == [QUERY, HIT, MISS]
+    assert frames("") == [QUERY, UNKNOWN, UNKNOWN]
 
 
 def test_the_same_queries_for_every_method_one_of_each_class_first() -> None:

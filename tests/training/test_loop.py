@@ -16,7 +16,8 @@ from torch.multiprocessing import spawn
 
 from tests.conftest import CLASSES, make_images
 from ucir.config import AugmentParams, EncoderParams, PackParams, PretrainParams, StartParams, ViewParams
-from ucir.data.pack import open_domain, write_pack
+from ucir.data.pack import open_domain
+from ucir.data.prepare import write_pack
 from ucir.methods.base import Term
 from ucir.methods.ucdir import Ucdir, UcdirParams
 from ucir.models.checkpoints import save_encoder

@@ -175,7 +175,8 @@ def _track(run: Run, uri: str) -> None:
 
 def _told(run: Run, entry: dict[str, float]) -> str:
     cutoff = run.cutoffs[0]
+    score = entry.get(f"val/P_at_{cutoff}")
     return (
         f"{run.name} epoch {int(entry['epoch']) + 1}/{run.params.epochs} "
-        f"loss {entry['train/loss_total']:.3f} P@{cutoff} {entry[f'val/P_at_{cutoff}']:.1f}"
+        f"loss {entry['train/loss_total']:.3f}" + ("" if score is None else f" P@{cutoff} {score:.1f}")
     )

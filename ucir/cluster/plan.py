@@ -1,28 +1,181 @@
-"""What a set of runs will cost, from a few steps on this machine."""
+"""What a study or a set of runs will cost: how many runs, what is done, disk, hours on this machine."""
 
 from __future__ import annotations
 
 import json
+import tempfile
 import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
 import torch
 
-from ucir.cluster.runs import Run, open_pair
-from ucir.config import Params
+from ucir.cluster.runs import Run, plan_runs
+from ucir.config import DatasetParams, Params
+from ucir.data.pack import DomainImages, read_info
+from ucir.data.splits import label_spaces, trainings
 from ucir.devices import choose_device
-from ucir.methods import METHODS
-from ucir.progress import clock
+from ucir.errors import UserError
+from ucir.methods import METHODS, method_params
+from ucir.methods.base import MethodParams
+from ucir.models.checkpoints import save_encoder
+from ucir.models.encoder import new_encoder
+from ucir.paths import PACKS
+from ucir.progress import Progress, clock
+from ucir.study import study_runs
 from ucir.training.loop import PairTraining
 
-STEPS = 5
+STEPS = 3
+PROBE_BATCH = 8
+"""Images of each domain in the first, careful look at a step; a full batch is timed where that is short."""
+SHORT = 0.5
+"""Seconds."""
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Measured on this machine with pictures of noise: seconds."""
+
+    step: float
+    """One training step of the dearest phase."""
+    image: float
+    """One image of a feature pass."""
+
+    def epoch(self, params: MethodParams, counts: tuple[int, int]) -> float:
+        """One epoch of a pair with that many pictures."""
+        return self.step * (max(counts) // params.batch_size) + self.image * sum(counts)
+
+
+@dataclass(frozen=True)
+class PlannedTraining:
+    """One training of a study."""
+
+    part: str
+    dataset: str
+    setting: str
+    method: str
+    pair: tuple[str, str]
+    seed: int
+    built: bool
+    """Whether its method is there yet."""
+
+
+def measure_pace(block: DatasetParams, params: MethodParams, method: str, device: torch.device) -> Pace:
+    """A few steps on noise: needs no data and no start weights.
+
+    On a machine where a full batch would take long, a small one is timed and its time scaled.
+    """
+    side = block.pack.side
+    noise = np.random.default_rng(0).integers(0, 256, (2 * params.batch_size, side, side, 3), np.uint8)
+
+    def training(batch: int) -> PairTraining:
+        rows = np.arange(max(2 * batch, params.clusters)) % len(noise)
+        sizes = np.full((len(rows), 2), side)
+        first, second = (DomainImages(name, noise, rows, sizes) for name in "ab")
+        small = params.model_copy(update={"batch_size": batch})
+        with tempfile.TemporaryDirectory() as folder:
+            start = Path(folder) / "start.pt"
+            save_encoder(new_encoder(block.start.encoder, 0), start)
+            run = PairTraining(
+                (first, second), block.view, block.start.encoder, start, METHODS[method](small, 0), device
+            )
+        features = run.features()
+        run.method.start(features)
+        run.method.start_epoch(params.epochs - 1, features)
+        run.train_epoch(params.epochs - 1, max_steps=1)  # warm-up
+        return run
+
+    def timed(run: PairTraining) -> float:
+        steps = min(STEPS, len(run.batches))
+        began = time.perf_counter()
+        run.train_epoch(params.epochs - 1, max_steps=steps)
+        return (time.perf_counter() - began) / steps
+
+    batch = min(PROBE_BATCH, params.batch_size)
+    run = training(batch)
+    step = timed(run)
+    if batch < params.batch_size:
+        if step * params.batch_size / batch < SHORT or device.type != "cpu":
+            run = training(params.batch_size)
+            step = timed(run)
+        else:
+            step *= params.batch_size / batch
+    began = time.perf_counter()
+    images = sum(map(len, run.features()))
+    return Pace(step, (time.perf_counter() - began) / images)
+
+
+def planned_trainings(params: Params, name: str) -> list[PlannedTraining]:
+    """Every training of a study; one that stands in two parts is listed in both.
+
+    Needs no pictures where the catalogue or the pairs' spelling tell the domains.
+
+    Raises:
+        UserError: as :func:`ucir.study.study_runs`; a pair of unknown domains.
+    """
+    found = []
+    for part, run in study_runs(params, name):
+        block = params.datasets[run["dataset"]]
+        for pair in trainings(run["setting"], run["pairs"] or block.pairs, _domains(block, run["dataset"])):
+            for seed in params.studies[name].seeds:
+                built = run["method"] in METHODS
+                found.append(
+                    PlannedTraining(part, run["dataset"], run["setting"], run["method"], pair, seed, built)
+                )
+    return found
+
+
+def describe_study(params: Params, name: str) -> str:
+    """`ucir plan`: a line for each part, data set and setting; then what is left, disk and hours."""
+    planned = planned_trainings(params, name)
+    done = _finished(params, planned)
+    device = choose_device(params.cluster)
+    combinations = {(t.dataset, t.method): None for t in planned if t.built}
+    paces: dict[tuple[str, str], Pace] = {}
+    with Progress("measuring this machine", len(combinations), "combination") as progress:
+        for dataset, method in combinations:
+            block, wanted = params.datasets[dataset], method_params(params, method, dataset)
+            paces[dataset, method] = measure_pace(block, wanted, method, device)
+            progress.advance(1, f"{method} on {dataset}")
+    groups: dict[tuple[str, str, str], list[PlannedTraining]] = {}
+    for training in planned:
+        groups.setdefault((training.part, training.dataset, training.setting), []).append(training)
+    lines = [f"study {name}, on {device}:"]
+    for (part, dataset, setting), group in groups.items():
+        methods = list(dict.fromkeys(t.method for t in group))
+        pairs = list(dict.fromkeys(t.pair for t in group))
+        label = "" if part == "all" else f"{part}: "
+        lines.append(
+            f"  {label}{dataset}, {setting}: {len(methods)} methods x {len(pairs)} trainings x "
+            f"{len(params.studies[name].seeds)} seeds = {len(group)} runs"
+        )
+        for method in methods:
+            own = [t for t in group if t.method == method]
+            lines.append(f"    {method:<16}{len(own):>5} runs, {_state(params, own, done, paces)}")
+    once = list(dict.fromkeys(_identity(t) for t in planned))
+    built = list({_identity(t): t for t in planned if t.built}.values())
+    finished = sum(_identity(t) in done for t in built)
+    lines.append(
+        f"in all: {len(once)} different runs, {len(built)} of methods that are built, {finished} done"
+        + (f"; not built yet: {', '.join(_missing(planned))}" if _missing(planned) else "")
+    )
+    unknown = sorted({t.dataset for t in built if _counts(params, t) is None})
+    seconds = sum(_seconds(params, t, paces) for t in built if _identity(t) not in done)
+    hours = f"about {seconds / 3600:.1f} {'GPU' if device.type == 'cuda' else 'machine'}-hours"
+    told = f" (without {', '.join(unknown)}: not prepared, so its size is not known)" if unknown else ""
+    lines.append(f"left: {hours} here, one run at a time{told}")
+    lines.append(f"disk: about {_disk(params, built) / 2**30:.1f} GiB, with the copies in DVC's cache")
+    return "\n".join(lines)
 
 
 def describe(runs: list[Run], params: Params) -> str:
-    """Resolved config, number of runs, device and estimated time, as text."""
+    """Resolved config, number of runs, device and estimated time of one plan, as text."""
     first = runs[0]
     device = choose_device(params.cluster)
     left = [run for run in runs if not run.done]
-    epochs = sum(run.params.epochs - len(run.history()) for run in left)
+    block = params.datasets[first.dataset]
     config = {
         "view": first.view.model_dump(),
         "encoder": first.encoder.model_dump(),
@@ -35,27 +188,107 @@ def describe(runs: list[Run], params: Params) -> str:
         f"device: {device}, workers: {params.cluster.num_workers or 'in this process'}",
     ]
     if left:
-        seconds = sum(
-            seconds_per_epoch(run, device) * (run.params.epochs - len(run.history())) for run in left
-        )
-        lines.append(f"left: {epochs} epochs, about {clock(seconds)} here on one worker")
+        pace = measure_pace(block, first.params, first.method, device)
+        epochs = {run: first.params.epochs - len(run.history()) for run in left}
+        seconds = sum(count * pace.epoch(first.params, run.counts) for run, count in epochs.items())
+        lines.append(f"left: {sum(epochs.values())} epochs, about {clock(seconds)} here on one worker")
     return "\n".join(lines)
 
 
-def seconds_per_epoch(run: Run, device: torch.device) -> float:
-    """Measured on a few steps of the dearest phase and a part of the feature pass."""
-    images = open_pair(run)
-    training = PairTraining(
-        images, run.view, run.encoder, run.start, METHODS[run.method](run.params, run.seed), device
-    )
-    last = run.params.epochs - 1
-    began = time.perf_counter()
-    features = training.features()
-    feature_seconds = time.perf_counter() - began
-    training.method.start(features)
-    training.method.start_epoch(last, features)
-    training.train_epoch(last, max_steps=1)  # warm-up
-    began = time.perf_counter()
-    training.train_epoch(last, max_steps=STEPS)
-    step_seconds = (time.perf_counter() - began) / min(STEPS, len(training.batches))
-    return feature_seconds + step_seconds * len(training.batches)
+def _identity(t: PlannedTraining) -> tuple[object, ...]:
+    """A training serves every part that names it."""
+    return (t.dataset, t.setting, t.method, frozenset(t.pair) if t.setting == "closed" else t.pair, t.seed)
+
+
+def _missing(planned: Iterable[PlannedTraining]) -> list[str]:
+    return list(dict.fromkeys(t.method for t in planned if not t.built))
+
+
+def _domains(block: DatasetParams, dataset: str) -> list[str]:
+    """Domains by the catalogue, else of the pack, else as the pairs spell them."""
+    if block.entry.domains:
+        return list(block.entry.domains)
+    try:
+        return list(read_info(PACKS / dataset).counts)
+    except UserError:
+        cuts = [(p[:i], p[i + 1 :]) for p in block.pairs for i, c in enumerate(p) if c in "->"]
+        return list(dict.fromkeys(name for cut in cuts for name in cut if name))
+
+
+def _finished(params: Params, planned: list[PlannedTraining]) -> set[tuple[object, ...]]:
+    """Identities of the trainings that are done, by their run keys."""
+    done: set[tuple[object, ...]] = set()
+    for dataset, setting, method in {(t.dataset, t.setting, t.method) for t in planned if t.built}:
+        own = [t for t in planned if (t.dataset, t.setting, t.method) == (dataset, setting, method)]
+        pairs = tuple(dict.fromkeys(">".join(t.pair) for t in own))
+        seeds = tuple(dict.fromkeys(t.seed for t in own))
+        try:
+            runs = plan_runs(params, dataset, setting, method, pairs, seeds)
+        except UserError:  # not prepared yet: nothing can be done
+            continue
+        finished = {(frozenset(run.pair), run.pair, run.seed) for run in runs if run.done}
+        for t in own:
+            key = (frozenset(t.pair), t.pair, t.seed)
+            same = {(pair, seed) for pair, _, seed in finished}
+            if key in finished or (setting == "closed" and (key[0], t.seed) in same):
+                done.add(_identity(t))
+    return done
+
+
+def _counts(params: Params, t: PlannedTraining) -> tuple[int, int] | None:
+    """Pictures of query and gallery domain: of the pack, else as published, else not known."""
+    block = params.datasets[t.dataset]
+    try:
+        counts = {domain: float(count) for domain, count in read_info(PACKS / t.dataset).counts.items()}
+    except UserError:
+        # where a class is not known, 500 is what the largest domain has
+        published = block.entry.counts.items()
+        counts = {d: float(sum(500 if c is None else c for c in own.values())) for d, own in published}
+    if not set(t.pair) <= set(counts):
+        return None
+    classes = block.entry.class_names()
+    share = [1.0, 1.0]
+    if t.setting != "closed" and classes:
+        spaces = label_spaces(t.setting, classes, block.split)
+        share = [len(space or classes) / len(classes) for space in (spaces.query, spaces.gallery)]
+    first, second = (round(counts[d] * s) for d, s in zip(t.pair, share, strict=True))
+    return first, second
+
+
+def _seconds(params: Params, t: PlannedTraining, paces: dict[tuple[str, str], Pace]) -> float:
+    counts = _counts(params, t)
+    if counts is None:
+        return 0.0
+    wanted = method_params(params, t.method, t.dataset)
+    return wanted.epochs * paces[t.dataset, t.method].epoch(wanted, counts)
+
+
+def _state(
+    params: Params,
+    own: list[PlannedTraining],
+    done: set[tuple[object, ...]],
+    paces: dict[tuple[str, str], Pace],
+) -> str:
+    if not own[0].built:
+        return "not built yet"
+    left = [t for t in own if _identity(t) not in done]
+    hours = sum(_seconds(params, t, paces) for t in left) / 3600
+    return f"{len(own) - len(left)} done" + (f", {hours:.1f} h left" if left else "")
+
+
+def _disk(params: Params, built: list[PlannedTraining]) -> float:
+    """Bytes: packs and weights twice (DVC keeps a copy), features of the last epoch twice."""
+    total = 0.0
+    for dataset in {t.dataset for t in built}:
+        block = params.datasets[dataset]
+        own = [t for t in built if t.dataset == dataset]
+        weights = sum(p.numel() for p in new_encoder(block.start.encoder, 0).parameters()) * 4.0
+        domains = {
+            domain: count
+            for t in own
+            for domain, count in zip(t.pair, _counts(params, t) or (0, 0), strict=True)
+        }
+        total += 2 * sum(domains.values()) * 3 * block.pack.side**2
+        features = sum(sum(_counts(params, t) or (0, 0)) for t in own) * 2 * block.start.encoder.feature_dim
+        total += 6 * len(own) * weights + 2 * features
+    return total

@@ -3,7 +3,8 @@
 A run is one training: data set, setting, method, pair, seed. Its key is a hash of all that its result
 depends on (resolved config, data, start, code); its folder is ``runs/<slug>-<key>/``:
 
-- ``state.pt``  all that resuming needs, with the history of epochs; renewed at each epoch's end
+- ``state.pt``  all that resuming needs, with the history of epochs; renewed at each epoch's end, gone
+  after the last
 - ``last.pt``   the retrieval encoder of the last epoch, in MoCo v2's layout
 - ``best.pt``   that of the epoch with the best first P@K, *chosen with labels*, as the papers do
 - ``done.json`` written when the last epoch is through
@@ -16,7 +17,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
@@ -24,7 +25,8 @@ import numpy as np
 
 import ucir
 from ucir.config import EncoderParams, Params, Setting, ViewParams
-from ucir.data.pack import PackInfo, open_domain, read_index, read_info, split_pair
+from ucir.data.pack import PackInfo, open_domain, read_index, read_info
+from ucir.data.splits import LabelSpaces, directions, label_spaces, trainings
 from ucir.errors import UserError, nearest
 from ucir.methods import METHODS, method_params
 from ucir.methods.base import MethodParams
@@ -43,11 +45,15 @@ class Run:
     setting: str
     method: str
     pair: tuple[str, str]
+    """Query and gallery; in the setting ``closed`` both are both."""
     seed: int
     view: ViewParams
     encoder: EncoderParams
     params: MethodParams
     cutoffs: tuple[int, ...]
+    spaces: LabelSpaces
+    counts: tuple[int, int]
+    """Pictures of the two domains."""
     pack: Path
     start: Path
     key: str
@@ -66,6 +72,11 @@ class Run:
     @property
     def done(self) -> bool:
         return (self.folder / "done.json").exists()
+
+    @property
+    def directions(self) -> list[tuple[str, str]]:
+        """(query, gallery) that this training is scored in."""
+        return directions(self.setting, self.pair)
 
     def tags(self) -> dict[str, str]:
         """MLflow tags."""
@@ -100,7 +111,7 @@ def plan_runs(
     Args:
         params: params.yaml.
         dataset, setting, method: names.
-        pairs, seeds: instead of the data set's pairs and the study's seeds.
+        pairs, seeds: instead of the data set's pairs and the study's seeds; pairs as in its block.
 
     Raises:
         UserError: an unknown name; no pack or start; more clusters than images; a batch larger than
@@ -113,11 +124,12 @@ def plan_runs(
         raise UserError(f"setting {setting!r} is unknown; {nearest(setting, get_args(Setting))}")
     wanted = method_params(params, method, dataset)
     info = read_info(PACKS / dataset)
-    if info.side != block.pack.side:
+    if (info.side, info.fit) != (block.pack.side, block.pack.fit):
         raise UserError(
-            f"{PACKS / dataset} holds pictures of {info.side} px, but datasets.{dataset}.pack.side is "
-            f"{block.pack.side}: run `uv run dvc repro prepare` first"
+            f"{PACKS / dataset} holds pictures of {info.side} px ({info.fit}), but datasets.{dataset}.pack "
+            f"says {block.pack.side} px ({block.pack.fit}): run `uv run dvc repro prepare` first"
         )
+    spaces = label_spaces(setting, info.classes, block.split)
     start = (STARTS / dataset / "start.pt").resolve()
     if not start.exists():
         raise UserError(f"{start}: no start weights; run `uv run dvc repro pretrain` first")
@@ -133,13 +145,17 @@ def plan_runs(
         "code": _code_version(method),
     }
     runs = []
-    for name in pairs or block.pairs:
-        pair = split_pair(name, list(info.counts))
-        if "-".join(pair[::-1]) in block.pairs:  # one training serves both directions: the same run
+    known = trainings(setting, block.pairs, list(info.counts))
+    for pair in trainings(setting, pairs or block.pairs, list(info.counts)):
+        if setting == "closed" and pair[::-1] in known:  # one training serves both directions: the same run
             pair = pair[::-1]
-        _check_sizes(wanted, pair, info)
+        first, second = (
+            len(read_index(PACKS / dataset, domain, spaces.of(role))) for role, domain in enumerate(pair)
+        )
+        counts = (first, second)
+        _check_sizes(wanted, pair, counts)
         for seed in params.study.seeds if seeds is None else seeds:
-            key = _run_key(shared, pair, seed, info)
+            key = _run_key(shared, pair, seed, info, spaces)
             slug = f"{dataset}-{setting}-{method}-{'-'.join(pair)}-s{seed}-{key}"
             runs.append(
                 Run(
@@ -152,6 +168,8 @@ def plan_runs(
                     block.start.encoder,
                     wanted,
                     block.evaluate.cutoffs,
+                    spaces,
+                    counts,
                     (PACKS / dataset).resolve(),
                     start,
                     key,
@@ -175,7 +193,7 @@ class RunReporter:
     writes: bool = True
     on_epoch: Callable[[list[dict[str, float]]], None] = lambda history: None
     history: list[dict[str, float]] = field(default_factory=list)
-    labels: tuple[list[str], list[str]] | None = None
+    labels: dict[str, list[str]] | None = None
 
     def load_state(self) -> dict[str, Any] | None:
         path = self.run.folder / "state.pt"
@@ -190,30 +208,40 @@ class RunReporter:
             return
         entry = {"epoch": float(report.epoch), **report.metrics, **self._scores(report)}
         selector = f"val/P_at_{self.run.cutoffs[0]}"
-        if all(entry[selector] > earlier[selector] for earlier in self.history):
+        if selector in entry and all(entry[selector] > earlier[selector] for earlier in self.history):
             save_encoder(report.encoder, self.run.folder / "best.pt")
         self.history.append(entry)
         last = report.epoch + 1 == self.run.params.epochs
-        if last:
-            save_encoder(report.encoder, self.run.folder / "last.pt")
-        save_atomically({**report.state, "history": self.history}, self.run.folder / "state.pt")
+        state = self.run.folder / "state.pt"
+        if not last:
+            save_atomically({**report.state, "history": self.history}, state)
         self.on_epoch(self.history)
         if last:
-            told = {**self.run.tags(), "run_key": self.run.key, "history": self.history}
+            save_encoder(report.encoder, self.run.folder / "last.pt")
+            spaces = asdict(self.run.spaces)
+            own = {"run_key": self.run.key, "label_spaces": spaces, "history": self.history}
+            told = {**self.run.tags(), **own}
             text = json.dumps(told, indent=1)
             (self.run.folder / "done.json").write_text(text + "\n", encoding="utf-8")
+            state.unlink(missing_ok=True)
 
     def _scores(self, report: EpochReport) -> dict[str, float]:
-        """P@K and mAP of both directions' mean: a curve to look at, and the choice of the best epoch."""
+        """P@K and mAP, mean of the directions: a curve to look at, and the choice of the best epoch.
+
+        Nothing for pictures without labels.
+        """
+        run = self.run
         if self.labels is None:
-            first, second = (
-                [picture.label for picture in read_index(self.run.pack, domain)] for domain in self.run.pair
-            )
-            self.labels = first, second
-        (a, b), (label_a, label_b) = report.features, self.labels
+            self.labels = {
+                domain: [picture.label for picture in read_index(run.pack, domain, run.spaces.of(role))]
+                for role, domain in enumerate(run.pair)
+            }
+        if not all(any(labels) for labels in self.labels.values()):
+            return {}
+        features = dict(zip(run.pair, report.features, strict=True))
         scores = [
-            retrieval_scores(a, b, label_a, label_b, self.run.cutoffs).named(),
-            retrieval_scores(b, a, label_b, label_a, self.run.cutoffs).named(),
+            retrieval_scores(features[q], features[g], self.labels[q], self.labels[g], run.cutoffs).named()
+            for q, g in run.directions
         ]
         return {f"val/{name}": float(np.mean([s[name] for s in scores])) for name in scores[0]}
 
@@ -223,24 +251,27 @@ def materialise(run: Run, out: Path) -> None:
     target = out / run.slug
     target.mkdir(parents=True, exist_ok=True)
     for name in ("last.pt", "best.pt"):
-        shutil.copyfile(run.folder / name, target / name)
+        if (run.folder / name).exists():  # without labels there is no best epoch
+            shutil.copyfile(run.folder / name, target / name)
     shutil.copyfile(run.folder / "done.json", target / "run.json")
 
 
 def open_pair(run: Run) -> tuple[Any, Any]:
     """What training sees of the run's two domains."""
-    first, second = (open_domain(run.pack, domain) for domain in run.pair)
+    first, second = (
+        open_domain(run.pack, domain, run.spaces.of(role)) for role, domain in enumerate(run.pair)
+    )
     return first, second
 
 
-def _check_sizes(params: MethodParams, pair: tuple[str, str], info: PackInfo) -> None:
-    for domain in pair:
-        if params.clusters > info.counts[domain]:
+def _check_sizes(params: MethodParams, pair: tuple[str, str], counts: tuple[int, ...]) -> None:
+    for domain, count in zip(pair, counts, strict=True):
+        if params.clusters > count:
             raise UserError(
-                f"clusters = {params.clusters} exceeds the {info.counts[domain]} images of domain "
+                f"clusters = {params.clusters} exceeds the {count} images of domain "
                 f"{domain}: set fewer clusters in params.yaml"
             )
-    larger = max(info.counts[domain] for domain in pair)
+    larger = max(counts)
     if params.batch_size > larger:
         raise UserError(
             f"batch_size = {params.batch_size} exceeds the {larger} images of the larger domain of "
@@ -248,9 +279,12 @@ def _check_sizes(params: MethodParams, pair: tuple[str, str], info: PackInfo) ->
         )
 
 
-def _run_key(shared: dict[str, Any], pair: tuple[str, str], seed: int, info: PackInfo) -> str:
+def _run_key(
+    shared: dict[str, Any], pair: tuple[str, str], seed: int, info: PackInfo, spaces: LabelSpaces
+) -> str:
     """Hash of all that a run's result depends on: what its plan shares, and what is its own."""
-    own = {"pair": pair, "seed": seed, "data": [info.fingerprints[domain] for domain in pair]}
+    data = [info.fingerprints[domain] for domain in pair]
+    own = {"pair": pair, "seed": seed, "data": data, "spaces": asdict(spaces)}
     text = json.dumps({**shared, **own}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 

@@ -14,13 +14,17 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def share_cores() -> int:
     """Divide this process's cores between network and prefetching; returns the prefetching threads.
 
     A Ray worker's share comes as OMP_NUM_THREADS.
     """
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    cores = int(os.environ.get("OMP_NUM_THREADS") or usable or 1)
+    cores = int(os.environ.get("OMP_NUM_THREADS") or usable_cores())
     background = max(1, min(8, cores // 2))
     torch.set_num_threads(max(1, cores - background))
     return background

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ucir.errors import UserError
+from ucir.errors import UserError, nearest
 from ucir.models.encoder import Encoder
 
 PREFIXES = ("module.encoder_q.", "encoder_q.")
@@ -55,6 +55,29 @@ def load_encoder(encoder: Encoder, path: Path) -> None:
         more = f" and {len(faults) - 5} more" if len(faults) > 5 else ""
         raise UserError(f"{path}: does not fit the encoder: {'; '.join(faults[:5])}{more}")
     encoder.net.load_state_dict(given)
+
+
+def load_torchvision(encoder: Encoder, backbone: str, name: str) -> None:
+    """Fill the backbone from torchvision's weights ``name``; the head stays random, as there is none.
+
+    The file comes from torchvision's own address, once, into torch's cache.
+
+    Raises:
+        UserError: the backbone has no weights of this name, or they cannot be fetched.
+    """
+    from torchvision.models import get_model_weights
+
+    known = {} if backbone == "convnet" else get_model_weights(backbone).__members__
+    if name not in known:
+        raise UserError(f"start.torchvision: {backbone} has no weights {name!r}; {nearest(name, known)}")
+    weights = known[name]
+    try:
+        state = weights.get_state_dict(progress=True, check_hash=True)
+    except (OSError, RuntimeError) as error:
+        folder = Path(torch.hub.get_dir()) / "checkpoints"
+        raise UserError(f"{weights.url}: {error}; or put the file into {folder} yourself") from None
+    own = {key: value for key, value in state.items() if not key.startswith("fc.")}
+    encoder.net.load_state_dict({**encoder.net.state_dict(), **own})
 
 
 def save_atomically(state: Any, path: Path) -> None:

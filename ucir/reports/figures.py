@@ -10,11 +10,14 @@ import numpy as np
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from ucir.data.pack import DomainImages
+
 matplotlib.use("Agg")
 
 from matplotlib import pyplot as plt
 
 QUERY, HIT, MISS = (37, 99, 235), (22, 163, 74), (220, 38, 38)
+UNKNOWN = (160, 160, 160)
 THUMB = 56
 FRAME = 4
 POINTS = 600
@@ -23,10 +26,11 @@ POINTS = 600
 
 def curves(histories: Mapping[str, Sequence[Mapping[str, float]]], cutoff: int) -> bytes:
     """Loss terms and retrieval scores by epoch, a column for each run; SVG."""
+    scored = any(f"val/P_at_{cutoff}" in entry for history in histories.values() for entry in history)
     figure, axes = plt.subplots(
-        2,
+        1 + scored,
         len(histories),
-        figsize=(4 * len(histories), 5),
+        figsize=(4 * len(histories), 2.5 * (1 + scored)),
         squeeze=False,
         sharex="col",
         sharey="row",
@@ -37,12 +41,14 @@ def curves(histories: Mapping[str, Sequence[Mapping[str, float]]], cutoff: int) 
         for term in terms:
             values = [entry.get(term, np.nan) for entry in history]
             axes[0, column].plot(epochs, values, label=term.removeprefix("train/loss_"))
-        for metric, label in ((f"P_at_{cutoff}", f"P@{cutoff}"), ("mAP_at_All", "mAP@All")):
-            axes[1, column].plot(epochs, [e[f"val/{metric}"] for e in history], label=label)
+        if scored:
+            for metric, label in ((f"P_at_{cutoff}", f"P@{cutoff}"), ("mAP_at_All", "mAP@All")):
+                axes[1, column].plot(epochs, [e[f"val/{metric}"] for e in history], label=label)
         axes[0, column].set_title(name)
-        axes[1, column].set_xlabel("epoch")
+        axes[-1, column].set_xlabel("epoch")
     axes[0, 0].set_ylabel("loss term (unweighted)")
-    axes[1, 0].set_ylabel("percent, mean of both directions")
+    if scored:
+        axes[1, 0].set_ylabel("percent, mean of directions")
     for row in axes[:, -1]:
         row.legend(fontsize=8)
     figure.tight_layout()
@@ -50,8 +56,8 @@ def curves(histories: Mapping[str, Sequence[Mapping[str, float]]], cutoff: int) 
 
 
 def retrieval_grid(
-    query_pixels: np.ndarray,
-    gallery_pixels: np.ndarray,
+    query_images: DomainImages,
+    gallery_images: DomainImages,
     queries: Sequence[int],
     ranked: np.ndarray,
     query_labels: Sequence[str],
@@ -60,18 +66,22 @@ def retrieval_grid(
     """A row a query: the query (blue frame), then its nearest gallery images (hit green, miss red); PNG.
 
     Args:
-        query_pixels, gallery_pixels: stored pictures, uint8 (N, S, S, 3).
+        query_images, gallery_images: the two domains.
         queries: slots of the queries.
         ranked: slots of the retrieved images, one row for each of ``queries``.
-        query_labels, gallery_labels: class names by slot.
+        query_labels, gallery_labels: class names by slot; empty = not known, framed in grey.
     """
     cell = THUMB + 2 * FRAME + 2
     sheet = Image.new("RGB", (cell * (ranked.shape[1] + 1) + FRAME, cell * len(queries)), "white")
     for row, query in enumerate(queries):
-        sheet.paste(_framed(query_pixels[query], QUERY), (0, row * cell))
+        sheet.paste(_framed(query_images.pixels(np.array([query]))[0], QUERY), (0, row * cell))
         for place, slot in enumerate(ranked[row]):
-            colour = HIT if gallery_labels[slot] == query_labels[query] else MISS
-            sheet.paste(_framed(gallery_pixels[slot], colour), ((place + 1) * cell + FRAME, row * cell))
+            labels = query_labels[query], gallery_labels[slot]
+            colour = UNKNOWN if "" in labels else HIT if labels[0] == labels[1] else MISS
+            sheet.paste(
+                _framed(gallery_images.pixels(np.array([slot]))[0], colour),
+                ((place + 1) * cell + FRAME, row * cell),
+            )
     return _png(sheet)
 
 
@@ -113,7 +123,7 @@ def embedding(features: Mapping[str, Tensor], labels: Mapping[str, Sequence[str]
             alpha=0.7,
         )
         axis.scatter([], [], color="grey", marker=marker, label=domain, s=14)
-    for label in classes[:20]:
+    for label in filter(None, classes[:20]):
         axis.scatter([], [], color=colour[label], label=label, s=14)
     axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     axis.set_xticks([])

@@ -1,20 +1,29 @@
-"""All scores of a study as rows, and the tables made of them."""
+"""All scores of a study as rows, the tables made of them, and the papers' numbers beside them."""
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
 
 from ucir.evaluation import LAST, DirectionScore, read_scores
+from ucir.reports.reference import AVERAGE, PrintedCell
+
+Scores = Mapping[str, Sequence[DirectionScore]]
+"""By method, in the order of the tables."""
+Direction = tuple[str, str]
+MEAN: Direction = (AVERAGE, AVERAGE)
 
 
 @dataclass(frozen=True)
 class ResultRow:
-    """One line of ``reports/results.csv``; means and deviations over seeds, in percent."""
+    """One line of ``reports/results.csv``; means and deviations over seeds, in percent.
+
+    A mean over directions has ``AVERAGE`` as both domains.
+    """
 
     dataset: str
     setting: str
@@ -23,11 +32,23 @@ class ResultRow:
     gallery_domain: str
     metric: str
     epoch_choice: str
-    mean: float
-    std: float | None  # None with one seed
+    mean: float | None  # None: the paper has a number, we have none
+    std: float | None  # None with fewer than two seeds
     seeds: int
     paper_value: float | None = None
     paper_source: str = ""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A mean over seeds with its deviation."""
+
+    mean: float
+    std: float | None
+    seeds: int
+
+    def __str__(self) -> str:
+        return f"{self.mean:.1f}" if self.std is None else f"{self.mean:.1f} ± {self.std:.1f}"
 
 
 def display_name(metric: str) -> str:
@@ -35,41 +56,95 @@ def display_name(metric: str) -> str:
     return metric.replace("_at_", "@")
 
 
-def read_results(root: Path, dataset: str, setting: str, methods: Iterable[str]) -> list[ResultRow]:
-    """The rows of ``<root>/<dataset>/<setting>/<method>/metrics.json`` for the given methods."""
-    return [
-        row
-        for method in methods
-        for row in score_rows(
-            dataset,
-            setting,
-            method,
-            read_scores(root / dataset / setting / method / "metrics.json"),
-        )
-    ]
+def read_results(
+    root: Path, dataset: str, setting: str, methods: Iterable[str]
+) -> dict[str, list[DirectionScore]]:
+    """The scores in ``<root>/<dataset>/<setting>/<method>/metrics.json`` of the given methods."""
+    return {m: read_scores(root / dataset / setting / m / "metrics.json") for m in methods}
 
 
-def score_rows(dataset: str, setting: str, method: str, scores: Iterable[DirectionScore]) -> list[ResultRow]:
-    """One row for each direction, choice of epoch and metric; mean and deviation over seeds."""
-    values: dict[tuple[str, str, str, str], list[float]] = {}
+def cell(
+    scores: Iterable[DirectionScore], metric: str, choice: str, directions: Sequence[Direction]
+) -> Cell | None:
+    """Mean and deviation over seeds of the mean over directions; None unless all are there.
+
+    A method without the chosen epoch (the untrained network has no epochs) shows its only one.
+
+    Args:
+        scores: of one method.
+        metric: as displayed, ``P@50``.
+        choice: of the epoch.
+        directions: one, or those to take the mean of.
+    """
+    scores = list(scores)
+    if choice not in {s.epoch_choice for s in scores}:
+        choice = next((s.epoch_choice for s in scores), choice)
+    by_seed: dict[int, dict[Direction, float]] = {}
     for s in scores:
-        for metric, value in s.scores.items():
-            values.setdefault((s.query, s.gallery, metric, s.epoch_choice), []).append(value)
-    return [
-        ResultRow(
-            dataset,
-            setting,
-            method,
-            query,
-            gallery,
-            display_name(metric),
-            choice,
-            float(np.mean(each)),
-            float(np.std(each, ddof=1)) if len(each) > 1 else None,
-            len(each),
+        values = {display_name(name): value for name, value in s.scores.items()}
+        if s.epoch_choice == choice and metric in values:
+            by_seed.setdefault(s.seed, {})[s.query, s.gallery] = values[metric]
+    whole = [own for own in by_seed.values() if all(d in own for d in directions)]
+    if not whole or len(whole) < len(by_seed):
+        return None
+    means = [float(np.mean([own[d] for d in directions])) for own in whole]
+    deviation = float(np.std(means, ddof=1)) if len(means) > 1 else None
+    return Cell(float(np.mean(means)), deviation, len(means))
+
+
+def scored_directions(scores: Scores) -> list[Direction]:
+    """Every direction that some method was scored in, in order."""
+    return list(dict.fromkeys((s.query, s.gallery) for own in scores.values() for s in own))
+
+
+def result_rows(
+    dataset: str, setting: str, scores: Scores, printed: Sequence[PrintedCell] = ()
+) -> list[ResultRow]:
+    """One row for each method, direction (and their mean), metric and choice of epoch.
+
+    Rows with a printed number and none of ours are among them; a number that stands in two tables comes
+    from the first. A printed mean is only put beside ours when both are over the same directions.
+    """
+    ours: dict[tuple[str, Direction, str, str], Cell] = {}
+    for method, own in scores.items():
+        mine = list(dict.fromkeys((s.query, s.gallery) for s in own))
+        metrics = dict.fromkeys(display_name(name) for s in own for name in s.scores)
+        for choice in dict.fromkeys(s.epoch_choice for s in own):
+            for direction in [*mine, *([MEAN] if len(mine) > 1 else [])]:
+                for metric in metrics:
+                    found = cell(own, metric, choice, mine if direction == MEAN else [direction])
+                    if found:
+                        ours[method, direction, metric, choice] = found
+    theirs: dict[tuple[str, Direction, str], PrintedCell] = {}
+    for entry in printed:
+        mine = list({(s.query, s.gallery) for s in scores.get(entry.method, ())})
+        table = {e.direction for e in printed if e.table == entry.table} - {MEAN}
+        if entry.direction != MEAN or set(mine) == table:
+            key = (entry.method, entry.direction, entry.metric)
+            if key not in theirs or theirs[key].value is None:
+                theirs[key] = entry
+    keys = dict.fromkeys([*ours, *((*key, LAST) for key in theirs if (*key, LAST) not in ours)])
+    rows = []
+    for method, direction, metric, choice in keys:
+        own_cell = ours.get((method, direction, metric, choice))
+        paper = theirs.get((method, direction, metric))
+        lost = " (lost in the scan)" if paper and paper.value is None else ""
+        rows.append(
+            ResultRow(
+                dataset,
+                setting,
+                method,
+                *direction,
+                metric,
+                choice,
+                own_cell.mean if own_cell else None,
+                own_cell.std if own_cell else None,
+                own_cell.seeds if own_cell else 0,
+                paper.value if paper else None,
+                paper.table + lost if paper else "",
+            )
         )
-        for (query, gallery, metric, choice), each in values.items()
-    ]
+    return rows
 
 
 def write_csv(rows: list[ResultRow], path: Path) -> None:
@@ -88,35 +163,75 @@ class Table:
     title: str
     columns: list[str]
     rows: list[tuple[str, list[str]]]
-    best: list[int]
-    """Row with the highest value of each column."""
+    best: list[int | None]
+    """Row with our highest value of each column."""
 
 
-def direction_table(rows: list[ResultRow], metric: str, choice: str = LAST) -> Table:
-    """One metric of one data set and setting; rows keep the methods' order.
-
-    A method without the chosen epoch (the untrained network has no epochs) shows its only one.
-    """
-    chosen = [
-        row
-        for row in rows
-        if row.metric == metric and (row.epoch_choice == choice or not _has_choice(rows, row.method, choice))
-    ]
-    methods = list(dict.fromkeys(row.method for row in chosen))
-    directions = list(dict.fromkeys((row.query_domain, row.gallery_domain) for row in chosen))
-    cells = {(row.method, row.query_domain, row.gallery_domain): row for row in chosen}
-    means = np.array([[cells[m, *d].mean for d in directions] for m in methods])
-    means = np.concatenate([means, means.mean(axis=1, keepdims=True)], axis=1)
-    body = []
-    for method, values in zip(methods, means, strict=True):
-        texts = [_cell(cells[method, *d]) for d in directions]
-        body.append((method, [*texts, f"{values[-1]:.1f}"]))
+def direction_table(dataset: str, setting: str, scores: Scores, metric: str, choice: str = LAST) -> Table:
+    """One metric of one data set and setting; rows keep the methods' order."""
+    directions = scored_directions(scores)
+    body: list[tuple[str, list[Cell | None]]] = []
+    for method, own in scores.items():
+        mine = [d for d in directions if d in {(s.query, s.gallery) for s in own}]
+        cells = [cell(own, metric, choice, [d]) for d in directions]
+        body.append((method, [*cells, cell(own, metric, choice, mine) if mine == directions else None]))
     return Table(
-        f"{rows[0].dataset}, {rows[0].setting}: {metric} in percent, {choice.replace('_', ' ')} epoch",
+        f"{dataset}, {setting}: {metric} in percent, {choice.replace('_', ' ')} epoch",
         [*(f"{query} → {gallery}" for query, gallery in directions), "mean"],
-        body,
-        [int(i) for i in np.nanargmax(np.nan_to_num(means, nan=-1), axis=0)],
+        [(method, ["" if c is None else str(c) for c in cells]) for method, cells in body],
+        _best([cells for _, cells in body]),
     )
+
+
+def comparison_tables(scores: Scores, printed: Sequence[PrintedCell], choice: str = LAST) -> list[Table]:
+    """Ours beside each printed table, metric by metric: ``ours (printed, difference)``.
+
+    Where we have no number the cell holds the printed one alone; what the scan of the paper lost is marked.
+    The mean is ours over the table's own directions.
+    """
+    tables = []
+    for name, metric in dict.fromkeys((entry.table, entry.metric) for entry in printed):
+        own_cells = [e for e in printed if (e.table, e.metric) == (name, metric)]
+        directions = list(dict.fromkeys(e.direction for e in own_cells if e.direction != MEAN))
+        theirs = {(e.method, e.direction): e for e in own_cells}
+        if not directions:  # a table of averages alone: over all that we have
+            directions = scored_directions(scores)
+        rows, ours = [], []
+        for method in dict.fromkeys(e.method for e in own_cells):
+            found = [cell(scores.get(method, ()), metric, choice, [d]) for d in directions]
+            found.append(cell(scores.get(method, ()), metric, choice, directions) if directions else None)
+            beside = [theirs.get((method, d)) for d in (*directions, MEAN)]
+            ours.append(found)
+            rows.append((method, [_beside(*both) for both in zip(found, beside, strict=True)]))
+        first = own_cells[0]
+        tables.append(
+            Table(
+                f"{name} ({first.dataset}, {first.setting}): {metric}, {choice.replace('_', ' ')} epoch; "
+                "ours (printed, difference)",
+                [*(f"{query} → {gallery}" for query, gallery in directions), "mean"],
+                rows,
+                _best(ours),
+            )
+        )
+    return tables
+
+
+def _beside(ours: Cell | None, theirs: PrintedCell | None) -> str:
+    if theirs is None:
+        return "" if ours is None else str(ours)
+    if theirs.value is None:
+        return f"{'' if ours is None else f'{ours} '}(lost)"
+    if ours is None:
+        return f"({theirs.value:.1f})"
+    return f"{ours} ({theirs.value:.1f}, {ours.mean - theirs.value:+.1f})".replace("-", "−")
+
+
+def _best(rows: Sequence[Sequence[Cell | None]]) -> list[int | None]:
+    best: list[int | None] = []
+    for column in zip(*rows, strict=True):
+        values = [(c.mean, -row) for row, c in enumerate(column) if c is not None]
+        best.append(-max(values)[1] if values else None)
+    return best
 
 
 def markdown(table: Table) -> str:
@@ -129,10 +244,39 @@ def markdown(table: Table) -> str:
     ]
     for number, (method, cells) in enumerate(table.rows):
         shown = [
-            f"**{cell}**" if best == number else cell for cell, best in zip(cells, table.best, strict=True)
+            f"**{text}**" if best == number and text else text
+            for text, best in zip(cells, table.best, strict=True)
         ]
         lines.append(f"| {method} | " + " | ".join(shown) + " |")
     return "\n".join(lines)
+
+
+LATEX = {"\\": r"\textbackslash{}", "_": r"\_", "%": r"\%", "&": r"\&", "#": r"\#", "$": r"\$"}
+LATEX |= {"→": r"$\to$", "±": r"$\pm$", "−": "$-$", "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}"}
+LATEX |= {"^": r"\textasciicircum{}"}
+
+
+def latex(table: Table) -> str:
+    """A ``table`` with booktabs' rules, best of each column in bold."""
+
+    def plain_text(text: str) -> str:
+        return "".join(LATEX.get(c, c) for c in text)
+
+    lines = [
+        r"\begin{table}",
+        rf"\caption{{{plain_text(table.title)}}}",
+        rf"\begin{{tabular}}{{l{'r' * len(table.columns)}}}",
+        r"\toprule",
+        " & ".join(["method", *map(plain_text, table.columns)]) + r" \\",
+        r"\midrule",
+    ]
+    for number, (method, cells) in enumerate(table.rows):
+        shown = [
+            rf"\textbf{{{plain_text(text)}}}" if best == number and text else plain_text(text)
+            for text, best in zip(cells, table.best, strict=True)
+        ]
+        lines.append(" & ".join([plain_text(method), *shown]) + r" \\")
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", r"\end{table}"])
 
 
 def plain(table: Table) -> str:
@@ -146,11 +290,3 @@ def plain(table: Table) -> str:
         texts = [column[line].rjust(w) for column, w in zip(columns, widths, strict=True)]
         lines.append("  ".join([name.ljust(wide), *texts]))
     return "\n".join(lines)
-
-
-def _has_choice(rows: list[ResultRow], method: str, choice: str) -> bool:
-    return any(row.method == method and row.epoch_choice == choice for row in rows)
-
-
-def _cell(row: ResultRow) -> str:
-    return f"{row.mean:.1f}" if row.std is None else f"{row.mean:.1f} ± {row.std:.1f}"

@@ -3,27 +3,34 @@
 from __future__ import annotations
 
 import base64
+import csv
 import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from markupsafe import Markup
 
 from ucir import tracking
-from ucir.config import DatasetParams, Params, StudyParams
-from ucir.data.pack import open_domain, split_pair
-from ucir.evaluation import BEST, LAST, PRETRAINED, UNTRAINED, load_features, pair_labels
+from ucir.config import DatasetParams, Params, SettingParams
+from ucir.data.pack import open_domain, read_index, read_info
+from ucir.data.splits import directions, label_spaces, trainings
+from ucir.evaluation import BEST, LAST, PRETRAINED, UNTRAINED, load_features
 from ucir.reports import figures
+from ucir.reports.reference import AVERAGE, PrintedCell, printed_for
 from ucir.reports.table import (
     ResultRow,
+    Scores,
     Table,
+    comparison_tables,
     direction_table,
     display_name,
+    latex,
     markdown,
     read_results,
+    result_rows,
+    scored_directions,
     write_csv,
 )
 from ucir.retrieval.metrics import top_ranked
@@ -43,7 +50,7 @@ class Written:
 
 
 def write_report(params: Params, packs: Path, results: Path, out: Path) -> Written:
-    """Write ``results.csv``, ``results.md`` and ``report.html`` of the active study into ``out``."""
+    """Write ``results.csv``, ``.md``, ``.tex`` and ``report.html`` of the active study into ``out``."""
     from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
     out.mkdir(parents=True, exist_ok=True)
@@ -51,37 +58,38 @@ def write_report(params: Params, packs: Path, results: Path, out: Path) -> Writt
     rows: list[ResultRow] = []
     parts = []
     headline = []
-    for dataset, setting in study_parts(study):
-        methods = [r.method for r in study.runs.values() if (r.dataset, r.setting) == (dataset, setting)]
-        own = read_results(results, dataset, setting, [UNTRAINED, PRETRAINED, *methods])
-        rows += own
-        first, *others = [
-            *(f"P@{k}" for k in params.datasets[dataset].evaluate.cutoffs),
-            display_name("mAP_at_All"),
-        ]
-        headline.append(direction_table(own, first))
-        tables = [
-            headline[-1],
-            direction_table(own, first, BEST),
-            *(direction_table(own, metric) for metric in others),
-        ]
+    for part in study.settings.values():
+        block = params.datasets[part.dataset]
+        own = [r for r in study.runs.values() if (r.dataset, r.setting) == (part.dataset, part.setting)]
+        methods = [run.method for run in own]
+        scores = read_results(results, part.dataset, part.setting, [UNTRAINED, PRETRAINED, *methods])
+        printed = printed_for(block.catalogue, part.setting)
+        rows += result_rows(part.dataset, part.setting, scores, printed)
+        tables = _tables(part, scores, printed, block)
+        headline += tables[:1]
+        folder = results / part.dataset / part.setting
+        pictures = _pictures(params, part, packs / part.dataset, folder, methods)
         parts.append(
             {
-                "dataset": dataset,
-                "setting": setting,
+                "dataset": part.dataset,
+                "setting": part.setting,
                 "tables": tables,
-                **_pictures(params, dataset, packs / dataset, results / dataset / setting, methods),
+                "spaces": json.loads((folder / "label_spaces.json").read_text("utf-8")),
+                "data": _data(packs / part.dataset),
+                **pictures,
             }
         )
     write_csv(rows, out / "results.csv")
-    text = "\n\n".join(markdown(table) for part in parts for table in part["tables"])
-    (out / "results.md").write_text(text + "\n", encoding="utf-8")
+    every = [table for part in parts for table in part["tables"]]
+    (out / "results.md").write_text("\n\n".join(map(markdown, every)) + "\n", encoding="utf-8")
+    needs = "% needs \\usepackage{booktabs}\n\n"
+    (out / "results.tex").write_text(needs + "\n\n".join(map(latex, every)) + "\n", encoding="utf-8")
     environment = Environment(
         loader=PackageLoader("ucir.reports", "."),
         autoescape=select_autoescape(default=True),
         undefined=StrictUndefined,
     )
-    cutoffs = {params.datasets[dataset].evaluate.cutoffs[0] for dataset, _ in study_parts(study)}
+    cutoffs = {params.datasets[part.dataset].evaluate.cutoffs[0] for part in study.settings.values()}
     page = environment.get_template("page.html.j2").render(
         study=study.name,
         seeds=", ".join(map(str, study.seeds)),
@@ -93,54 +101,90 @@ def write_report(params: Params, packs: Path, results: Path, out: Path) -> Writt
     return Written(out / "report.html", headline, rows)
 
 
-def study_parts(study: StudyParams) -> list[tuple[str, str]]:
-    """The study's data sets x settings, in its order."""
-    return list(dict.fromkeys((run.dataset, run.setting) for run in study.runs.values()))
+def _tables(
+    part: SettingParams, scores: Scores, printed: list[PrintedCell], block: DatasetParams
+) -> list[Table]:
+    """The first cutoff leads, then its best-by-labels epoch, the other metrics, and the papers' tables."""
+    if not scored_directions(scores):
+        return []
+    first, *others = [*(f"P@{k}" for k in block.evaluate.cutoffs), display_name("mAP_at_All")]
+    wanted = [(first, LAST), (first, BEST), *((metric, LAST) for metric in others)]
+    tables = [direction_table(part.dataset, part.setting, scores, *which) for which in wanted]
+    return tables + comparison_tables(scores, printed) + comparison_tables(scores, printed, BEST)
 
 
-def _pictures(params: Params, dataset: str, pack: Path, results: Path, methods: list[str]) -> dict[str, Any]:
-    """Curves, retrieval grids and embeddings of the first seed, pair by pair."""
-    block = params.datasets[dataset]
+def _data(pack: Path) -> list[dict[str, Any]]:
+    """Pictures by domain, and what prepare found odd."""
+    with (pack / "check/counts.csv").open(newline="", encoding="utf-8") as file:
+        lines = list(csv.DictReader(file))
+    with (pack / "check/duplicates.csv").open(newline="", encoding="utf-8") as file:
+        same = list(csv.DictReader(file))
+    domains = []
+    for domain in dict.fromkeys(line["domain"] for line in lines):
+        own = [line for line in lines if line["domain"] == domain]
+        known = [int(line["expected"]) for line in own if line["expected"]]
+        domains.append(
+            {
+                "name": domain,
+                "found": sum(int(line["found"]) for line in own),
+                "expected": sum(known) if len(known) == len(own) else "",
+                "left_out": sum(int(line["left_out"]) for line in own),
+                "classes": sum(1 for line in own if line["class"] and int(line["found"])),
+                "duplicates": sum(1 for line in same if line["file"].startswith(f"{domain}: ")),
+            }
+        )
+    return domains
+
+
+def _pictures(
+    params: Params, part: SettingParams, pack: Path, results: Path, methods: list[str]
+) -> dict[str, Any]:
+    """Curves, retrieval grids and embeddings of the first seed, training by training."""
+    block = params.datasets[part.dataset]
     seed = params.study.seeds[0]
-    labels = pair_labels(pack)
-    pixels = {domain: open_domain(pack, domain).pixels_NSS3 for domain in labels}
-    pairs = [split_pair(pair, list(labels)) for pair in block.pairs]
+    info = read_info(pack)
+    spaces = label_spaces(part.setting, info.classes, block.split)
+    pairs = trainings(part.setting, part.pairs or block.pairs, list(info.counts))
     curves = [
         {"name": method, "seed": seed, "curves": _curves(results / method / "train", pairs, seed, block)}
         for method in methods
     ]
-    directions = []
+    found = []
     embeddings = []
     start = load_features(results / PRETRAINED / "evaluate" / "all.npz")
     for pair in pairs:
         name = "-".join(pair)
-        features = {PRETRAINED: start}
+        images = {d: open_domain(pack, d, spaces.of(role)) for role, d in enumerate(pair)}
+        labels = {d: [p.label for p in read_index(pack, d, spaces.of(role))] for role, d in enumerate(pair)}
+        features = {PRETRAINED: {d: start[d][images[d].row_N] for d in pair}}
         for method in methods:
-            features[method] = load_features(results / method / "evaluate" / f"{name}-s{seed}.npz")
-        for query, gallery in (pair, pair[::-1]):
+            stored = results / method / "evaluate" / f"{name}-s{seed}.npz"
+            if stored.exists():  # another method of the study may have other pairs
+                features[method] = load_features(stored)
+        for query, gallery in directions(part.setting, pair):
             slots = figures.query_slots(labels[query], block.evaluate.grid_queries)
             grids = []
             for method, x in features.items():
                 ranked = top_ranked(x[query][slots], x[gallery], SHOWN)
                 png = figures.retrieval_grid(
-                    pixels[query], pixels[gallery], slots, ranked, labels[query], labels[gallery]
+                    images[query], images[gallery], slots, ranked, labels[query], labels[gallery]
                 )
                 grids.append({"method": method, "png": _base64(png)})
-            directions.append({"title": f"{query} → {gallery}", "grids": grids})
+            found.append({"title": f"{query} → {gallery}", "grids": grids})
         plots = []
         for method, x in features.items():
             png = figures.embedding({domain: x[domain] for domain in pair}, labels)
             plots.append({"method": method, "png": _base64(png)})
         embeddings.append({"title": name, "plots": plots})
-    return {"methods": curves, "directions": directions, "embeddings": embeddings}
+    return {"methods": curves, "directions": found, "embeddings": embeddings}
 
 
 def _curves(trained: Path, pairs: list[tuple[str, str]], seed: int, block: DatasetParams) -> Markup:
     histories = {}
     for pair in pairs:
-        name = "-".join(pair)
-        run = json.loads((trained / f"{name}-s{seed}" / "run.json").read_text("utf-8"))
-        histories[name] = run["history"]
+        path = trained / f"{'-'.join(pair)}-s{seed}" / "run.json"
+        if path.exists():
+            histories["-".join(pair)] = json.loads(path.read_text("utf-8"))["history"]
     svg = figures.curves(histories, block.evaluate.cutoffs[0]).decode()
     return Markup(svg[svg.index("<svg") :])  # inside HTML there is no XML header
 
@@ -153,17 +197,13 @@ def log_summaries(params: Params, written: Written) -> None:
     """One MLflow run per data set and setting that holds the table: the UI cannot pivot runs into one."""
     uri = tracking.tracking_uri()
     tracking.init_store(uri)
-    for dataset, setting in study_parts(params.study):
-        own = [
-            row
+    for dataset, setting in ((part.dataset, part.setting) for part in params.study.settings.values()):
+        values = {
+            f"{row.method}/{row.metric.replace('@', '_at_')}": row.mean
             for row in written.rows
             if (row.dataset, row.setting, row.epoch_choice) == (dataset, setting, LAST)
-        ]
-        means: dict[str, list[float]] = {}
-        for row in own:
-            metric = row.metric.replace("@", "_at_")
-            means.setdefault(f"{row.method}/{metric}", []).append(row.mean)
-        values = {name: float(np.mean(each)) for name, each in means.items()}
+            if row.query_domain == AVERAGE and row.mean is not None
+        }
         key = hashlib.sha256(json.dumps([dataset, setting, values]).encode()).hexdigest()[:12]
         run = tracking.tracked_run(
             uri,
@@ -175,5 +215,5 @@ def log_summaries(params: Params, written: Written) -> None:
         )
         with tracking.status_of(run):
             run.log_scores(values)
-            for name in ("results.csv", "results.md", "report.html"):
+            for name in ("results.csv", "results.md", "results.tex", "report.html"):
                 run.log_artifact(written.page.with_name(name))

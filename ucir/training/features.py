@@ -37,7 +37,7 @@ def _domain_features(
     parts = []
     for first in range(bounds[rank()], bounds[rank() + 1], CHUNK):
         rows = slice(first, min(first + CHUNK, bounds[rank() + 1]))
-        pixels = torch.from_numpy(domain.pixels_NSS3[rows].copy()).to(device)
+        pixels = torch.from_numpy(domain.pixels(rows)).to(device)
         size = torch.from_numpy(domain.size_N2[rows])
         parts.append(encoder(eval_views(pixels, size, view.side, view.eval_crop)))
     feature_dim = encoder.net.fc[-1].out_features  # type: ignore[index,union-attr]

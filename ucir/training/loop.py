@@ -235,11 +235,11 @@ def _render(
 def _pixels(images: tuple[DomainImages, DomainImages], slots: tuple[Tensor, Tensor], rows: Tensor) -> Tensor:
     """Stored pictures of the given rows of the batch [first domain; second domain], uint8."""
     half = len(slots[0])
-    out = torch.empty(len(rows), *images[0].pixels_NSS3.shape[1:], dtype=torch.uint8)
+    out = torch.empty(len(rows), *images[0].stored_MSS3.shape[1:], dtype=torch.uint8)
     for domain in (0, 1):
         mine = ((rows >= half) == bool(domain)).nonzero().flatten()
         slot = slots[domain][rows[mine] - domain * half]
-        out[mine] = torch.from_numpy(images[domain].pixels_NSS3[slot.numpy()])
+        out[mine] = torch.from_numpy(images[domain].pixels(slot.numpy()))
     return out
 
 

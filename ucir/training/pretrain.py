@@ -16,7 +16,7 @@ from ucir.data.pack import DomainImages
 from ucir.data.prefetch import prefetch
 from ucir.errors import UserError
 from ucir.losses.instance import view_contrast
-from ucir.models.checkpoints import load_encoder, save_encoder
+from ucir.models.checkpoints import load_encoder, load_torchvision, save_encoder
 from ucir.models.encoder import Encoder, new_encoder
 
 
@@ -31,13 +31,15 @@ def make_start(
     """Write ``out/untrained.pt`` (the random network) and ``out/start.pt`` (where training begins).
 
     Raises:
-        UserError: the given checkpoint is unreadable or does not fit; fewer images than a batch.
+        UserError: the given weights are unreadable or do not fit; fewer images than a batch.
     """
     seed = start.pretrain.seed if start.pretrain else 0
     encoder = new_encoder(start.encoder, seed)
     save_encoder(encoder, out / "untrained.pt")
     if start.checkpoint is not None:
         load_encoder(encoder, Path(start.checkpoint))
+    elif start.torchvision is not None:
+        load_torchvision(encoder, start.encoder.backbone, start.torchvision)
     else:
         encoder = encoder.to(device)
         _contrast_views(encoder, domains, view, start, progress)
@@ -70,9 +72,10 @@ def _contrast_views(
         generator = seeded(params.seed, step)
         row = torch.randperm(len(sizes), generator=generator)[: params.batch_size].numpy()
         domain = np.searchsorted(first_row, row, side="right") - 1
-        pixels = torch.from_numpy(
-            np.stack([domains[d].pixels_NSS3[r - first_row[d]] for d, r in zip(domain, row, strict=True)])
-        )
+        pixels = torch.empty(len(row), *domains[0].stored_MSS3.shape[1:], dtype=torch.uint8)
+        for number, images in enumerate(domains):
+            mine = domain == number
+            pixels[torch.from_numpy(mine)] = torch.from_numpy(images.pixels(row[mine] - first_row[number]))
         draws = [draw_view(view.augment, sizes[row], generator) for _ in range(2)]
         views = torch.cat([render_views(pixels, draw, view.side) for draw in draws])
         return views, torch.from_numpy(domain)

@@ -1,0 +1,60 @@
+"""Label spaces of the settings, trainings and directions."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ucir.config import SplitParams
+from ucir.data.catalogue import entry
+from ucir.data.splits import directions, label_spaces, trainings
+from ucir.errors import UserError
+
+NAMES = st.lists(st.text(min_size=1, max_size=8), min_size=2, max_size=70, unique=True)
+
+
+@given(classes=NAMES, seed=st.integers(0, 10**6))
+def test_half_is_shared_rounded_down_whatever_the_order(classes: list[str], seed: int) -> None:
+    split = SplitParams(seed=seed)
+    partial, opened = (label_spaces(name, classes, split) for name in ("partial", "open"))
+    assert partial.query is not None
+    assert partial.gallery == tuple(sorted(classes))
+    assert len(partial.query) == len(classes) // 2
+    assert set(partial.query) <= set(classes)
+    assert (opened.gallery, opened.query) == (partial.query, partial.gallery)
+    assert label_spaces("partial", classes[::-1], split) == partial
+    closed = label_spaces("closed", classes, split)
+    assert closed.query is closed.gallery is None
+
+
+def test_the_draw_is_the_one_that_was_published_with_results() -> None:
+    # a change here makes every stored split of partial and open results unrepeatable
+    classes = entry("domainnet").class_names()
+    assert label_spaces("partial", classes, SplitParams(seed=0)).query == ("bird", "teapot", "windmill")
+    assert label_spaces("partial", classes, SplitParams(seed=1)).query == ("bird", "feather", "teapot")
+    assert [
+        len(label_spaces("open", [str(i) for i in range(n)], SplitParams()).gallery or ())
+        for n in (7, 31, 65)
+    ] == [3, 15, 32]
+
+
+def test_given_classes_and_their_faults() -> None:
+    classes = ["bird", "cat", "dog"]
+    spaces = label_spaces("open", classes, SplitParams(shared=("dog",)))
+    assert spaces.gallery == ("dog",)
+    with pytest.raises(UserError, match="class 'dgo' is unknown; did you mean 'dog'"):
+        label_spaces("open", classes, SplitParams(shared=("dgo",)))
+    with pytest.raises(UserError, match="all classes are shared"):
+        label_spaces("partial", classes, SplitParams(shared=("bird", "cat", "dog")))
+    with pytest.raises(UserError, match="needs class folders"):
+        label_spaces("partial", [], SplitParams())
+
+
+def test_one_training_serves_both_directions_in_closed_alone() -> None:
+    domains = ["a", "b", "c"]
+    pairs = ["a-b", "c>a", "b>a"]
+    assert trainings("closed", pairs, domains) == [("a", "b"), ("c", "a")]
+    assert trainings("open", pairs, domains) == [("a", "b"), ("b", "a"), ("c", "a")]
+    assert directions("closed", ("a", "b")) == [("a", "b"), ("b", "a")]
+    assert directions("partial", ("a", "b")) == [("a", "b")]

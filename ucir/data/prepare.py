@@ -1,0 +1,338 @@
+"""Decode once: a source of pictures becomes a pack, see :mod:`ucir.data.pack`; and what there is to check.
+
+Files are known by their content: what an earlier pack or a killed attempt has decoded is not decoded again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+from ucir.config import DatasetParams, PackParams
+from ucir.data.catalogue import FOLDER, Entry
+from ucir.data.catalogue import entry as catalogue_entry
+from ucir.data.checks import BadFile, Check, DomainFiles, compare, write_check, write_rows
+from ucir.data.decode import decode_image, fitted
+from ucir.data.pack import INDEX_COLUMNS, PackInfo, Picture, map_rows, read_index, read_info, split_pair
+from ucir.data.prefetch import usable_cores
+from ucir.data.source import Located, Reader, Source, Survey, missing_domains, survey
+from ucir.errors import UserError
+
+CHUNK = 256
+"""Files in work at a time: bounds what waits in memory."""
+EARLIER = "unfinished/earlier.json"
+"""Where a finished pack's ``pack.json`` waits while it is renewed."""
+
+
+def write_pack(
+    source: Path,
+    domains: Iterable[str],
+    out: Path,
+    params: PackParams,
+    progress: Callable[[str, int, int], None] = lambda domain, done, total: None,
+    entry: Entry | None = None,
+) -> tuple[PackInfo, Check]:
+    """Scan, verify and decode a source into ``out``.
+
+    What an earlier pack in ``out`` or a killed attempt has decoded is not decoded again: files are known
+    by their content.
+
+    Args:
+        source: folder or archive, see :mod:`ucir.data.source`.
+        domains: the domains to pack.
+        out: folder of the pack, made when missing.
+        params: the data set's ``pack`` block.
+        progress: called with domain, files done, files in all.
+        entry: the data set's entry in the catalogue; None = ``folder``.
+
+    Returns:
+        The pack's summary and the result of the checks.
+
+    Raises:
+        UserError: a domain is missing, a class folder is empty or holds no readable picture, a domain has
+            too many bad files, or the disk is too full. Nothing that looks like a finished pack is left
+            behind, and nothing that was decoded is lost.
+    """
+    entry = entry or catalogue_entry(FOLDER)
+    opened = Source(source)
+    found = survey(opened, entry)
+    domains = list(domains)
+    _check_structure(opened, found, domains, entry)
+    out.mkdir(parents=True, exist_ok=True)
+    _check_disk(out, sum(len(found.domains[domain]) for domain in domains), params)
+    old = _earlier(out, params)
+    (out / "unfinished").mkdir(exist_ok=True)
+    if (out / "pack.json").exists():  # from here on no finished pack is there, but what it holds is of use
+        (out / "pack.json").replace(out / EARLIER)
+    stores = {}
+    results = {}
+    for domain in domains:
+        stores[domain] = _Store(out, domain, params, old)
+        results[domain] = _read_domain(opened, found.domains[domain], params, stores[domain], progress)
+    check = compare(found, results, domains, entry)
+    write_check(check, out / "check")
+    for domain in domains:
+        bad = [file for file in check.bad if file.domain == domain]
+        _check_share(domain, bad, len(bad) + len(results[domain].good), params.max_bad_share, out)
+    _check_classes(check, opened.root)
+    pictures = {domain: _in_slots(results[domain]) for domain in domains}
+    finished = [path for domain in domains for path in stores[domain].write_out(pictures[domain])]
+    (out / EARLIER).unlink(missing_ok=True)
+    for path in finished:
+        path.replace(path.with_suffix(""))
+    labels = sorted({p.label for own in pictures.values() for p in own} - {""})
+    info = PackInfo(
+        params.side,
+        params.fit,
+        {domain: len(own) for domain, own in pictures.items()},
+        labels,
+        {domain: _fingerprint(own, params) for domain, own in pictures.items()},
+    )
+    (out / "pack.json").write_text(json.dumps(asdict(info), indent=1) + "\n", encoding="utf-8")
+    shutil.rmtree(out / "unfinished", ignore_errors=True)
+    wanted = {f"{domain}{ending}" for domain in domains for ending in (".u8", ".csv")}
+    for path in (*out.glob("*.u8"), *out.glob("*.csv")):  # of domains that are no longer wanted
+        if path.name not in wanted:
+            path.unlink()
+    return info, check
+
+
+def prepared_domains(block: DatasetParams) -> list[str]:
+    """The domains that a data set's pairs name.
+
+    Raises:
+        UserError: no source, or a pair of domains that the data set does not have.
+    """
+    known = list(block.entry.domains)
+    if not known:
+        found = survey(Source(Path(block.source)), block.entry)
+        _check_two(Path(block.source), found)
+        known = list(found.domains)
+    return list(dict.fromkeys(d for pair in block.pairs for d in split_pair(pair, known)))
+
+
+def check_source(
+    block: DatasetParams,
+    progress: Callable[[str, int, int], None] = lambda domain, done, total: None,
+) -> Check:
+    """Read and decode every picture as :func:`write_pack` would, and write nothing.
+
+    Missing domains and empty folders are among the faults; the others are checked all the same.
+
+    Raises:
+        UserError: there is no source, or its archives are broken or hostile.
+    """
+    opened = Source(Path(block.source))
+    found = survey(opened, block.entry)
+    wanted = list(block.entry.domains) or list(found.domains)
+    there = [domain for domain in wanted if domain in found.domains]
+    results = {
+        domain: _read_domain(opened, found.domains[domain], block.pack, None, progress) for domain in there
+    }
+    check = compare(found, results, there, block.entry)
+    structure = missing_domains(found, wanted, block.entry, opened.root)
+    structure += [f"{opened.root / name}: empty folder" for name in found.empty]
+    return Check(check.counts, check.bad, check.duplicates, [*structure, *check.faults])
+
+
+class _Store:
+    """The decoded pictures of a domain: those of an earlier pack, and the journal of this attempt.
+
+    The journal outlives a kill: pixels are appended first, then their line, and on reopening whatever has
+    no whole line is cut off.
+    """
+
+    def __init__(self, out: Path, domain: str, params: PackParams, old: PackInfo | None) -> None:
+        self.out, self.domain, self.side = out, domain, params.side
+        self.row_bytes = params.side**2 * 3
+        folder = out / "unfinished"
+        base = f"{domain}-{params.side}-{params.fit}"
+        self.known: dict[str, tuple[bool, int, int, int]] = {}  # in the earlier pack? row, width, height
+        self.old_rows: np.ndarray | None = None
+        if old is not None and domain in old.counts:
+            self.old_rows = map_rows(out / f"{domain}.u8", old.counts[domain], params.side)
+            for p in read_index(out, domain):
+                self.known[p.sha256] = (True, p.slot, p.width, p.height)
+        self.lines_path, pixels_path = folder / f"{base}.csv", folder / f"{base}.u8"
+        lines = self._whole_lines(pixels_path)
+        for row, (sha, width, height) in enumerate(lines):
+            self.known[sha] = (False, row, width, height)
+        self.count = len(lines)
+        self.lines_path.write_text("".join(",".join(map(str, line)) + "\n" for line in lines))
+        self.pixels_path = pixels_path
+        self.pixels = pixels_path.open("ab")
+        self.pixels.truncate(self.count * self.row_bytes)
+        self.lines = self.lines_path.open("a")
+
+    def _whole_lines(self, pixels: Path) -> list[tuple[str, int, int]]:
+        if not self.lines_path.exists() or not pixels.exists():
+            return []
+        whole = self.lines_path.read_text().rpartition("\n")[0].splitlines()
+        whole = whole[: pixels.stat().st_size // self.row_bytes]
+        parts = [line.split(",") for line in whole]
+        return [(sha, int(width), int(height)) for sha, width, height in parts]
+
+    def add(self, new: list[tuple[str, np.ndarray, int, int]]) -> None:
+        """Append decoded pictures: content hash, pixels, width, height."""
+        for _, square, _, _ in new:
+            self.pixels.write(square.tobytes())
+        self.pixels.flush()
+        for sha, _, width, height in new:
+            self.known[sha] = (False, self.count, width, height)
+            self.count += 1
+            self.lines.write(f"{sha},{width},{height}\n")
+        self.lines.flush()
+
+    def write_out(self, pictures: list[Picture]) -> list[Path]:
+        """Write the domain's files of the pack beside their places; what is there in this order stays."""
+        self.pixels.close()
+        self.lines.close()
+        index = self.out / f"{self.domain}.csv.unfinished"
+        lines = [{**asdict(p), "class": p.label} for p in pictures]
+        write_rows(index, INDEX_COLUMNS, lines)
+        rows = [self.known[p.sha256][:2] for p in pictures]
+        if self.old_rows is not None and rows == [(True, row) for row in range(len(self.old_rows))]:
+            return [index]
+        new_rows = map_rows(self.pixels_path, self.count, self.side)
+        pixels = self.out / f"{self.domain}.u8.unfinished"
+        with pixels.open("wb") as file:
+            for earlier, row in rows:
+                held = self.old_rows if earlier else new_rows
+                assert held is not None
+                file.write(held[row].tobytes())
+        return [pixels, index]
+
+
+def _earlier(out: Path, params: PackParams) -> PackInfo | None:
+    """A finished pack of the same size that lies there."""
+    for name in ("pack.json", EARLIER):
+        with contextlib.suppress(UserError):
+            info = read_info(out, name)
+            if (info.side, info.fit) == (params.side, params.fit):
+                return info
+    return None
+
+
+def _read_domain(
+    source: Source,
+    files: list[Located],
+    params: PackParams,
+    store: _Store | None,
+    progress: Callable[[str, int, int], None],
+) -> DomainFiles:
+    """Read, hash and, where its content is new, decode each file, on all cores."""
+    by_path = {file.path: file for file in files}
+    good: list[tuple[Located, str, int, int]] = []
+    bad: list[BadFile] = []
+    bad_labels: Counter[str] = Counter()
+    known: Mapping[str, tuple[bool, int, int, int]] = store.known if store else {}
+
+    def work(item: tuple[str, Reader]) -> tuple[str, str, tuple[np.ndarray | None, int, int] | str]:
+        name, read = item
+        try:
+            data = read()
+        except OSError as error:
+            return name, "", str(error)
+        sha = hashlib.sha256(data).hexdigest()
+        if sha in known:
+            return name, sha, (None, *known[sha][2:])
+        try:
+            image = decode_image(data, params.max_pixels)
+        except ValueError as error:
+            return name, sha, str(error)
+        square = fitted(image, params) if store else None
+        return name, sha, (square, image.width, image.height)
+
+    done = 0
+    with ThreadPoolExecutor(usable_cores()) as pool:  # Pillow works outside the interpreter's lock
+        items = source.read(by_path)
+        while chunk := list(islice(items, CHUNK)):
+            new: dict[str, tuple[str, np.ndarray, int, int]] = {}
+            for name, sha, result in pool.map(work, chunk):
+                file = by_path[name]
+                if isinstance(result, str):
+                    bad.append(BadFile(file.domain, name, result))
+                    bad_labels[file.label] += 1
+                    continue
+                square, width, height = result
+                good.append((file, sha, width, height))
+                if square is not None:
+                    new.setdefault(sha, (sha, square, width, height))
+            if store:
+                store.add(list(new.values()))
+            done += len(chunk)
+            progress(files[0].domain, done, len(files))
+    return DomainFiles(good, bad, bad_labels)
+
+
+def _in_slots(result: DomainFiles) -> list[Picture]:
+    ordered = sorted(result.good, key=lambda entry: (entry[1], entry[0].path))
+    return [
+        Picture(slot, file.path, file.label, width, height, sha)
+        for slot, (file, sha, width, height) in enumerate(ordered)
+    ]
+
+
+def _check_structure(source: Source, found: Survey, domains: list[str], entry: Entry) -> None:
+    """What can be told before any picture is read."""
+    _check_two(source.root, found)
+    faults = missing_domains(found, domains, entry, source.root)
+    faults += [f"{source.root / name}: empty class folder; fill it or remove it" for name in found.empty]
+    faults += [
+        f"{source.root}: domain {domain}: no picture"
+        for domain in domains
+        if domain in found.domains and not found.domains[domain]
+    ]
+    if faults:
+        raise UserError("; ".join(faults))
+
+
+def _check_two(root: Path, found: Survey) -> None:
+    if len(found.domains) < 2:
+        there = ", ".join(found.domains) or "none"
+        raise UserError(
+            f"{root}: {len(found.domains)} domain folder(s) ({there}); cross-domain retrieval needs "
+            "at least two, as <domain>/<class>/<file> or <domain>/<file>"
+        )
+
+
+def _check_disk(out: Path, files: int, params: PackParams) -> None:
+    """The journal and the finished pack stand side by side for a moment."""
+    needed = 2 * files * params.side**2 * 3
+    there = sum(path.stat().st_size for path in out.rglob("*.u8"))
+    free = shutil.disk_usage(out).free
+    if needed - there > free:
+        raise UserError(
+            f"{out}: {files} pictures at {params.side} px need up to {needed / 2**30:.1f} GiB while they are "
+            f"packed, but {free / 2**30:.1f} GiB are free: make room, or set a smaller pack.side"
+        )
+
+
+def _check_share(domain: str, bad: list[BadFile], total: int, limit: float, out: Path) -> None:
+    if len(bad) > limit * total:
+        first = "; ".join(f"{fault.path}: {fault.reason}" for fault in bad[:3])
+        raise UserError(
+            f"domain {domain}: {len(bad)} of {total} files are bad, more than max_bad_share = {limit} "
+            f"({first}{' …' if len(bad) > 3 else ''}); all are listed in {out / 'check/quarantine.csv'}"
+        )
+
+
+def _check_classes(check: Check, root: Path) -> None:
+    for line in check.counts:
+        if line.label and line.left_out and not line.found:
+            raise UserError(f"{root}: {line.domain}/{line.label}: no readable picture is left in this class")
+
+
+def _fingerprint(pictures: list[Picture], params: PackParams) -> str:
+    text = "\n".join(f"{p.sha256} {p.label}" for p in pictures)
+    return hashlib.sha256(f"{params.side} {params.fit}\n{text}".encode()).hexdigest()[:16]
