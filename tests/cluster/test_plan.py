@@ -98,7 +98,7 @@ def test_a_plan_counts_shared_runs_once_and_says_what_is_not_built(
     sizes = {"Art": 2427, "Clipart": 4365, "Product": 4439, "Real": 4357}
     pairs = [pair.split("-") for pair in shipped.datasets["office_home"].pairs]
     seconds = 3 * 200 * sum(max(sizes[a], sizes[b]) // 64 + 0.01 * (sizes[a] + sizes[b]) for a, b in pairs)
-    assert f"    ucdir              18 runs, 0 done, {seconds / 3600:.1f} h left\n" in told
+    assert f"    ucdir              18 runs, 0 done, {seconds / 3600:,.0f} h left\n" in told
 
 
 def test_a_plan_knows_what_is_done(prepared: Path, store: str) -> None:

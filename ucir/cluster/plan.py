@@ -163,10 +163,12 @@ def describe_study(params: Params, name: str) -> str:
     )
     unknown = sorted({t.dataset for t in built if _counts(params, t) is None})
     seconds = sum(_seconds(params, t, paces) for t in built if _identity(t) not in done)
-    hours = f"about {seconds / 3600:.1f} {'GPU' if device.type == 'cuda' else 'machine'}-hours"
+    hours = f"about {_hours(seconds)} {'GPU' if device.type == 'cuda' else 'machine'}-hours"
     told = f" (without {', '.join(unknown)}: not prepared, so its size is not known)" if unknown else ""
     lines.append(f"left: {hours} here, one run at a time{told}")
-    lines.append(f"disk: about {_disk(params, built) / 2**30:.1f} GiB, with the copies in DVC's cache")
+    lines.append(
+        f"disk: about {_disk(params, built) / 2**30:.1f} GiB for what is built, with the copies in DVC's cache"
+    )
     return "\n".join(lines)
 
 
@@ -272,8 +274,13 @@ def _state(
     if not own[0].built:
         return "not built yet"
     left = [t for t in own if _identity(t) not in done]
-    hours = sum(_seconds(params, t, paces) for t in left) / 3600
-    return f"{len(own) - len(left)} done" + (f", {hours:.1f} h left" if left else "")
+    seconds = sum(_seconds(params, t, paces) for t in left)
+    return f"{len(own) - len(left)} done" + (f", {_hours(seconds)} h left" if left else "")
+
+
+def _hours(seconds: float) -> str:
+    hours = seconds / 3600
+    return f"{hours:,.0f}" if hours >= 100 else f"{hours:.1f}"
 
 
 def _disk(params: Params, built: list[PlannedTraining]) -> float:
