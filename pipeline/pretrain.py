@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 
+from ucir.data.fetch import local_start
 from ucir.data.pack import open_domain, read_info
-from ucir.data.weights import local_start
 from ucir.devices import choose_device
 from ucir.errors import run_main
 from ucir.paths import PACKS, STARTS, check_writable

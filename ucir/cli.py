@@ -128,11 +128,10 @@ def fetch(
     Goes on where an earlier attempt stopped and verifies what has a published digest. Archives are read
     in place: nothing needs to be unpacked.
     """
-    from ucir.data.catalogue import entry, names
+    from ucir.catalogue import entry, names
     from ucir.data.fetch import fetch as fetch_files
-    from ucir.data.fetch import unpack
+    from ucir.data.fetch import local_start, unpack
     from ucir.data.source import is_archive
-    from ucir.data.weights import local_start
     from ucir.progress import Progress, by_bytes
 
     if dataset is None:

@@ -12,8 +12,8 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from ucir.data.catalogue import FOLDER, Entry
-from ucir.data.catalogue import entry as catalogue_entry
+from ucir.catalogue import FOLDER, Entry
+from ucir.catalogue import entry as catalogue_entry
 from ucir.errors import UserError, nearest
 
 PARAMS_FILE = "params.yaml"

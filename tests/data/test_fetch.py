@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from ucir import catalogue
 from ucir.config import DatasetParams, StartParams
-from ucir.data import catalogue, fetch, weights
+from ucir.data import fetch
 from ucir.data.fetch import PART, download, unpack
 from ucir.errors import UserError
 
@@ -200,11 +201,11 @@ def test_unpacking_writes_below_its_folder_and_goes_on(tmp_path: Path) -> None:
 def test_start_weights_by_address_by_path_and_by_digest(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(weights, "WEIGHTS", tmp_path / "weights")
+    monkeypatch.setattr(fetch, "WEIGHTS", tmp_path / "weights")
     start = StartParams(checkpoint=address(server), digest=digest(kind="md5")[:12])
-    assert weights.local_start(start).checkpoint == str(tmp_path / "weights/x.zip")
+    assert fetch.local_start(start).checkpoint == str(tmp_path / "weights/x.zip")
     kept = StartParams(checkpoint=str(tmp_path / "weights/x.zip"), digest="md5:00000000")
     with pytest.raises(UserError, match="delete it and give the command again"):
-        weights.local_start(kept)
+        fetch.local_start(kept)
     with pytest.raises(UserError, match="no such checkpoint"):
-        weights.local_start(StartParams(checkpoint=str(tmp_path / "none")))
+        fetch.local_start(StartParams(checkpoint=str(tmp_path / "none")))

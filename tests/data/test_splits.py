@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ucir.catalogue import entry
 from ucir.config import SplitParams
-from ucir.data.catalogue import entry
 from ucir.data.splits import directions, label_spaces, trainings
 from ucir.errors import UserError
 

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch.nn.functional import normalize
 
-from ucir.data.catalogue import entry
+from ucir.catalogue import entry
 from ucir.data.pack import DomainImages
 from ucir.evaluation import BEST, LAST, DirectionScore, read_scores, write_scores
 from ucir.methods import METHODS, TO_COME

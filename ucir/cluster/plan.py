@@ -166,9 +166,8 @@ def describe_study(params: Params, name: str) -> str:
     hours = f"about {_hours(seconds)} {'GPU' if device.type == 'cuda' else 'machine'}-hours"
     told = f" (without {', '.join(unknown)}: not prepared, so its size is not known)" if unknown else ""
     lines.append(f"left: {hours} here, one run at a time{told}")
-    lines.append(
-        f"disk: about {_disk(params, built) / 2**30:.1f} GiB for what is built, with the copies in DVC's cache"
-    )
+    disk = f"{_disk(params, built) / 2**30:.1f} GiB"
+    lines.append(f"disk: about {disk} for what is built, with the copies in DVC's cache")
     return "\n".join(lines)
 
 

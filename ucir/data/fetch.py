@@ -10,9 +10,11 @@ from urllib.parse import urlsplit
 
 import requests
 
-from ucir.config import DatasetParams
+from ucir.config import DatasetParams, StartParams
 from ucir.data.source import Source
 from ucir.errors import UserError
+from ucir.paths import WEIGHTS
+from ucir.progress import by_bytes
 
 PART = 2**16
 """Bytes written at a time; when a connection breaks, up to so many are lost."""
@@ -161,6 +163,25 @@ def fetch(block: DatasetParams, progress: Callable[[str], Callable[[int, int | N
             "'source' in params.yaml say where it lies"
         )
     return there
+
+
+def local_start(start: StartParams) -> StartParams:
+    """The same start with its checkpoint as a verified file on this machine.
+
+    Raises:
+        UserError: no such file, it cannot be fetched, or its digest is another.
+    """
+    if start.checkpoint is None:
+        return start
+    path = Path(start.checkpoint)
+    if is_address(start.checkpoint):
+        path = WEIGHTS / file_name(start.checkpoint)
+        download(start.checkpoint, path, start.digest, by_bytes(path.name))
+    elif not path.exists():
+        raise UserError(f"{path}: no such checkpoint")
+    else:
+        verify(path, start.digest)
+    return start.model_copy(update={"checkpoint": str(path)})
 
 
 def unpack(source: Path, target: Path, progress: Callable[[int, int], None]) -> int:
