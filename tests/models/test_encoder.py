@@ -10,7 +10,7 @@ from torch import nn
 
 from ucir.config import EncoderParams
 from ucir.errors import UserError
-from ucir.models.checkpoints import load_encoder, save_atomically, save_encoder
+from ucir.models.checkpoints import load_encoder, load_torchvision, save_atomically, save_encoder
 from ucir.models.encoder import key_encoder_of, new_encoder, update_key_encoder
 from ucir.models.norm import GroupedBatchNorm2d
 
@@ -122,3 +122,34 @@ def test_writing_is_all_or_nothing(tmp_path: Path) -> None:
         save_atomically({"x": lambda: 0}, path)
     assert torch.load(path) == {"x": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["state.pt"]
+
+
+def test_torchvisions_weights_fill_the_backbone_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torchvision.models import ResNet18_Weights, resnet18
+
+    params = EncoderParams(backbone="resnet18")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))  # torch's cache, where the file would be kept
+    url = ResNet18_Weights.IMAGENET1K_V1.url
+    cached = tmp_path / "hub/checkpoints" / url.rpartition("/")[2]
+    cached.parent.mkdir(parents=True)
+    torch.save(resnet18().state_dict(), cached)
+    encoder = new_encoder(params, 0)
+    before = encoder.net.state_dict()["fc.0.weight"].clone()
+    load_torchvision(encoder, "resnet18", "IMAGENET1K_V1")
+    given = torch.load(cached)
+    for key, value in encoder.net.state_dict().items():
+        assert torch.equal(value, before if key == "fc.0.weight" else given.get(key, value))
+    with pytest.raises(UserError, match="resnet18 has no weights 'IMAGENET1K_V9'; did you mean"):
+        load_torchvision(encoder, "resnet18", "IMAGENET1K_V9")
+    with pytest.raises(UserError, match="convnet has no weights 'IMAGENET1K_V1'; there is none"):
+        load_torchvision(new_encoder(TINY, 0), "convnet", "IMAGENET1K_V1")
+    cached.unlink()
+
+    def offline(*arguments: object, **options: object) -> None:
+        raise OSError("no route")
+
+    monkeypatch.setattr("torch.hub.download_url_to_file", offline)
+    with pytest.raises(UserError, match=r"no route; or put the file into .*checkpoints yourself"):
+        load_torchvision(encoder, "resnet18", "IMAGENET1K_V1")
