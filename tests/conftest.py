@@ -88,6 +88,9 @@ def pack(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+SHAPES = {"dataset": "shapes", "setting": "closed"}
+
+
 def tiny_params(source: str) -> dict[str, Any]:
     """A params.yaml whose whole study runs in seconds."""
     return {
@@ -96,8 +99,8 @@ def tiny_params(source: str) -> dict[str, Any]:
             "seeds": [0],
             "datasets": {"shapes": {"source": source}},
             "samples": {},
-            "settings": {"shapes-closed": {"dataset": "shapes", "setting": "closed"}},
-            "runs": {"shapes-closed-ucdir": {"dataset": "shapes", "setting": "closed", "method": "ucdir"}},
+            "settings": {"shapes-closed": SHAPES},
+            "runs": {"shapes-closed-ucdir": {**SHAPES, "method": "ucdir", "block": "ucdir"}},
         },
         "studies": {
             "tiny": {"datasets": ["shapes"], "settings": ["closed"], "methods": ["ucdir"], "seeds": [0]}

@@ -37,7 +37,10 @@ def load(folder: Path, change: dict[str, Any]) -> None:
         ({"datasets.shapes.start.pretrain.step": 1}, "did you mean 'steps'?"),
         ({"methods.ucdir.shapes.temprature": 1}, "did you mean 'temperature'?"),
         ({"methods.ucdir.shapes.temperature": 0}, "shapes.temperature = 0: input should be greater than 0"),
-        ({"methods.ucdir.shapes.clusters": 1}, "clusters = 1: input should be greater than or equal to 2"),
+        (
+            {"methods.ucdir.shapes.clusters": 1},
+            "clusters: 1 is not a number of at least 2, a list of them",
+        ),
         ({"methods.ucdir.shapes.lr": "fast"}, "lr = 'fast': input should be a valid number"),
         ({"methods.ucdir.shapes.ramp_end": 1}, "ramp_end 1 must come after ramp_start 1"),
         ({"datasets.shapes.start.checkpoint": "x.pt"}, "give one of 'checkpoint' (a file"),

@@ -24,12 +24,19 @@ class Clusters:
 
 
 def kmeans(
-    features_ND: Tensor, k: int, *, iterations: int, restarts: int, seed: int, max_points: int
+    features_ND: Tensor,
+    k: int,
+    *,
+    iterations: int,
+    restarts: int,
+    seed: int,
+    max_points: int,
+    spherical: bool = False,
 ) -> Clusters:
     """K-means with Euclidean distance on faiss, as the official code runs it (UCDIR ``run_kmeans``).
 
-    Centroids are not spherical during the iterations; each feature is assigned to the nearest
-    un-normalised final centroid; the centroids are L2-normalised afterwards, for the losses.
+    Each feature is assigned to the nearest final centroid, which is not normalised unless ``spherical``;
+    the centroids are L2-normalised afterwards, for the losses.
 
     Args:
         features_ND: unit features, float32.
@@ -37,6 +44,7 @@ def kmeans(
         iterations, restarts: faiss ``niter`` and ``nredo``; the best of the restarts is kept.
         seed: of the initial centroids; equal seeds give equal clusters.
         max_points: iterate on a subsample of at most this many points per centroid.
+        spherical: normalise the centroids in each iteration, as PCS does.
 
     Raises:
         UserError: more clusters than features.
@@ -50,6 +58,7 @@ def kmeans(
         clustering.niter = iterations
         clustering.nredo = restarts
         clustering.seed = seed
+        clustering.spherical = spherical
         clustering.max_points_per_centroid = max_points
         clustering.min_points_per_centroid = 1
         index = faiss.IndexFlatL2(points.shape[1])
@@ -61,3 +70,68 @@ def kmeans(
     label_N = torch.from_numpy(label).to(features_ND.device)
     centroid_KD = F.normalize(torch.from_numpy(centroid).to(features_ND.device), dim=1)
     return Clusters(label_N, centroid_KD, torch.bincount(label_N, minlength=k))
+
+
+def concentration(features_ND: Tensor, clusters: Clusters, smooth: float = 10.0) -> Tensor:
+    """How spread each cluster is: mean distance of its members to its prototype over log(size + smooth).
+
+    PCL (Li et al., ICLR 2021) section 3.3; a cluster with fewer than two members gets the largest value.
+
+    Returns:
+        (K,) float32, > 0.
+    """
+    distance_N = (features_ND - clusters.centroid_KD[clusters.label_N]).norm(dim=1)
+    count = len(clusters.size_K)
+    sum_K = distance_N.new_zeros(count).index_add_(0, clusters.label_N, distance_N)
+    size_K = clusters.size_K.clamp(min=1).to(distance_N.dtype)
+    phi_K = sum_K / size_K / torch.log(size_K + smooth)
+    small_K = clusters.size_K < 2
+    largest = phi_K.max().clamp(min=1e-6)
+    return torch.where(small_K | (phi_K <= 0), largest, phi_K)
+
+
+def choose_clusters(features_ND: Tensor, how: str, seed: int, most: int = 100) -> int:
+    """A number of clusters where nobody knows one.
+
+    ``elbow``: the K whose inertia lies farthest below the chord from the first to the last candidate.
+    ``silhouette``: the K with the best mean silhouette of a sample of at most 2,000 features.
+    Candidates grow by a quarter from 2 to ``most`` or a quarter of the images.
+
+    Args:
+        features_ND: unit features.
+        how: ``elbow`` or ``silhouette``.
+        seed: of K-means and of the sample.
+        most: the largest candidate.
+
+    Raises:
+        UserError: fewer than eight images.
+    """
+    if len(features_ND) < 8:
+        raise UserError(f"{len(features_ND)} images are too few to choose a number of clusters from")
+    candidates = [2]
+    while (following := max(candidates[-1] + 1, candidates[-1] * 5 // 4)) <= min(most, len(features_ND) // 4):
+        candidates.append(following)
+    found = [kmeans(features_ND, k, iterations=20, restarts=3, seed=seed, max_points=256) for k in candidates]
+    if how == "silhouette":
+        from sklearn.metrics import silhouette_score
+
+        points = features_ND.cpu().numpy()
+        scores = [
+            silhouette_score(points, label, sample_size=min(2000, len(points)), random_state=seed)
+            if len(set(label)) > 1
+            else -1.0
+            for label in (c.label_N.cpu().numpy() for c in found)
+        ]
+        return candidates[int(np.argmax(scores))]
+    distances = [features_ND - _means(features_ND, c)[c.label_N] for c in found]
+    inertia = np.array([float(distance.square().sum()) for distance in distances])
+    across = (np.array(candidates) - candidates[0]) / max(1, candidates[-1] - candidates[0])
+    down = (inertia - inertia[-1]) / max(1e-12, inertia[0] - inertia[-1])
+    return candidates[int(np.argmax(1 - across - down))]
+
+
+def _means(features_ND: Tensor, clusters: Clusters) -> Tensor:
+    """Centroids before they are normalised."""
+    count = len(clusters.size_K)
+    sum_KD = features_ND.new_zeros(count, features_ND.shape[1]).index_add_(0, clusters.label_N, features_ND)
+    return sum_KD / clusters.size_K.clamp(min=1)[:, None]

@@ -223,6 +223,8 @@ class RunParams(SettingParams):
     """One line of the active study: a data set, a setting, a method."""
 
     method: Annotated[str, Field(pattern=r"^[a-z0-9-]+$")]
+    block: str
+    """The block under ``methods`` that it reads: an ablation reads its method's."""
 
 
 class SourceParams(Block):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 class Bank:
@@ -14,6 +15,12 @@ class Bank:
 
     def __init__(self, features_ND: Tensor) -> None:
         self.features_ND = features_ND.clone()
+
+    @torch.no_grad()
+    def blend(self, slot_B: Tensor, feature_BD: Tensor, momentum: float) -> None:
+        """v <- m v + (1 - m) f, normalised: the bank of ID, CDS and PCS, which have no key encoder."""
+        row_BD = momentum * self.features_ND[slot_B] + (1 - momentum) * feature_BD.detach()
+        self.write(slot_B, F.normalize(row_BD, dim=1))
 
     @torch.no_grad()
     def write(self, slot_B: Tensor, feature_BD: Tensor) -> None:

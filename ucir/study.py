@@ -11,7 +11,7 @@ from pydantic import Field
 from ucir.config import PARAMS_FILE, Block, Params, checked, load_params, parse_yaml, without_study
 from ucir.data.prepare import prepared_domains
 from ucir.errors import UserError, nearest
-from ucir.methods import METHODS, TO_COME, method_params
+from ucir.methods import METHODS, TO_COME, method_params, params_block
 
 DATASET_BLOCKS = ("pack", "view", "evaluate", "split")
 """Blocks of a data set that may be left out, but that dvc.yaml's stages depend on by name."""
@@ -77,7 +77,8 @@ def study_block(params: Params, name: str) -> tuple[dict[str, Any], list[str]]:
             continue
         method_params(params, run["method"], run["dataset"])
         setting = {key: run[key] for key in ("dataset", "setting", "pairs")}
-        _join(runs, f"{run['dataset']}-{run['setting']}-{run['method']}", run)
+        own = {**run, "block": params_block(run["method"])}
+        _join(runs, f"{run['dataset']}-{run['setting']}-{run['method']}", own)
         _join(settings, f"{run['dataset']}-{run['setting']}", setting)
     if not runs:
         raise UserError(f"studies.{name}: none of its methods is built yet: {', '.join(missing)}")

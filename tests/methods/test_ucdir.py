@@ -42,7 +42,7 @@ def test_the_ramp_of_cluster_contrast(epoch: int, weight: float) -> None:
 
 @pytest.mark.parametrize(("epoch", "share"), [(0, 1), (50, 0.853553), (100, 0.5), (199, 6.17e-5)])
 def test_the_learning_rate_is_half_a_cosine(epoch: int, share: float) -> None:
-    assert Ucdir(OFFICE_HOME, 0).lr_at(epoch) == pytest.approx(2e-4 * share, rel=1e-3)
+    assert Ucdir(OFFICE_HOME, 0).lr_at(epoch, 0) == pytest.approx(2e-4 * share, rel=1e-3)
 
 
 def test_the_defaults_are_the_official_office_home_run() -> None:

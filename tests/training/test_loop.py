@@ -50,6 +50,9 @@ class Keep:
     def load_state(self) -> dict[str, Any] | None:
         return self.state
 
+    def fault(self, details: dict[str, Any]) -> None:
+        self.details = details
+
     def end_epoch(self, report: EpochReport) -> None:
         self.reports.append(report)
         self.state = _copied(report.state)

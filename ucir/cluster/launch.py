@@ -56,6 +56,8 @@ def train_all(runs: list[Run], cluster: ClusterParams) -> None:
                 raise
             except Exception as error:
                 failed[run.name] = f"{type(error).__name__}: {error}".splitlines()[0]
+                if (fault := run.folder / "fault.json").exists():
+                    failed[run.name] += f"; its inputs are described in {fault}"
                 progress.message(f"{run.name} failed: {failed[run.name]}")
     if failed:
         told = "; ".join(f"{name} ({reason})" for name, reason in failed.items())

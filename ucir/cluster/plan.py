@@ -71,7 +71,7 @@ def measure_pace(block: DatasetParams, params: MethodParams, method: str, device
     noise = np.random.default_rng(0).integers(0, 256, (2 * params.batch_size, side, side, 3), np.uint8)
 
     def training(batch: int) -> PairTraining:
-        rows = np.arange(max(2 * batch, params.clusters)) % len(noise)
+        rows = np.arange(max(2 * batch, params.most_clusters, 8)) % len(noise)
         sizes = np.full((len(rows), 2), side)
         first, second = (DomainImages(name, noise, rows, sizes) for name in "ab")
         small = params.model_copy(update={"batch_size": batch})

@@ -8,6 +8,7 @@ depends on (resolved config, data, start, code); its folder is ``runs/<slug>-<ke
 - ``last.pt``   the retrieval encoder of the last epoch, in MoCo v2's layout
 - ``best.pt``   that of the epoch with the best first P@K, *chosen with labels*, as the papers do
 - ``done.json`` written when the last epoch is through
+- ``fault.json`` where a loss became NaN: step, terms, statistics of features and weights
 """
 
 from __future__ import annotations
@@ -225,6 +226,12 @@ class RunReporter:
             (self.run.folder / "done.json").write_text(text + "\n", encoding="utf-8")
             state.unlink(missing_ok=True)
 
+    def fault(self, details: dict[str, Any]) -> None:
+        if self.writes:
+            self.run.folder.mkdir(parents=True, exist_ok=True)
+            text = json.dumps(details, indent=1)
+            (self.run.folder / "fault.json").write_text(text + "\n", encoding="utf-8")
+
     def _scores(self, report: EpochReport) -> dict[str, float]:
         """P@K and mAP, mean of the directions: a curve to look at, and the choice of the best epoch.
 
@@ -266,9 +273,9 @@ def open_pair(run: Run) -> tuple[Any, Any]:
 
 def _check_sizes(params: MethodParams, pair: tuple[str, str], counts: tuple[int, ...]) -> None:
     for domain, count in zip(pair, counts, strict=True):
-        if params.clusters > count:
+        if params.most_clusters > count:
             raise UserError(
-                f"clusters = {params.clusters} exceeds the {count} images of domain "
+                f"clusters = {params.most_clusters} exceeds the {count} images of domain "
                 f"{domain}: set fewer clusters in params.yaml"
             )
     larger = max(counts)
@@ -292,11 +299,15 @@ def _run_key(
 def code_files(method: str) -> list[Path]:
     """The code that a training of this method runs through."""
     root = Path(ucir.__file__).parent
-    module = METHODS[method].__module__.rsplit(".", 1)[-1]
+    modules = {c.__module__ for c in METHODS[method].__mro__ if c.__module__.startswith("ucir.methods.")}
+    own = sorted(module.rsplit(".", 1)[-1] for module in modules)
     return [
-        *(root / f"{name}.py" for name in ("memory", "clustering", "distributed")),
+        *(
+            root / f"{name}.py"
+            for name in ("memory", "clustering", "distributed", *METHODS[method].also_runs)
+        ),
         *(root / "data" / f"{name}.py" for name in ("augment", "batches")),
-        *(root / "methods" / f"{name}.py" for name in ("base", module)),
+        *(root / "methods" / f"{name}.py" for name in own),
         *sorted((root / "losses").glob("*.py")),
         *sorted((root / "models").glob("*.py")),
         *(root / "training" / f"{name}.py" for name in ("loop", "features")),

@@ -10,15 +10,20 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Generic, TypeVar
+from typing import Annotated, Any, ClassVar, Generic, Literal, TypeVar
 
 import torch
-from pydantic import Field
-from torch import Tensor, nn
+from pydantic import BeforeValidator, Field
+from torch import Tensor
 
+from ucir.clustering import Clusters, choose_clusters, kmeans
 from ucir.config import Block, Count, Positive
+from ucir.memory import Bank
+from ucir.models.encoder import Encoder
+
+Weight = Annotated[float, Field(ge=0)]
+Epoch = Annotated[int, Field(ge=0)]
 
 
 class MethodParams(Block):
@@ -29,10 +34,41 @@ class MethodParams(Block):
     """Images of each domain in a step, over all workers together."""
     lr: Positive = 2e-4
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    weight_decay: Weight = 1e-4
     key_momentum: Annotated[float, Field(ge=0, le=1)] = 0.999
-    clusters: Annotated[int, Field(ge=2)]
-    """K, the prototypes per domain; the papers give the number of classes."""
+    """m of the key encoder's moving average, where a method has one."""
+    retrieve_with: Literal["key", "query"] = "key"
+    """Whose features are ranked, where there are two encoders; the official code ranks the key encoder's."""
+
+    @property
+    def most_clusters(self) -> int:
+        """The largest number of clusters that is given; a domain must have as many images."""
+        return 0
+
+
+def _several(given: Any) -> Any:
+    """One K as a list of one; what is neither numbers nor a way to choose is refused in one sentence."""
+    if given in ("elbow", "silhouette"):
+        return given
+    numbers = given if isinstance(given, (list, tuple)) else [given]
+    if not numbers or not all(isinstance(k, int) and not isinstance(k, bool) and k >= 2 for k in numbers):
+        raise ValueError(f"{given!r} is not a number of at least 2, a list of them, 'elbow' or 'silhouette'")
+    return tuple(numbers)
+
+
+class ClusteredParams(MethodParams):
+    """Methods that cluster each domain; the defaults are UCDIR's K-means."""
+
+    clusters: Annotated[tuple[int, ...] | Literal["elbow", "silhouette"], BeforeValidator(_several)]
+    """K, the prototypes per domain: one number, or several whose terms are averaged (the papers give the
+    number of classes), or how to choose it at the first clustering, for each domain by itself."""
+    kmeans_iterations: Count = 20
+    kmeans_restarts: Count = 5
+    kmeans_max_points: Count = 2000
+
+    @property
+    def most_clusters(self) -> int:
+        return 0 if isinstance(self.clusters, str) else max(self.clusters)
 
 
 @dataclass(frozen=True)
@@ -41,7 +77,7 @@ class DomainBatch:
 
     slot_B: Tensor  # rows of the bank
     q_BD: Tensor  # query encoder's unit features, with gradient
-    k_BD: Tensor  # key encoder's unit features of another view, constant
+    k_BD: Tensor  # key encoder's unit features of another view, constant; without one, q_BD's values
 
 
 @dataclass(frozen=True)
@@ -53,6 +89,7 @@ class Term:
 
 
 P = TypeVar("P", bound=MethodParams)
+CP = TypeVar("CP", bound=ClusteredParams)
 
 
 class Method(ABC, Generic[P]):
@@ -64,6 +101,10 @@ class Method(ABC, Generic[P]):
     """
 
     params_type: ClassVar[type[MethodParams]]
+    key_encoder: ClassVar[bool] = True
+    """Whether there is a moving average of the encoder, and a second view for it."""
+    also_runs: ClassVar[tuple[str, ...]] = ()
+    """Modules of ``ucir`` that it runs through besides those that all trainings do; part of the run key."""
 
     def __init__(self, params: P, seed: int) -> None:
         self.params = params
@@ -81,6 +122,9 @@ class Method(ABC, Generic[P]):
     def losses(self, epoch: int, batch: tuple[DomainBatch, DomainBatch]) -> dict[str, Term]:
         """The loss terms of a step; terms of weight zero are left out."""
 
+    def after_step(self, batch: tuple[DomainBatch, DomainBatch]) -> None:
+        """Once the encoder has moved: what may only change when gradients are through."""
+
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
         """What must outlive a kill, as of the end of an epoch."""
@@ -89,11 +133,83 @@ class Method(ABC, Generic[P]):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up :meth:`state_dict`'s value."""
 
-    def optimizer(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-        """SGD, as UCDIR trains."""
+    def optimizer(self, encoder: Encoder) -> torch.optim.Optimizer:
+        """SGD, as UCDIR trains. A group's ``lr_scale`` multiplies :meth:`lr_at`."""
         p = self.params
-        return torch.optim.SGD(parameters, p.lr, momentum=p.momentum, weight_decay=p.weight_decay)
+        return torch.optim.SGD(encoder.parameters(), p.lr, momentum=p.momentum, weight_decay=p.weight_decay)
 
-    def lr_at(self, epoch: int) -> float:
-        """Learning rate of an epoch: half a cosine from ``lr`` to 0, by epoch, as UCDIR trains."""
+    def lr_at(self, epoch: int, steps: int) -> float:
+        """Learning rate: half a cosine from ``lr`` to 0, by epoch, as UCDIR trains.
+
+        Args:
+            epoch: number of the epoch.
+            steps: done before, in all epochs.
+        """
         return self.params.lr * 0.5 * (1 + math.cos(math.pi * epoch / self.params.epochs))
+
+
+class BankMethod(Method[P]):
+    """Methods with a bank for each domain, filled with the start's features."""
+
+    banks: tuple[Bank, Bank]
+
+    def __init__(self, params: P, seed: int) -> None:
+        super().__init__(params, seed)
+        self.chosen: list[tuple[int, ...]] = []
+        """K of each domain, where the method clusters."""
+
+    def start(self, features: tuple[Tensor, Tensor]) -> None:
+        self.banks = (Bank(features[0]), Bank(features[1]))
+
+    def start_epoch(self, epoch: int, features: tuple[Tensor, Tensor]) -> dict[str, float]:
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        banks = [bank.features_ND.cpu() for bank in self.banks]
+        return {"banks": banks, "chosen": [list(own) for own in self.chosen]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        first, second = state["banks"]
+        self.banks = (Bank(first), Bank(second))
+        self.chosen = [tuple(own) for own in state["chosen"]]
+
+
+class ClusteringMethod(BankMethod[CP]):
+    """Methods that cluster both domains before an epoch."""
+
+    def choose(self, features: tuple[Tensor, Tensor]) -> list[tuple[int, ...]]:
+        """K of each domain: as given, or chosen at the first call and then kept."""
+        k = self.params.clusters
+        if not self.chosen:
+            self.chosen = [(choose_clusters(x, k, self.seed),) if isinstance(k, str) else k for x in features]
+        return self.chosen
+
+    def cluster(self, features: tuple[Tensor, Tensor]) -> tuple[list[Clusters], list[Clusters]]:
+        """Clusterings of both domains, one for each K, each with its own seed as in the official code."""
+        p = self.params
+        first, second = (
+            [
+                kmeans(
+                    x,
+                    k,
+                    iterations=p.kmeans_iterations,
+                    restarts=p.kmeans_restarts,
+                    seed=self.seed + number,
+                    max_points=p.kmeans_max_points,
+                )
+                for number, k in enumerate(own)
+            ]
+            for x, own in zip(features, self.choose(features), strict=True)
+        )
+        return first, second
+
+
+def cluster_figures(clusters: tuple[list[Clusters], list[Clusters]]) -> dict[str, float]:
+    """What is worth logging of an epoch's clusterings; over several K the most extreme."""
+    told: dict[str, float] = {}
+    for side, own in zip("ab", clusters, strict=True):
+        told[f"cluster/count_{side}"] = float(len(own[0].size_K))
+        told[f"cluster/empty_{side}"] = float(max(int((c.size_K == 0).sum()) for c in own))
+        told[f"cluster/smallest_{side}"] = float(min(int(c.size_K.min()) for c in own))
+        told[f"cluster/largest_{side}"] = float(max(int(c.size_K.max()) for c in own))
+    return told

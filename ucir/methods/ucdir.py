@@ -7,25 +7,30 @@ the code, which made the published tables.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Self
+from typing import Any, Self
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import model_validator
 from torch import Tensor
 
-from ucir.clustering import Clusters, kmeans
+from ucir.clustering import Clusters
 from ucir.config import Positive, Share
 from ucir.losses.assignment import distance_of_distance, self_entropy
 from ucir.losses.cluster import cluster_contrast, confident, mean_of_kept
 from ucir.losses.instance import instance_contrast
 from ucir.memory import Bank
-from ucir.methods.base import DomainBatch, Method, MethodParams, Term
+from ucir.methods.base import (
+    ClusteredParams,
+    ClusteringMethod,
+    DomainBatch,
+    Epoch,
+    Term,
+    Weight,
+    cluster_figures,
+)
 
-Weight = Annotated[float, Field(ge=0)]
-Epoch = Annotated[int, Field(ge=0)]
 
-
-class UcdirParams(MethodParams):
+class UcdirParams(ClusteredParams):
     """``methods.ucdir.<dataset>``."""
 
     temperature: Positive = 0.2
@@ -47,9 +52,6 @@ class UcdirParams(MethodParams):
     distance_temperature: Positive = 0.01
     cross_domain_start: Epoch
     """First epoch with self-entropy and distance of distance. Half of the epochs."""
-    kmeans_iterations: Annotated[int, Field(ge=1)] = 20
-    kmeans_restarts: Annotated[int, Field(ge=1)] = 5
-    kmeans_max_points: Annotated[int, Field(ge=1)] = 2000
 
     @model_validator(mode="before")
     @classmethod
@@ -84,38 +86,21 @@ class UcdirParams(MethodParams):
         return self
 
 
-class Ucdir(Method[UcdirParams]):
+class Ucdir(ClusteringMethod[UcdirParams]):
     """L = mean over domains of (IW + w_cw CW) + [cross-domain phase] (gamma SE + beta DD)."""
 
     params_type = UcdirParams
 
     def __init__(self, params: UcdirParams, seed: int) -> None:
         super().__init__(params, seed)
-        self.banks: tuple[Bank, Bank] | None = None
-        self.clusters: tuple[Clusters, Clusters] | None = None
-
-    def start(self, features: tuple[Tensor, Tensor]) -> None:
-        self.banks = (Bank(features[0]), Bank(features[1]))
+        self.clusters: tuple[list[Clusters], list[Clusters]] | None = None
 
     def start_epoch(self, epoch: int, features: tuple[Tensor, Tensor]) -> dict[str, float]:
         p = self.params
-        if epoch < p.ramp_start:
+        if epoch < p.ramp_start or not (p.cluster_weight or p.entropy_weight or p.distance_weight):
             return {}
-        first, second = (
-            kmeans(
-                x,
-                p.clusters,
-                iterations=p.kmeans_iterations,
-                restarts=p.kmeans_restarts,
-                seed=self.seed,
-                max_points=p.kmeans_max_points,
-            )
-            for x in features
-        )
-        self.clusters = (first, second)
-        empty = sum(int((c.size_K == 0).sum()) for c in self.clusters)
-        smallest = min(int(c.size_K.min()) for c in self.clusters)
-        return {"cluster/empty": empty, "cluster/smallest": smallest}
+        self.clusters = self.cluster(features)
+        return cluster_figures(self.clusters)
 
     def cluster_weight_at(self, epoch: int) -> float:
         """w_cw of eq. 4: 0 up to T1, linear to alpha at T2."""
@@ -125,7 +110,6 @@ class Ucdir(Method[UcdirParams]):
 
     def losses(self, epoch: int, batch: tuple[DomainBatch, DomainBatch]) -> dict[str, Term]:
         p = self.params
-        assert self.banks is not None
         for bank, part in zip(self.banks, batch, strict=True):
             bank.write(part.slot_B, part.k_BD)  # before the losses, as in builder.py
         terms = {}
@@ -136,44 +120,40 @@ class Ucdir(Method[UcdirParams]):
         if weight > 0:
             assert self.clusters is not None
             for side, bank, part, own in zip("ab", self.banks, batch, self.clusters, strict=True):
-                label_B = own.label_N[part.slot_B]
-                value_B = cluster_contrast(
-                    part.q_BD,
-                    label_B,
-                    bank.features_ND,
-                    own.label_N,
-                    p.clusters,
-                    p.temperature,
-                )
-                keep_B = confident(part.k_BD, label_B, own.centroid_KD, p.temperature, p.confidence)
-                terms[f"cluster_{side}"] = Term(0.5 * weight, mean_of_kept(value_B, keep_B))
-        if epoch >= p.cross_domain_start:
+                values = [self._cluster_contrast(bank, part, clusters) for clusters in own]
+                terms[f"cluster_{side}"] = Term(0.5 * weight, torch.stack(values).mean())
+        if epoch >= p.cross_domain_start and (p.entropy_weight or p.distance_weight):
             terms |= self._cross_domain(batch)
         return terms
+
+    def _cluster_contrast(self, bank: Bank, part: DomainBatch, clusters: Clusters) -> Tensor:
+        p = self.params
+        label_B = clusters.label_N[part.slot_B]
+        count = len(clusters.size_K)
+        value_B = cluster_contrast(
+            part.q_BD, label_B, bank.features_ND, clusters.label_N, count, p.temperature
+        )
+        keep_B = confident(part.k_BD, label_B, clusters.centroid_KD, p.temperature, p.confidence)
+        return mean_of_kept(value_B, keep_B)
 
     def _cross_domain(self, batch: tuple[DomainBatch, DomainBatch]) -> dict[str, Term]:
         p = self.params
         assert self.clusters is not None
-        first, second = (clusters.centroid_KD for clusters in self.clusters)
+        pairs = [(a.centroid_KD, b.centroid_KD) for a, b in zip(*self.clusters, strict=True)]
         terms = {}
         if p.entropy_weight > 0:
             entropy = [
                 self_entropy(part.q_BD, centroid, p.entropy_temperature)
                 for part in batch
-                for centroid in (first, second)
+                for pair in pairs
+                for centroid in pair
             ]
             terms["self_entropy"] = Term(p.entropy_weight, torch.stack(entropy).mean())
         if p.distance_weight > 0:
             distance = [
-                distance_of_distance(part.q_BD, first, second, p.distance_temperature) for part in batch
+                distance_of_distance(part.q_BD, *pair, p.distance_temperature)
+                for part in batch
+                for pair in pairs
             ]
             terms["distance"] = Term(p.distance_weight, torch.stack(distance).mean())
         return terms
-
-    def state_dict(self) -> dict[str, Any]:
-        assert self.banks is not None
-        return {"banks": [bank.features_ND.cpu() for bank in self.banks]}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        first, second = state["banks"]
-        self.banks = (Bank(first), Bank(second))

@@ -38,7 +38,7 @@ class EpochReport:
     metrics: dict[str, float]
     features: tuple[Tensor, Tensor]
     encoder: Encoder
-    """The retrieval encoder (the key encoder), as of this epoch's end."""
+    """The retrieval encoder, as of this epoch's end."""
     state: dict[str, Any]
     """All that resuming needs."""
 
@@ -51,6 +51,50 @@ class Reporter(Protocol):
 
     def end_epoch(self, report: EpochReport) -> None:
         """Called on every worker after each epoch; may raise to stop the run."""
+
+    def fault(self, details: dict[str, Any]) -> None:
+        """Called before a run ends for a loss that is not finite, with all there is to say about it."""
+
+
+class NotFiniteError(FloatingPointError):
+    """A loss became infinite or NaN. Nothing is patched: ``details`` describe the step's inputs instead."""
+
+    def __init__(self, message: str, details: dict[str, Any] | None = None) -> None:
+        super().__init__(message)  # alone, so that Ray can carry the error from a worker
+        self.details = details or {}
+
+
+def _not_finite(
+    epoch: int,
+    step: int,
+    terms: dict[str, float],
+    batch: tuple[DomainBatch, DomainBatch],
+    encoder: Encoder,
+) -> NotFiniteError:
+    told = ", ".join(f"{name} = {value:g}" for name, value in terms.items())
+    inputs = {
+        f"{name}_{side}": _statistics(value)
+        for side, part in zip("ab", batch, strict=True)
+        for name, value in (("query", part.q_BD), ("key", part.k_BD))
+    }
+    details = {
+        "epoch": epoch,
+        "step": step,
+        "terms": terms,
+        "inputs": inputs,
+        "slots": [part.slot_B.tolist() for part in batch],
+        "weights": {name: _statistics(value) for name, value in encoder.named_parameters()},
+    }
+    return NotFiniteError(f"epoch {epoch}, step {step}: a loss is not finite: {told}", details)
+
+
+def _statistics(x: Tensor) -> dict[str, float]:
+    """Of the finite values, and how many are not."""
+    finite = x.detach()[x.detach().isfinite()].float()
+    found = {"not_finite": float(x.numel() - finite.numel())}
+    if len(finite):
+        found |= {"min": float(finite.min()), "max": float(finite.max()), "mean": float(finite.mean())}
+    return found
 
 
 class PairTraining:
@@ -88,23 +132,28 @@ class PairTraining:
         self.query = new_encoder(encoder_params, seed=0)
         load_encoder(self.query, start_checkpoint)
         self.query = self.query.to(device)
-        self.key = key_encoder_of(self.query)
-        self.optimizer = method.optimizer(self.query.parameters())
+        self.key = key_encoder_of(self.query) if method.key_encoder else None
+        self.optimizer = method.optimizer(self.query)
         self.model: nn.Module = self.query
         if world_size() > 1:
             # batch statistics are already global, so there are no buffers to keep in step
             self.model = nn.parallel.DistributedDataParallel(self.query, forward_sync_buffers=False)
 
+    @property
+    def retrieval_encoder(self) -> Encoder:
+        """The one whose features are clustered, kept and ranked."""
+        return self.query if self.key is None or self.method.params.retrieve_with == "query" else self.key
+
     def features(self) -> tuple[Tensor, Tensor]:
-        """The key encoder's features of all images: it is the retrieval encoder."""
-        first, second = extract_features(self.key, self.images, self.view, self.device)
+        """The retrieval encoder's features of all images."""
+        first, second = extract_features(self.retrieval_encoder, self.images, self.view, self.device)
         return first, second
 
     def state_dict(self) -> dict[str, Any]:
         """All that resuming at an epoch's end needs."""
         return {
             "query": self.query.state_dict(),
-            "key": self.key.state_dict(),
+            "key": self.key.state_dict() if self.key else None,
             "optimizer": self.optimizer.state_dict(),
             "method": self.method.state_dict(),
         }
@@ -112,7 +161,8 @@ class PairTraining:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up :meth:`state_dict`'s value."""
         self.query.load_state_dict(state["query"])
-        self.key.load_state_dict(state["key"])
+        if self.key:
+            self.key.load_state_dict(state["key"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.method.load_state_dict(_to(state["method"], self.device))
 
@@ -120,29 +170,33 @@ class PairTraining:
         """One pass over the pair; returns the mean of each loss term.
 
         Raises:
-            FloatingPointError: a loss is not finite; names epoch, step and terms.
+            NotFiniteError: a loss is not finite.
         """
         self.model.train()
-        self.key.train()
+        if self.key:
+            self.key.train()
         method = self.method
-        for group in self.optimizer.param_groups:
-            group["lr"] = method.lr_at(epoch)
         steps = islice(enumerate(self.batches.epoch(epoch)), max_steps)
-        render = partial(_render, self.images, self.view, method.seed, epoch)
+        render = partial(_render, self.images, self.view, method.seed, epoch, self.key is not None)
         sums: dict[str, float] = {}
         done = 0
         for step, views in enumerate(prefetch(render, steps)):
-            update_key_encoder(self.key, self.query, method.params.key_momentum)
-            terms = method.losses(epoch, self._forward(views))
+            if self.key:
+                update_key_encoder(self.key, self.query, method.params.key_momentum)
+            for group in self.optimizer.param_groups:
+                lr = method.lr_at(epoch, epoch * len(self.batches) + step)
+                group["lr"] = lr * group.get("lr_scale", 1.0)
+            batch = self._forward(views)
+            terms = method.losses(epoch, batch)
             total = total_loss(terms)
             values = {name: float(term.value.detach()) for name, term in terms.items()}
             values["total"] = float(total.detach())
             if not math.isfinite(values["total"]):
-                told = ", ".join(f"{name} = {value:g}" for name, value in values.items())
-                raise FloatingPointError(f"epoch {epoch}, step {step}: a loss is not finite: {told}")
+                raise _not_finite(epoch, step, values, batch, self.query)
             self.optimizer.zero_grad(set_to_none=True)
             total.backward()  # type: ignore[no-untyped-call]
             self.optimizer.step()
+            method.after_step(batch)
             done += 1
             for name, value in values.items():
                 sums[name] = sums.get(name, 0.0) + value
@@ -155,10 +209,12 @@ class PairTraining:
         its two halves of batch statistics mix the domains (MoCo's ShuffleBN).
         """
         q = gather_rows(self.model(views.query.to(self.device)))
-        with torch.no_grad():
-            shuffled = gather_rows(self.key(views.key.to(self.device)))
-            k = torch.empty_like(shuffled)
-            k[views.shuffle.to(self.device)] = shuffled
+        k = q.detach()
+        if self.key and views.key is not None:
+            with torch.no_grad():
+                shuffled = gather_rows(self.key(views.key.to(self.device)))
+                k = torch.empty_like(shuffled)
+                k[views.shuffle.to(self.device)] = shuffled
         half = len(q) // 2
         first, second = (slot.to(self.device) for slot in views.slots)
         return DomainBatch(first, q[:half], k[:half]), DomainBatch(second, q[half:], k[half:])
@@ -178,19 +234,23 @@ def train(training: PairTraining, reporter: Reporter) -> None:
     for epoch in range(first_epoch, training.method.params.epochs):
         began = time.perf_counter()
         figures = training.method.start_epoch(epoch, features)
-        losses = training.train_epoch(epoch)
+        try:
+            losses = training.train_epoch(epoch)
+        except NotFiniteError as error:
+            reporter.fault(error.details)
+            raise
         trained = time.perf_counter()
         features = training.features()
         images = 2 * training.batches.batch_size * len(training.batches)
         metrics = {
             **losses,
             **figures,
-            "train/lr": training.method.lr_at(epoch),
+            "train/lr": training.method.lr_at(epoch, epoch * len(training.batches)),
             "time/epoch_seconds": time.perf_counter() - began,
             "time/images_per_second": images / (trained - began),
         }
         state = {"epoch": epoch, **training.state_dict()}
-        reporter.end_epoch(EpochReport(epoch, metrics, features, training.key, state))
+        reporter.end_epoch(EpochReport(epoch, metrics, features, training.retrieval_encoder, state))
 
 
 def total_loss(terms: dict[str, Term]) -> Tensor:
@@ -204,7 +264,7 @@ class _Views:
 
     slots: tuple[Tensor, Tensor]
     query: Tensor  # views of its own rows of the batch [first domain; second domain]
-    key: Tensor  # other views, of its own rows of the shuffled batch
+    key: Tensor | None  # other views, of its own rows of the shuffled batch
     shuffle: Tensor
 
 
@@ -213,6 +273,7 @@ def _render(
     view: ViewParams,
     seed: int,
     epoch: int,
+    with_key: bool,
     item: tuple[int, tuple[Tensor, Tensor]],
 ) -> _Views:
     step, slots = item
@@ -227,7 +288,9 @@ def _render(
     return _Views(
         slots,
         render_views(_pixels(images, slots, own), query_draw[own], view.side),
-        render_views(_pixels(images, slots, own_shuffled), key_draw[own_shuffled], view.side),
+        render_views(_pixels(images, slots, own_shuffled), key_draw[own_shuffled], view.side)
+        if with_key
+        else None,
         shuffle,
     )
 

@@ -1,0 +1,221 @@
+"""The baselines and variants: what they put together, keep and change."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from ucir.clustering import choose_clusters, concentration, kmeans
+from ucir.config import EncoderParams
+from ucir.losses.instance import instance_contrast
+from ucir.losses.prototype import bank_discrimination, neighbour_entropy, prototype_contrast
+from ucir.methods import METHODS, VARIANTS
+from ucir.methods.base import DomainBatch, Method
+from ucir.models.encoder import new_encoder
+
+N, D, B = 40, 8, 6
+
+
+def features(seed: int, count: int = N) -> Tensor:
+    return normalize(torch.randn(count, D, generator=torch.Generator().manual_seed(seed)), dim=1)
+
+
+def make(name: str, **changes: Any) -> Method[Any]:
+    kind = METHODS[name]
+    params = {"epochs": 10, **changes, **VARIANTS.get(name, ("", {}))[1]}
+    if "clusters" in kind.params_type.model_fields:
+        params.setdefault("clusters", 4)
+    method = kind(kind.params_type(**params), seed=0)
+    method.start((features(0), features(1, N - 5)))
+    return method
+
+
+def batch(seed: int, key: bool) -> DomainBatch:
+    slots = torch.tensor([1, 5, 5, 9, 0, 30])
+    q = features(seed, B).requires_grad_(True)
+    return DomainBatch(slots, q, features(seed + 1, B) if key else q.detach())
+
+
+def terms_at(name: str, epoch: int, **changes: Any) -> dict[str, tuple[float, Tensor]]:
+    method = make(name, **changes)
+    method.start_epoch(epoch, (features(0), features(1, N - 5)))
+    both = (batch(2, method.key_encoder), batch(4, method.key_encoder))
+    return {key: (term.weight, term.value) for key, term in method.losses(epoch, both).items()}
+
+
+IW = {"instance_a", "instance_b"}
+CW = {"cluster_a", "cluster_b"}
+
+
+@pytest.mark.parametrize(
+    ("name", "first", "last"),
+    [
+        ("id", IW, IW),
+        ("protonce", IW, IW | {"prototype_a", "prototype_b"}),
+        ("cds", IW | {"matching_a", "matching_b"}, IW | {"matching_a", "matching_b"}),
+        ("pcs", {"prototype_a", "prototype_b", "matching_a", "matching_b"}, None),
+        ("ucdir-v1", IW, IW),
+        ("ucdir-v2", IW, IW | CW),
+        ("ucdir-v3", IW, IW | CW | {"self_entropy"}),
+        ("ucdir", IW, IW | CW | {"self_entropy", "distance"}),
+        ("ucdir-ot", IW, IW | CW | {"self_entropy", "distance"}),
+    ],
+)
+def test_what_each_method_is_made_of(name: str, first: set[str], last: set[str] | None) -> None:
+    assert set(terms_at(name, 0)) == first
+    for term, (weight, value) in terms_at(name, 9).items():
+        assert term in (last or first)
+        assert weight > 0
+        assert value.isfinite()
+    assert set(terms_at(name, 9)) == (last or first)
+
+
+def test_the_published_constants() -> None:
+    def defaults(name: str) -> dict[str, Any]:
+        kind = METHODS[name].params_type
+        return kind(**({"clusters": 7} if "clusters" in kind.model_fields else {})).model_dump()
+
+    assert {k: defaults("id")[k] for k in ("lr", "temperature", "bank_momentum", "weight_decay")} == {
+        "lr": 0.03,
+        "temperature": 0.07,
+        "bank_momentum": 0.5,
+        "weight_decay": 1e-4,
+    }
+    assert (defaults("protonce")["lr"], defaults("protonce")["temperature"]) == (0.03, 0.2)
+    cds = defaults("cds")
+    assert (cds["lr"], cds["temperature"], cds["nearest"], cds["weight_decay"]) == (0.003, 0.1, 700, 5e-4)
+    pcs = defaults("pcs")
+    assert (pcs["lr"], pcs["repeats"], pcs["kmeans_iterations"], pcs["cross_temperature"]) == (
+        0.01,
+        15,
+        40,
+        0.1,
+    )
+    variant = defaults("ucdir-ot")
+    assert (variant["entropy_weight"], variant["distance_weight"]) == (0.01, 0.1)
+
+
+def test_id_and_cds_values() -> None:
+    part = batch(2, False)
+    terms = terms_at("id", 0)
+    assert terms["instance_a"][0] == 0.5
+    expected = bank_discrimination(part.q_BD, part.slot_B, features(0), 0.07)
+    assert torch.allclose(terms["instance_a"][1], expected)
+    terms = terms_at("cds", 0)
+    assert (terms["instance_b"][0], terms["matching_b"][0]) == (0.5, 1.0)
+    expected = neighbour_entropy(part.q_BD, features(1, N - 5), 0.1, 700)
+    assert torch.allclose(terms["matching_a"][1], expected)
+
+
+def test_protonce_writes_keys_and_uses_its_concentrations() -> None:
+    method = make("protonce", clusters=[3, 5])
+    both = (features(0), features(1, N - 5))
+    method.start_epoch(5, both)
+    part = batch(2, True)
+    terms = method.losses(5, (part, batch(4, True)))
+    bank = features(0)
+    bank[part.slot_B] = part.k_BD
+    bank[5] = part.k_BD[2]
+    assert torch.allclose(
+        terms["instance_a"].value, instance_contrast(part.q_BD, part.k_BD, part.slot_B, bank, 0.2)
+    )
+    values = []
+    for number, k in enumerate((3, 5)):
+        c = kmeans(both[0], k, iterations=20, restarts=5, seed=number, max_points=1000)
+        phi = concentration(both[0], c)
+        low, high = phi.quantile(0.1), phi.quantile(0.9)
+        phi = phi.clamp(float(low), float(high))
+        phi = 0.2 * phi / phi.mean()
+        values.append(prototype_contrast(part.q_BD, c.label_N[part.slot_B], c.centroid_KD, phi))
+    assert torch.allclose(terms["prototype_a"].value, torch.stack(values).mean())
+
+
+def test_concentration_is_mean_distance_over_log_size() -> None:
+    x = features(0)
+    clusters = kmeans(x, 4, iterations=5, restarts=1, seed=0, max_points=100)
+    phi = concentration(x, clusters)
+    for label in range(4):
+        members = x[clusters.label_N == label]
+        if len(members) > 1:
+            distance = [float((m - clusters.centroid_KD[label]).norm()) for m in members]
+            expected = sum(distance) / len(members) / torch.log(torch.tensor(len(members) + 10.0))
+            assert float(phi[label]) == pytest.approx(float(expected), rel=1e-5)
+    alone = kmeans(x[:5], 5, iterations=5, restarts=1, seed=0, max_points=100)
+    assert (concentration(x[:5], alone) > 0).all(), "singletons have a temperature too"
+
+
+@pytest.mark.parametrize("name", ["id", "cds", "pcs"])
+def test_single_encoders_change_their_bank_after_the_step_alone(name: str) -> None:
+    method = make(name)
+    assert not method.key_encoder
+    before = features(0)
+    method.start_epoch(0, (before, features(1, N - 5)))
+    both = (batch(2, False), batch(4, False))
+    method.losses(0, both)
+    bank = method.banks[0].features_ND  # type: ignore[attr-defined]
+    assert torch.equal(bank, before)
+    method.after_step(both)
+    for place, slot in enumerate(both[0].slot_B.tolist()):
+        if slot != 5:  # twice in the batch: its last feature stays
+            expected = normalize(0.5 * before[slot] + 0.5 * both[0].q_BD[place].detach(), dim=0)
+            assert torch.allclose(bank[slot], expected)
+    assert torch.allclose(bank[5], normalize(0.5 * before[5] + 0.5 * both[0].q_BD[2].detach(), dim=0))
+
+
+def test_learning_rates() -> None:
+    method = make("id", epochs=200, lr=1.0)
+    assert [method.lr_at(e, 0) for e in (0, 119, 120, 159, 160)] == pytest.approx([1, 1, 0.1, 0.1, 0.01])
+    assert make("cds", lr=0.3).lr_at(7, 70) == 0.3
+    assert make("pcs", lr=1.0).lr_at(0, 5000) == pytest.approx(2**-0.75)
+    assert make("protonce", lr=1.0, epochs=200).lr_at(100, 0) == pytest.approx(0.5)
+
+
+def test_pcs_trains_the_head_faster_and_leaves_batch_norm_undecayed() -> None:
+    encoder = new_encoder(EncoderParams(backbone="convnet", width=4, feature_dim=8), 0)
+    groups = make("pcs").optimizer(encoder).param_groups
+    where = {id(p): group for group in groups for p in group["params"]}
+    assert len(where) == len(list(encoder.parameters()))
+    for name, parameter in encoder.named_parameters():
+        group = where[id(parameter)]
+        assert group["lr_scale"] == (1.0 if ".fc." in name else 0.1)
+        norm = parameter.ndim == 1 and ".fc." not in name
+        assert group["weight_decay"] == (0.0 if norm else 5e-4)
+        assert group["nesterov"]
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_state_comes_back(name: str) -> None:
+    method = make(name)
+    method.start_epoch(9, (features(0), features(1, N - 5)))
+    method.losses(9, (batch(2, True), batch(4, True)))
+    other = make(name)
+    other.load_state_dict(method.state_dict())
+    for mine, theirs in zip(method.banks, other.banks, strict=True):  # type: ignore[attr-defined]
+        assert torch.equal(mine.features_ND, theirs.features_ND)
+    assert other.chosen == method.chosen  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("how", ["elbow", "silhouette"])
+@pytest.mark.parametrize("k", [3, 6, 12])
+def test_the_number_of_clusters_is_found_where_they_are_clear(how: str, k: int) -> None:
+    generator = torch.Generator().manual_seed(k)
+    centres = torch.eye(16)[:k]
+    points = centres.repeat_interleave(30, dim=0)
+    points = normalize(points + 0.05 * torch.randn(points.shape, generator=generator), dim=1)
+    found = choose_clusters(points, how, seed=0)
+    assert abs(found - k) <= max(1, k // 5)
+
+
+def test_a_chosen_k_is_kept_and_may_differ_between_domains() -> None:
+    method = make("ucdir", clusters="elbow")
+    told = method.start_epoch(9, (features(0), features(1, N - 5)))
+    chosen = list(method.chosen)  # type: ignore[attr-defined]
+    assert [told["cluster/count_a"], told["cluster/count_b"]] == [float(own[0]) for own in chosen]
+    method.start_epoch(9, (features(5), features(6, N - 5)))
+    assert method.chosen == chosen  # type: ignore[attr-defined]
+    terms = method.losses(9, (batch(2, True), batch(4, True)))
+    assert all(term.value.isfinite() for term in terms.values())

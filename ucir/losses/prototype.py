@@ -1,0 +1,64 @@
+"""Contrast against prototypes, and the entropy of looking at the other domain's bank."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ucir.losses import full_precision
+
+
+def prototype_contrast(
+    q_BD: Tensor, label_B: Tensor, centroid_KD: Tensor, temperature_K: Tensor | float
+) -> Tensor:
+    """Cross-entropy of each image's cluster over all prototypes, each with its own temperature.
+
+    ProtoNCE (Li et al., ICLR 2021, eq. 11) and PCS (Yue et al., CVPR 2021, eq. 3), over all K prototypes:
+    with K below the batch size, PCL's sampled negatives would run out or be the image's own prototype.
+
+    Args:
+        q_BD: unit features, with gradient.
+        label_B: clusters of the images, int64.
+        centroid_KD: prototypes, constant.
+        temperature_K: > 0, one for each prototype or for all.
+
+    Returns:
+        Scalar: mean over the images.
+    """
+    return F.cross_entropy(full_precision(q_BD) @ centroid_KD.T / temperature_K, label_B)
+
+
+def bank_discrimination(q_BD: Tensor, slot_B: Tensor, bank_ND: Tensor, temperature: float) -> Tensor:
+    """Which image of the bank is this? ID (Wu et al., CVPR 2018, eq. 2) with the full softmax.
+
+    Mean over i of -log( exp(q_i v_i / T) / sum_a exp(q_i v_a / T) ), v the bank, i's own row the positive.
+
+    Args:
+        q_BD: unit features, with gradient.
+        slot_B: the images' rows of the bank.
+        bank_ND: unit features, constant.
+        temperature: T > 0.
+    """
+    return F.cross_entropy(full_precision(q_BD) @ bank_ND.T / temperature, slot_B)
+
+
+def neighbour_entropy(q_BD: Tensor, other_ND: Tensor, temperature: float, nearest: int) -> Tensor:
+    """Entropy of softmax(q_i v / T) over the ``nearest`` most similar rows of the other domain's bank.
+
+    CDS's cross-domain matching (Kim et al., ICCV 2021, eq. 4): each image should look like few of the
+    other domain's. 1e-5 inside the logarithm as in the official code.
+
+    Args:
+        q_BD: unit features of one domain, with gradient.
+        other_ND: bank of the other domain, constant.
+        temperature: T > 0.
+        nearest: rows that count, 700 in the official code; all where there are fewer.
+
+    Returns:
+        Scalar: mean over the images.
+    """
+    logits_BN = full_precision(q_BD) @ other_ND.T / temperature
+    top_BM = logits_BN.topk(min(nearest, logits_BN.shape[1]), dim=1).values
+    p_BM = torch.softmax(top_BM, dim=1)
+    return -(p_BM * torch.log(p_BM + 1e-5)).sum(dim=1).mean()
