@@ -16,6 +16,8 @@ def main() -> None:
     log_summaries(params, written)
     for table in written.headline:
         print(f"\n{plain(table)}")
+    for line in written.silent:
+        print(f"\n{line}")
     print(
         "\nNext:\n"
         f"  open the report       {written.page}\n"

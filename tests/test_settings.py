@@ -138,10 +138,11 @@ def test_two_folders_without_labels_go_all_the_way(
     assert read_scores(RESULTS / "mine/closed/ucdir/metrics.json") == []
     assert not (RESULTS / "mine/closed/ucdir/train/sketches-photos-s0/best.pt").exists()
     page = (REPORTS / "report.html").read_text()
-    assert "No labels: the pictures are not in class folders, so there are no scores." in page
+    assert "No labels: the pictures are not in class folders, so there are no scores" in page
     assert "sketches → photos" in page
     assert "loss term" in page
     assert (REPORTS / "results.csv").read_text().count("\n") == 1
+    assert "mine, closed: no labels" in (REPORTS / "results.md").read_text()
     with pytest.raises(UserError, match="needs class folders"):
         plan_runs(params, "mine", "open", "ucdir")
     capsys.readouterr()
@@ -166,6 +167,63 @@ def test_check_and_fetch_at_the_command_line(project: Path) -> None:
     assert "nothing to fetch" in told
     make_images(project / "more")
     assert "there: images" in ucir("fetch", "shapes")
+
+
+def test_check_and_study_tell_what_would_stop_the_stages(project: Path) -> None:
+    from typer.testing import CliRunner
+
+    from ucir.cli import app
+
+    before = (project / "params.yaml").read_text()
+    own = tiny_params("images")
+    block = own["datasets"]["shapes"]
+
+    def told(changes: dict[str, object], settings: list[str] | None = None) -> tuple[str, str]:
+        """What `study` refuses and what `check` looks at, for the same data set."""
+        studies = {
+            "mine": own["studies"]["tiny"] | {"datasets": ["mine"], "settings": settings or ["closed"]}
+        }
+        mine = {"datasets": {"mine": {**block, **changes}}, "studies": studies}
+        mine["methods"] = {"ucdir": {"mine": own["methods"]["ucdir"]["shapes"]}}
+        (project / "mine.yaml").write_text(json.dumps(mine))
+        with pytest.raises(UserError) as caught:
+            ucir("study", "mine.yaml")
+        assert (project / "params.yaml").read_text() == before, "a study that cannot run is not chosen"
+        there = tiny_params("images")
+        there["datasets"]["shapes"] |= changes
+        there["study"]["datasets"]["shapes"]["source"] = there["datasets"]["shapes"]["source"]
+        write_params(project, there)
+        done = CliRunner().invoke(app, ["check", "shapes"])
+        (project / "params.yaml").write_text(before)
+        return str(caught.value), done.stdout if done.exit_code == 1 else "as expected"
+
+    (project / "empty").mkdir()
+    for answer in told({"source": "empty"}):
+        assert "0 domain folder(s)" in answer
+    make_images(project / "one", domains=("art",))
+    for answer in told({"source": "one"}):
+        assert "1 domain folder(s) (art)" in answer
+    for answer in told({"pairs": ["art-phote"]}):
+        assert "no domain 'phote', did you mean 'photo'?" in answer
+    for answer in told({"split": {"shared": ["circel"]}}, ["partial"]):
+        assert "class 'circel' is unknown; did you mean 'circle'?" in answer
+    make_images(project / "linked")
+    (project / "linked/art/circle/gone.png").symlink_to("nowhere.png")
+    for answer in told({"source": "linked"}):
+        assert "linked/art/circle/gone.png: a link that leads nowhere; remove it" in answer
+    make_images(project / "bad")
+    (project / "bad/art/circle/bad.png").write_bytes(b"no image")
+    write_params(project, tiny_params("bad"))
+    done = CliRunner().invoke(app, ["check", "shapes"])
+    assert "1 of 23 files are bad, more than pack.max_bad_share = 0.01" in done.stdout
+    (project / "params.yaml").write_text(before)
+    flat(project / "flat")
+    study, _ = told({"source": "flat", "pairs": ["sketches-photos"]}, ["closed", "open"])
+    assert "setting 'open' needs class folders" in study
+    start = {"encoder": block["start"]["encoder"], "checkpoint": "moco.pt"}
+    study, _ = told({"start": start, "source": "one"})
+    assert "moco.pt: no such checkpoint; put it there, or let start.checkpoint be an address" in study
+    assert "moco_v2_800ep_pretrain.pth.tar" in study
 
 
 def test_a_study_file_with_a_fault_leaves_params_as_they_were(project: Path) -> None:

@@ -57,7 +57,7 @@ def study(
         mine:
           source: <folder>
           pairs: [sketches-photos]
-          start: {checkpoint: <MoCo v2 file>}
+          start: {pretrain: {steps: 2000}}
       methods:
         ucdir: {mine: {clusters: 20, epochs: 20}}
       studies:
@@ -65,7 +65,7 @@ def study(
 
     Then `uv run ucir study mine.yaml` and `uv run dvc repro`.
     """
-    from ucir.study import activate, check_sources, describe_recipes
+    from ucir.study import activate, describe_recipes
 
     if name is None:
         typer.echo(describe_recipes())
@@ -75,7 +75,6 @@ def study(
     typer.echo(f"{PARAMS_FILE}: `uv run dvc repro` now runs the study {chosen!r}")
     if missing:
         typer.echo(f"left out, not built yet: {', '.join(missing)}; their cells in the tables stay empty")
-    check_sources(load_params(), chosen)
     typer.echo("Next: `uv run ucir plan` tells what it costs, `uv run dvc repro` runs it")
 
 
@@ -88,10 +87,12 @@ def plan(
 
     Trains a few steps on noise with each encoder and method to measure this machine; needs no pictures.
     """
-    from ucir.cluster.plan import describe_study
+    from ucir.cluster.plan import describe_hours, describe_runs, plan_study
 
     params = load_params(overrides=list(overrides or []))
-    typer.echo(describe_study(params, name or params.study.name))
+    chosen = plan_study(params, name or params.study.name)
+    typer.echo(describe_runs(params, chosen))
+    typer.echo(describe_hours(params, chosen))
     typer.echo("Next: `uv run ucir study NAME` chooses a study, `uv run dvc repro` runs it")
 
 
@@ -145,6 +146,8 @@ def fetch(
     files = fetch_files(block, by_bytes)
     for file in files:
         typer.echo(f"there: {file}")
+    if not files:
+        typer.echo(f"{dataset}: {block.entry.ask}")
     if target:
         for file in filter(is_archive, files):
             with Progress(f"unpack {file.name}", 1, "file") as bar:
@@ -162,8 +165,8 @@ def train(
     pair: Annotated[
         list[str] | None,
         typer.Option(
-            help="Two domains, e.g. Art-Real, or one direction, Art>Real; may be repeated. "
-            "Default: `datasets.<name>.pairs`."
+            help="Two domains, e.g. Art-Real; may be repeated. In partial and open, Art>Real is one "
+            "direction. Default: `datasets.<name>.pairs`."
         ),
     ] = None,
     method: Annotated[str, typer.Option(help="A method of params.yaml (`methods.<name>`).")] = "ucdir",

@@ -157,6 +157,8 @@ class EvaluateParams(Block):
 
     cutoffs: Annotated[tuple[Count, ...], Field(min_length=1)] = (50, 100, 200)
     """The K of P@K; the first one selects the best epoch, as in the papers."""
+    features: Literal["head", "pooled"] = "head"
+    """What final scores are taken from: the head's output, as in the papers, or what goes into it."""
     grid_queries: Count = 8
     """Queries shown in the retrieval grid of a direction."""
 
@@ -255,6 +257,10 @@ class StudyPart(Block):
     """None = those of the data sets."""
 
 
+ONE_PART = "all"
+"""The part of a study that is not divided."""
+
+
 class StudyRecipe(Block):
     """A study to choose from: one part, or several by name."""
 
@@ -268,7 +274,7 @@ class StudyRecipe(Block):
             return given
         return {
             **{key: value for key, value in given.items() if key not in StudyPart.model_fields},
-            "parts": {"all": {k: v for k, v in given.items() if k in StudyPart.model_fields}},
+            "parts": {ONE_PART: {k: v for k, v in given.items() if k in StudyPart.model_fields}},
         }
 
 
@@ -325,7 +331,8 @@ def parse_yaml(path: Path) -> dict[str, Any]:
     try:
         raw = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file; run the command in the project's folder") from None
+        hint = "; run the command in the project's folder" if path.name == PARAMS_FILE else ""
+        raise UserError(f"{path}: no such file{hint}") from None
     except (YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not readable as YAML: {_first_words(error)}") from None
     if not isinstance(raw, dict):
@@ -403,6 +410,8 @@ def checked(model: type[B], raw: object, file: str, block: str = "") -> B:
 
 def _fault(model: type[BaseModel], entry: Any, block: str) -> str:
     location = [str(part) for part in entry["loc"]]
+    if location[:1] == ["studies"] and location[2:4] == ["parts", ONE_PART]:
+        del location[2:4]  # which the file does not have
     field = ".".join([*([block] if block else []), *location])
     if entry["type"] == "extra_forbidden":
         known = _known_keys(model, entry["loc"][:-1])

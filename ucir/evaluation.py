@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ucir import tracking
 from ucir.cluster.runs import Run
+from ucir.clustering import kmeans
 from ucir.config import DatasetParams, Params, SplitParams
 from ucir.data.pack import DomainImages, open_domain, read_index, read_info, split_pair
 from ucir.data.splits import LabelSpaces, directions, label_spaces, trainings
@@ -51,7 +52,8 @@ def encoder_features(
     """Unit features of each domain by the encoder of a checkpoint, on the CPU."""
     encoder = new_encoder(block.start.encoder, 0)
     load_encoder(encoder, checkpoint)
-    found = extract_features(encoder.to(device), tuple(images), block.view, device)
+    pooled = block.evaluate.features == "pooled"
+    found = extract_features(encoder.to(device), tuple(images), block.view, device, pooled)
     return {domain.name: x.cpu() for domain, x in zip(images, found, strict=True)}
 
 
@@ -67,13 +69,37 @@ def score_direction(
     seed: int,
     epoch_choice: str,
     cutoffs: tuple[int, ...],
+    clusters: Mapping[str, int] | None = None,
 ) -> list[DirectionScore]:
-    """One direction's scores; nothing when one of the domains has no labels."""
+    """One direction's scores; nothing when one of the domains has no labels.
+
+    Args:
+        features: unit features by domain.
+        labels: class names by domain.
+        direction: query and gallery.
+        seed, epoch_choice: what they are scores of.
+        cutoffs: the K of P@K.
+        clusters: K by domain for NMI and ARI of the query domain; None = its number of classes.
+    """
     query, gallery = direction
     if not any(labels[query]) or not any(labels[gallery]):
         return []
     scores = retrieval_scores(features[query], features[gallery], labels[query], labels[gallery], cutoffs)
-    return [DirectionScore(query, gallery, seed, epoch_choice, scores.named())]
+    count = (clusters or {}).get(query) or len(set(labels[query]))
+    named = scores.named() | cluster_agreement(features[query], labels[query], count)
+    return [DirectionScore(query, gallery, seed, epoch_choice, named)]
+
+
+def cluster_agreement(features_ND: Tensor, labels: Sequence[str], k: int) -> dict[str, float]:
+    """NMI and ARI of K-means clusters against the classes, in percent."""
+    from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
+
+    k = min(k, len(features_ND))
+    found = kmeans(features_ND, k, iterations=20, restarts=5, seed=0, max_points=2000).label_N.numpy()
+    return {
+        "NMI": 100 * float(normalized_mutual_info_score(labels, found)),
+        "ARI": 100 * float(adjusted_rand_score(labels, found)),
+    }
 
 
 def write_scores(path: Path, scores: list[DirectionScore]) -> None:
@@ -137,6 +163,9 @@ def evaluate_method(params: Params, dataset: str, setting: str, method: str, res
         run = json.loads(path.read_text("utf-8"))
         spaces = LabelSpaces(**run["label_spaces"])
         pair = split_pair(run["pair"], list(read_info(PACKS / dataset).counts))
+        told = run["history"][-1]
+        sides = zip(pair, "ab", strict=True)
+        clusters = {domain: int(told.get(f"cluster/count_{side}", 0)) for domain, side in sides}
         own = []
         for choice, name in ((LAST, "last.pt"), (BEST, "best.pt")):
             if not (path.parent / name).exists():
@@ -145,9 +174,8 @@ def evaluate_method(params: Params, dataset: str, setting: str, method: str, res
                 path.parent / name, block, PACKS / dataset, pair, spaces, device
             )
             for direction in directions(setting, pair):
-                own += score_direction(
-                    features, labels, direction, int(run["seed"]), choice, block.evaluate.cutoffs
-                )
+                seed, cutoffs = int(run["seed"]), block.evaluate.cutoffs
+                own += score_direction(features, labels, direction, seed, choice, cutoffs, clusters)
             if choice == LAST:
                 save_features(folder / "evaluate" / f"{path.parent.name}.npz", features)
         tracker.log(run["run_key"], own)
@@ -165,7 +193,8 @@ def evaluate_start(params: Params, key: str, results: Path) -> None:
     pack = PACKS / part.dataset
     info = read_info(pack)
     spaces = label_spaces(part.setting, info.classes, block.split)
-    write_label_spaces(results / part.dataset / part.setting / "label_spaces.json", spaces, block.split)
+    told = LabelSpaces(*(spaces.of(role) or tuple(info.classes) for role in (0, 1)))
+    write_label_spaces(results / part.dataset / part.setting / "label_spaces.json", told, block.split)
     every = domain_labels(pack)
     kept = {
         (domain, role): rows_of(labels, spaces.of(role))
@@ -199,7 +228,7 @@ def evaluate_start(params: Params, key: str, results: Path) -> None:
 
 
 def write_label_spaces(path: Path, spaces: LabelSpaces, split: SplitParams) -> None:
-    """Who has which classes, so that anybody can repeat it; null = all."""
+    """Who has which classes, so that anybody can repeat it."""
     told = {**asdict(spaces), "seed": None if split.shared else split.seed}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")

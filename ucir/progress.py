@@ -72,6 +72,7 @@ class Progress:
             self.last_line = now
             timed = self.counted - self.first_steps
             left = clock((now - self.first) / timed * (self.total - self.done)) if timed else "?"
+            left = "0:00" if self.done == self.total else left
             print(f"{self.title}: {self.done}/{self.total} {self.unit}s, ETA {left}  {note}", flush=True)
 
     def skip(self, steps: int) -> None:

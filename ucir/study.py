@@ -9,7 +9,9 @@ from typing import Any
 from pydantic import Field
 
 from ucir.config import PARAMS_FILE, Block, Params, checked, load_params, parse_yaml, without_study
-from ucir.data.prepare import prepared_domains
+from ucir.data.fetch import check_checkpoint
+from ucir.data.prepare import source_classes, source_faults
+from ucir.data.splits import label_spaces
 from ucir.errors import UserError, nearest
 from ucir.methods import METHODS, TO_COME, method_params, params_block
 
@@ -81,7 +83,9 @@ def study_block(params: Params, name: str) -> tuple[dict[str, Any], list[str]]:
         _join(runs, f"{run['dataset']}-{run['setting']}-{run['method']}", own)
         _join(settings, f"{run['dataset']}-{run['setting']}", setting)
     if not runs:
-        raise UserError(f"studies.{name}: none of its methods is built yet: {', '.join(missing)}")
+        raise UserError(
+            f"studies.{name}: none of its methods is built yet: {', '.join(dict.fromkeys(missing))}"
+        )
     used = dict.fromkeys(run["dataset"] for run in runs.values())
     sources = {dataset: {"source": params.datasets[dataset].source} for dataset in used}
     block = {
@@ -119,23 +123,37 @@ def describe_recipes() -> str:
 
 
 def check_sources(params: Params, name: str) -> None:
-    """Look for the pictures of a study before anything starts.
+    """Look for the pictures and the start weights of a study before anything starts.
 
     Raises:
-        UserError: names each data set that is not there and how to get it.
+        UserError: names what is not there, or cannot be run, and how to mend it.
     """
     faults = []
-    for dataset in study_block(params, name)[0]["datasets"]:
-        block = params.datasets[dataset]
-        if block.sample:
+    block = study_block(params, name)[0]
+    for dataset in block["datasets"]:
+        own = params.datasets[dataset]
+        if own.sample:
             continue
         try:
-            prepared_domains(block)
+            found = source_faults(own)
         except UserError as error:
-            hint = f"; `uv run ucir fetch {dataset}` gets it or says how" if block.entry.files else ""
-            faults.append(f"{error}{hint}")
+            found = [str(error)]
+        if found and own.entry.files:
+            found[-1] += f"; `uv run ucir fetch {dataset}` gets the data set or says how"
+        faults += found
+        settings = [part["setting"] for part in block["settings"].values() if part["dataset"] == dataset]
+        if not found and not own.entry.counts and set(settings) - {"closed"}:
+            try:
+                for setting in settings:
+                    label_spaces(setting, source_classes(own), own.split)
+            except UserError as error:
+                faults.append(str(error))
+        try:
+            check_checkpoint(own.start)
+        except UserError as error:
+            faults.append(str(error))
     if faults:
-        raise UserError("; ".join(faults))
+        raise UserError("; ".join(dict.fromkeys(faults)))
 
 
 def activate(path: Path, name: str) -> tuple[str, list[str]]:
@@ -149,7 +167,8 @@ def activate(path: Path, name: str) -> tuple[str, list[str]]:
         The study's name, and its methods that are not built yet and therefore left out.
 
     Raises:
-        UserError: an unknown study, or a fault in it or in its file; params.yaml is as it was.
+        UserError: an unknown study, a fault in it or in its file, or data that is not there; params.yaml is
+            as it was.
     """
     from ruamel.yaml import YAML
 
@@ -158,9 +177,11 @@ def activate(path: Path, name: str) -> tuple[str, list[str]]:
     yaml.width = 200
     parse_yaml(path)  # its own errors, in our words
     document = yaml.load(path.read_text(encoding="utf-8"))
-    if name.endswith((".yaml", ".yml")):
-        name = _add_own(document, Path(name))
-    params = load_params(path, raw=without_study(document))
+    own_file = Path(name) if name.endswith((".yaml", ".yml")) else None
+    if own_file:
+        name = _add_own(document, own_file)
+    params = load_params(own_file or path, raw=without_study(document))
+    check_sources(params, name)
     block, missing = study_block(params, name)
     for dataset in block["datasets"]:
         for part in DATASET_BLOCKS:

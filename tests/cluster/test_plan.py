@@ -12,7 +12,7 @@ from tests.conftest import ROOT
 from tests.test_cli import ucir
 from ucir.cluster import plan
 from ucir.cluster.launch import train_all
-from ucir.cluster.plan import Pace, describe_study, measure_pace, planned_trainings
+from ucir.cluster.plan import Pace, describe_hours, describe_runs, measure_pace, planned_trainings
 from ucir.cluster.runs import plan_runs
 from ucir.config import Params, load_params
 from ucir.data.splits import directions
@@ -81,29 +81,31 @@ def test_a_plan_counts_shared_runs_once_and_says_what_is_not_built(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(plan, "measure_pace", lambda *arguments: Pace(step=1.0, image=0.01))
-    told = describe_study(shipped, "paper")
+    study = plan.plan_study(shipped, "paper")
+    told = describe_runs(shipped, study)
     assert "UCDIR Table 1: office_home, closed: 5 methods x 6 trainings x 3 seeds = 90 runs" in told
     assert "UEM Table 8: office_home, open: 8 methods x 12 trainings x 3 seeds = 288 runs" in told
+    assert "    ucdir              18 runs, 0 done\n" in told
     assert "    coda               18 runs, not built yet\n" in told
     # UCDIR's 6 pairs of Office-Home, closed, stand in UCDIR's Table 1 and UEM's Table 5
-    identities = {plan._identity(t) for t in planned_trainings(shipped, "paper")}
+    identities = {plan._identity(t) for t in study.planned}
     assert f"in all: {len(identities)} different runs" in told
-    closed = [
-        t
-        for t in planned_trainings(shipped, "paper")
-        if (t.dataset, t.setting, t.method) == ("office_home", "closed", "ucdir")
-    ]
+    one = ("office_home", "closed", "ucdir")
+    closed = [t for t in study.planned if (t.dataset, t.setting, t.method) == one]
     assert len(closed) == 2 * len({plan._identity(t) for t in closed}) == 36
-    # 18 runs of 200 epochs: the larger domain's steps of a second and both domains' images
+    # of 200 epochs each: the larger domain's steps of a second, and both domains' images
     sizes = {"Art": 2427, "Clipart": 4365, "Product": 4439, "Real": 4357}
     pairs = [pair.split("-") for pair in shipped.datasets["office_home"].pairs]
     seconds = 3 * 200 * sum(max(sizes[a], sizes[b]) // 64 + 0.01 * (sizes[a] + sizes[b]) for a, b in pairs)
-    assert f"    ucdir              18 runs, 0 done, {seconds / 3600:,.0f} h left\n" in told
+    only = plan.StudyPlan("paper", closed, set())
+    hours = describe_hours(shipped, only)
+    assert f"  ucdir on office_home: 18 runs, {seconds / 3600:.0f} h\n" in hours
+    everything = plan.StudyPlan("paper", closed, {plan._identity(t) for t in closed})
+    assert describe_hours(shipped, everything) == "left: nothing"
 
 
 def test_a_plan_knows_what_is_done(prepared: Path, store: str) -> None:
     before = ucir("plan")
-    assert "all" not in before.split("\n")[0]
     assert "shapes, closed: 1 methods x 2 trainings x 1 seeds = 2 runs" in before
     assert "2 runs, 0 done" in before
     params = load_params()

@@ -106,7 +106,7 @@ def test_broken_connections_are_resumed(server: Server, tmp_path: Path) -> None:
 def test_what_has_come_is_kept_for_the_next_command(server: Server, tmp_path: Path) -> None:
     server.breaks = 3
     with pytest.raises(
-        UserError, match=r"x\.zip: .*bytes are kept in .*x\.zip\.part: the same command goes on"
+        UserError, match=r"x\.zip: .*bytes are kept in .*x\.zip\.part and the same command goes on"
     ):
         download(address(server), tmp_path / "x.zip", digest())
     assert not (tmp_path / "x.zip").exists()
@@ -136,7 +136,7 @@ def test_a_wrong_digest_is_never_left_as_a_finished_file(server: Server, tmp_pat
     assert not (tmp_path / "x.zip").exists()
     assert not (tmp_path / "x.zip.part").exists()
     (tmp_path / "x.zip").write_bytes(b"something else")
-    with pytest.raises(UserError, match="delete it and give the command again"):
+    with pytest.raises(UserError, match="put the right one there"):
         download(address(server), tmp_path / "x.zip", digest())
 
 
@@ -150,7 +150,7 @@ def test_refusals_and_silence(server: Server, tmp_path: Path, monkeypatch: pytes
             download(address(server), tmp_path / "x.zip")
     server.shutdown()
     server.server_close()
-    with pytest.raises(UserError, match=r"ConnectionError; .* or put the file there yourself"):
+    with pytest.raises(UserError, match="ConnectionError; or put the file there yourself"):
         download(address(server), tmp_path / "x.zip")
 
 
@@ -205,7 +205,7 @@ def test_start_weights_by_address_by_path_and_by_digest(
     start = StartParams(checkpoint=address(server), digest=digest(kind="md5")[:12])
     assert fetch.local_start(start).checkpoint == str(tmp_path / "weights/x.zip")
     kept = StartParams(checkpoint=str(tmp_path / "weights/x.zip"), digest="md5:00000000")
-    with pytest.raises(UserError, match="delete it and give the command again"):
+    with pytest.raises(UserError, match="put the right one there"):
         fetch.local_start(kept)
     with pytest.raises(UserError, match="no such checkpoint"):
         fetch.local_start(StartParams(checkpoint=str(tmp_path / "none")))

@@ -153,3 +153,13 @@ def test_torchvisions_weights_fill_the_backbone_by_name(
     monkeypatch.setattr("torch.hub.download_url_to_file", offline)
     with pytest.raises(UserError, match=r"no route; or put the file into .*checkpoints yourself"):
         load_torchvision(encoder, "resnet18", "IMAGENET1K_V1")
+
+
+def test_pooled_features_are_what_goes_into_the_head() -> None:
+    encoder = new_encoder(TINY, 0).eval()
+    pooled = encoder(IMAGES, pooled=True)
+    assert torch.allclose(pooled.norm(dim=1), torch.ones(len(IMAGES)))
+    assert pooled.shape[1] == encoder.head[0].in_features
+    plain = encoder.net.blocks(IMAGES).mean(dim=(2, 3))  # type: ignore[operator,union-attr]
+    assert torch.allclose(pooled, torch.nn.functional.normalize(plain, dim=1), atol=1e-6)
+    assert torch.equal(encoder(IMAGES), encoder(IMAGES)), "the hook is gone"

@@ -58,7 +58,7 @@ def test_a_typo_in_a_method_stops_the_first_stage_with_one_line(project: Path) -
         ("one domain", "1 domain folder(s) (art); cross-domain retrieval needs at least two"),
         ("no domain", "pair 'art-photo' is not two different domains joined by '-'"),
         ("empty class", "art/cross: empty class folder"),
-        ("broken file", "1 of 23 files are bad, more than max_bad_share = 0.01 (art/cross/x.png: not"),
+        ("broken file", "1 of 23 files are bad, more than pack.max_bad_share = 0.01 (art/cross/x.png: not"),
         ("read-only", "data/packs/shapes: cannot be written to"),
     ],
 )

@@ -113,7 +113,7 @@ def test_ours_stand_beside_the_printed_numbers() -> None:
         ("pcs", ["(41.0)", "(lost)", ""]),
         ("ucdir", ["50.5 ± 0.7 (52.0, −1.5)", "40.5 ± 0.7 (lost)", "45.5 ± 0.7 (44.0, +1.5)"]),
     ]
-    assert table.best == [1, 1, 1]
+    assert table.best == [{1}, {1}, {1}]
     every = result_rows("x", "closed", own, printed)
     rows = {(r.method, r.query_domain, r.epoch_choice): r for r in every if r.metric == "P@2"}
     assert rows["ucdir", "art", LAST].paper_value == 52.0
@@ -128,6 +128,11 @@ def test_ours_stand_beside_the_printed_numbers() -> None:
     assert table.rows[1][1][2] == "(44.0)"
     rows_of_one = result_rows("x", "closed", one, printed)
     assert all(row.mean is None for row in rows_of_one if row.query_domain == "AVERAGE")
+
+
+def test_equal_values_share_the_bold() -> None:
+    own = {"one": scores(0, (0,)), "two": scores(0.01, (0,)), "three": scores(-5, (0,))}
+    assert direction_table("x", "closed", own, "P@2").best == [{0, 1}] * 3
 
 
 def test_latex_has_booktabs_rules_and_escapes() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import numpy as np
 import torch
 
 from ucir.cluster.runs import Run, plan_runs
-from ucir.config import DatasetParams, Params
+from ucir.config import ONE_PART, DatasetParams, Params
 from ucir.data.pack import DomainImages, read_info
 from ucir.data.splits import label_spaces, trainings
 from ucir.devices import choose_device
@@ -127,47 +126,86 @@ def planned_trainings(params: Params, name: str) -> list[PlannedTraining]:
     return found
 
 
-def describe_study(params: Params, name: str) -> str:
-    """`ucir plan`: a line for each part, data set and setting; then what is left, disk and hours."""
+@dataclass(frozen=True)
+class StudyPlan:
+    """The trainings of a study, and which are done."""
+
+    name: str
+    planned: list[PlannedTraining]
+    done: set[tuple[object, ...]]
+
+    @property
+    def once(self) -> list[PlannedTraining]:
+        """Trainings of methods that are built; one that several parts share is there once."""
+        return list({_identity(t): t for t in self.planned if t.built}.values())
+
+    @property
+    def left(self) -> list[PlannedTraining]:
+        """Those of :attr:`once` that are not done."""
+        return [t for t in self.once if _identity(t) not in self.done]
+
+
+def plan_study(params: Params, name: str) -> StudyPlan:
+    """All trainings of a study. Raises as :func:`planned_trainings`."""
     planned = planned_trainings(params, name)
-    done = _finished(params, planned)
-    device = choose_device(params.cluster)
-    combinations = {(t.dataset, t.method): None for t in planned if t.built}
-    paces: dict[tuple[str, str], Pace] = {}
-    with Progress("measuring this machine", len(combinations), "combination") as progress:
-        for dataset, method in combinations:
-            block, wanted = params.datasets[dataset], method_params(params, method, dataset)
-            paces[dataset, method] = measure_pace(block, wanted, method, device)
-            progress.advance(1, f"{method} on {dataset}")
+    return StudyPlan(name, planned, _finished(params, planned))
+
+
+def describe_runs(params: Params, plan: StudyPlan) -> str:
+    """What there is to run: a line for each part, data set and setting, and for each of its methods; disk."""
     groups: dict[tuple[str, str, str], list[PlannedTraining]] = {}
-    for training in planned:
+    for training in plan.planned:
         groups.setdefault((training.part, training.dataset, training.setting), []).append(training)
-    lines = [f"study {name}, on {device}:"]
+    lines = [f"study {plan.name}:"]
     for (part, dataset, setting), group in groups.items():
         methods = list(dict.fromkeys(t.method for t in group))
         pairs = list(dict.fromkeys(t.pair for t in group))
-        label = "" if part == "all" else f"{part}: "
+        label = "" if part == ONE_PART else f"{part}: "
         lines.append(
             f"  {label}{dataset}, {setting}: {len(methods)} methods x {len(pairs)} trainings x "
-            f"{len(params.studies[name].seeds)} seeds = {len(group)} runs"
+            f"{len(params.studies[plan.name].seeds)} seeds = {len(group)} runs"
         )
         for method in methods:
             own = [t for t in group if t.method == method]
-            lines.append(f"    {method:<16}{len(own):>5} runs, {_state(params, own, done, paces)}")
-    once = list(dict.fromkeys(_identity(t) for t in planned))
-    built = list({_identity(t): t for t in planned if t.built}.values())
-    finished = sum(_identity(t) in done for t in built)
+            done = sum(_identity(t) in plan.done for t in own)
+            state = f"{done} done" if own[0].built else "not built yet"
+            lines.append(f"    {method:<16}{len(own):>5} runs, {state}")
+    missing = list(dict.fromkeys(t.method for t in plan.planned if not t.built))
+    different = len({_identity(t) for t in plan.planned})
     lines.append(
-        f"in all: {len(once)} different runs, {len(built)} of methods that are built, {finished} done"
-        + (f"; not built yet: {', '.join(_missing(planned))}" if _missing(planned) else "")
+        f"in all: {different} different runs, {len(plan.once)} of methods that are built, "
+        f"{len(plan.once) - len(plan.left)} done"
+        + (f"; not built yet: {', '.join(missing)}" if missing else "")
     )
-    unknown = sorted({t.dataset for t in built if _counts(params, t) is None})
-    seconds = sum(_seconds(params, t, paces) for t in built if _identity(t) not in done)
-    hours = f"about {_hours(seconds)} {'GPU' if device.type == 'cuda' else 'machine'}-hours"
-    told = f" (without {', '.join(unknown)}: not prepared, so its size is not known)" if unknown else ""
-    lines.append(f"left: {hours} here, one run at a time{told}")
-    disk = f"{_disk(params, built) / 2**30:.1f} GiB"
+    disk = f"{_disk(params, plan.once) / 2**30:.1f} GiB"
     lines.append(f"disk: about {disk} for what is built, with the copies in DVC's cache")
+    return "\n".join(lines)
+
+
+def describe_hours(params: Params, plan: StudyPlan) -> str:
+    """How long the rest takes on this machine, which is measured for each encoder and method."""
+    device = choose_device(params.cluster)
+    groups: dict[tuple[str, str], list[PlannedTraining]] = {}
+    for training in plan.left:
+        groups.setdefault((training.dataset, training.method), []).append(training)
+    if not groups:
+        return "left: nothing"
+    lines = []
+    total = 0.0
+    unknown = set()
+    with Progress("measuring this machine", len(groups), "combination") as progress:
+        for (dataset, method), own in groups.items():
+            wanted = method_params(params, method, dataset)
+            pace = measure_pace(params.datasets[dataset], wanted, method, device)
+            counts = [_counts(params, t) for t in own]
+            seconds = sum(wanted.epochs * pace.epoch(wanted, count) for count in counts if count)
+            unknown |= {dataset} if None in counts else set()
+            total += seconds
+            lines.append(f"  {method} on {dataset}: {len(own)} runs, {_hours(seconds)} h")
+            progress.advance(1, f"{method} on {dataset}")
+    kind = "GPU" if device.type == "cuda" else "machine"
+    told = f" (without {', '.join(sorted(unknown))}: not prepared, so of unknown size)" if unknown else ""
+    lines.append(f"left: about {_hours(total)} {kind}-hours on {device}, one run at a time{told}")
     return "\n".join(lines)
 
 
@@ -199,10 +237,6 @@ def describe(runs: list[Run], params: Params) -> str:
 def _identity(t: PlannedTraining) -> tuple[object, ...]:
     """A training serves every part that names it."""
     return (t.dataset, t.setting, t.method, frozenset(t.pair) if t.setting == "closed" else t.pair, t.seed)
-
-
-def _missing(planned: Iterable[PlannedTraining]) -> list[str]:
-    return list(dict.fromkeys(t.method for t in planned if not t.built))
 
 
 def _domains(block: DatasetParams, dataset: str) -> list[str]:
@@ -254,27 +288,6 @@ def _counts(params: Params, t: PlannedTraining) -> tuple[int, int] | None:
         share = [len(space or classes) / len(classes) for space in (spaces.query, spaces.gallery)]
     first, second = (round(counts[d] * s) for d, s in zip(t.pair, share, strict=True))
     return first, second
-
-
-def _seconds(params: Params, t: PlannedTraining, paces: dict[tuple[str, str], Pace]) -> float:
-    counts = _counts(params, t)
-    if counts is None:
-        return 0.0
-    wanted = method_params(params, t.method, t.dataset)
-    return wanted.epochs * paces[t.dataset, t.method].epoch(wanted, counts)
-
-
-def _state(
-    params: Params,
-    own: list[PlannedTraining],
-    done: set[tuple[object, ...]],
-    paces: dict[tuple[str, str], Pace],
-) -> str:
-    if not own[0].built:
-        return "not built yet"
-    left = [t for t in own if _identity(t) not in done]
-    seconds = sum(_seconds(params, t, paces) for t in left)
-    return f"{len(own) - len(left)} done" + (f", {_hours(seconds)} h left" if left else "")
 
 
 def _hours(seconds: float) -> str:

@@ -45,10 +45,12 @@ class Check:
 
     counts: list[ClassCount]
     bad: list[BadFile]
-    duplicates: list[tuple[str, ...]]
-    """Files with the same content, as ``domain: path``."""
+    duplicates: list[tuple[Located, ...]]
+    """Files with the same content."""
     faults: list[str]
     """What differs from the catalogue, is missing or doubtful; one line each."""
+    decoded: int = 0
+    """Pictures that were not known before."""
 
 
 @dataclass(frozen=True)
@@ -97,19 +99,18 @@ def compare(found: Survey, results: Mapping[str, DomainFiles], domains: list[str
             if entry.counts and label and label not in entry.class_names():
                 faults.append(f"domain {domain}: class {label} is not one of {entry.title}'s")
     faults += [f"folder {name} is no domain of {entry.title}: left out" for name in found.unknown]
-    by_content: dict[str, list[tuple[str, str]]] = {}
+    by_content: dict[str, list[Located]] = {}
     for domain in domains:
         for file, sha, *_ in results[domain].good:
-            by_content.setdefault(sha, []).append((domain, file.path))
-    duplicates = [same for same in by_content.values() if len(same) > 1]
-    across = [same for same in duplicates if len({domain for domain, _ in same}) > 1]
-    faults += [
-        "the same picture in two domains, which makes retrieval too easy: "
-        + " = ".join(path for _, path in same)
-        for same in across
-    ]
-    told = [tuple(f"{domain}: {path}" for domain, path in same) for same in duplicates]
-    return Check(counts, bad, told, faults)
+            by_content.setdefault(sha, []).append(file)
+    duplicates = [tuple(same) for same in by_content.values() if len(same) > 1]
+    for same in duplicates:
+        told = " = ".join(file.path for file in same)
+        if len({file.domain for file in same}) > 1:
+            faults.append(f"the same picture in two domains, which makes retrieval too easy: {told}")
+        elif len({file.label for file in same}) > 1:
+            faults.append(f"the same picture in two classes: {told}")
+    return Check(counts, bad, duplicates, faults)
 
 
 def table(check: Check) -> str:
@@ -129,7 +130,8 @@ def table(check: Check) -> str:
     lines += _some(
         [f"  LOOK  left out {bad.path}: {bad.reason}" for bad in check.bad], "check/quarantine.csv"
     )
-    same = [f"  same content: {' = '.join(files)}" for files in check.duplicates]
+    twins = [same for same in check.duplicates if len({(file.domain, file.label) for file in same}) == 1]
+    same = [f"  same content: {' = '.join(file.path for file in files)}" for files in twins]
     lines += _some(same, "check/duplicates.csv")
     return "\n".join(lines)
 
@@ -145,8 +147,12 @@ def write_check(check: Check, out: Path) -> None:
     lines = [{**asdict(line), "class": line.label} for line in check.counts]
     write_rows(out / "counts.csv", ("domain", "class", "found", "left_out", "expected"), lines)
     write_rows(out / "quarantine.csv", ("domain", "path", "reason"), [asdict(fault) for fault in check.bad])
-    rows = [{"group": number, "file": file} for number, same in enumerate(check.duplicates) for file in same]
-    write_rows(out / "duplicates.csv", ("group", "file"), rows)
+    rows = [
+        {"group": number, "domain": file.domain, "path": file.path}
+        for number, same in enumerate(check.duplicates)
+        for file in same
+    ]
+    write_rows(out / "duplicates.csv", ("group", "domain", "path"), rows)
 
 
 def write_rows(path: Path, columns: tuple[str, ...], rows: list[dict[str, Any]]) -> None:

@@ -21,6 +21,7 @@ PART = 2**16
 PATIENCE = 30
 """Seconds without a byte after which a connection is given up."""
 TRIES = 3
+MOCO = "https://dl.fbaipublicfiles.com/moco/moco_checkpoints/moco_v2_800ep/moco_v2_800ep_pretrain.pth.tar"
 
 
 def is_address(text: str) -> bool:
@@ -76,10 +77,9 @@ def download(
             raise UserError(f"{address}: the server refuses: {error}") from None
         except requests.RequestException as error:
             failure = type(error).__name__
-    raise UserError(
-        f"{address}: {failure}; {part.stat().st_size if part.exists() else 0} bytes are kept in {part}: "
-        f"the same command goes on, or put the file there yourself as {target}"
-    )
+    kept = part.stat().st_size if part.exists() else 0
+    told = f"; {kept} bytes are kept in {part} and the same command goes on" if kept else ""
+    raise UserError(f"{address}: {failure}{told}; or put the file there yourself as {target}")
 
 
 def _get(address: str, part: Path, progress: Callable[[int, int | None], None]) -> bool:
@@ -128,7 +128,7 @@ def verify(path: Path, digest: str | None, remove: bool = False) -> None:
     if not found.startswith(expected):
         if remove:
             path.unlink()
-        remedy = "deleted; give the command again" if remove else "delete it and give the command again"
+        remedy = "deleted; give the command again" if remove else "put the right one there"
         raise UserError(f"{path}: {kind} is {found}, not {expected}…: damaged or another file: {remedy}")
 
 
@@ -157,12 +157,25 @@ def fetch(block: DatasetParams, progress: Callable[[str], Callable[[int, int | N
             there.append(target)
     if not there and source.is_dir():  # under other names, or unpacked
         there = sorted(path for path in source.iterdir() if not path.name.startswith("."))
-    if not there:
+    if not there and entry.files:
         raise UserError(
             f"{entry.title}: {entry.ask}. Put it into {source.resolve()} as it is, or unpacked; or let "
             "'source' in params.yaml say where it lies"
         )
     return there
+
+
+def check_checkpoint(start: StartParams) -> None:
+    """Whether the start's checkpoint is there, if it is a file; an address is looked up when it is needed.
+
+    Raises:
+        UserError: there is no such file.
+    """
+    if start.checkpoint and not is_address(start.checkpoint) and not Path(start.checkpoint).exists():
+        raise UserError(
+            f"{start.checkpoint}: no such checkpoint; put it there, or let start.checkpoint be an address "
+            f"(MoCo v2's, 800 epochs, ResNet-50: {MOCO}), or learn a start here: pretrain: {{steps: 2000}}"
+        )
 
 
 def local_start(start: StartParams) -> StartParams:
@@ -173,12 +186,11 @@ def local_start(start: StartParams) -> StartParams:
     """
     if start.checkpoint is None:
         return start
+    check_checkpoint(start)
     path = Path(start.checkpoint)
     if is_address(start.checkpoint):
         path = WEIGHTS / file_name(start.checkpoint)
         download(start.checkpoint, path, start.digest, by_bytes(path.name))
-    elif not path.exists():
-        raise UserError(f"{path}: no such checkpoint")
     else:
         verify(path, start.digest)
     return start.model_copy(update={"checkpoint": str(path)})

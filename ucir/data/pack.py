@@ -25,7 +25,7 @@ from typing import Literal
 
 import numpy as np
 
-from ucir.errors import UserError
+from ucir.errors import UserError, nearest
 
 INDEX_COLUMNS = ("slot", "path", "class", "width", "height", "sha256")
 
@@ -87,8 +87,11 @@ def split_pair(pair: str, domains: list[str]) -> tuple[str, str]:
         second = pair.removeprefix(first)[1:]
         if pair in (f"{first}-{second}", f"{first}>{second}") and second in domains and second != first:
             return first, second
+    cuts = [(pair[:i], pair[i + 1 :]) for i, c in enumerate(pair) if c in "->"]
+    wrong = [name for cut in cuts for name in cut if set(cut) & set(domains) and name not in domains]
+    hint = f"; no domain {wrong[0]!r}, {nearest(wrong[0], domains)}" if wrong else ""
     raise UserError(
-        f"pair {pair!r} is not two different domains joined by '-' or '>'; "
+        f"pair {pair!r} is not two different domains joined by '-' or '>'{hint}; "
         f"the domains are {', '.join(domains)}"
     )
 
@@ -102,7 +105,10 @@ def read_info(pack: Path, name: str = "pack.json") -> PackInfo:
     try:
         info = PackInfo(**json.loads((pack / name).read_text(encoding="utf-8")))
     except (FileNotFoundError, TypeError, ValueError):
-        raise UserError(f"{pack}: no finished pack; run `uv run dvc repro prepare` first") from None
+        raise UserError(
+            f"{pack}: no finished pack; run `uv run dvc repro prepare` first (in a study with this data set: "
+            "`uv run ucir study`)"
+        ) from None
     for domain, count in info.counts.items():
         pixels, index = pack / f"{domain}.u8", pack / f"{domain}.csv"
         if not index.exists() or not pixels.exists() or pixels.stat().st_size != count * info.side**2 * 3:

@@ -26,6 +26,7 @@ from ucir.data.decode import decode_image, fitted
 from ucir.data.pack import INDEX_COLUMNS, PackInfo, Picture, map_rows, read_index, read_info, split_pair
 from ucir.data.prefetch import usable_cores
 from ucir.data.source import Located, Reader, Source, Survey, missing_domains, survey
+from ucir.data.splits import label_spaces
 from ucir.errors import UserError
 
 CHUNK = 256
@@ -67,7 +68,9 @@ def write_pack(
     opened = Source(source)
     found = survey(opened, entry)
     domains = list(domains)
-    _check_structure(opened, found, domains, entry)
+    _check_two(opened.root, found)
+    if faults := _name_faults(opened, found, domains, entry):
+        raise UserError("; ".join(faults))
     out.mkdir(parents=True, exist_ok=True)
     _check_disk(out, sum(len(found.domains[domain]) for domain in domains), params)
     old = _earlier(out, params)
@@ -82,8 +85,11 @@ def write_pack(
     check = compare(found, results, domains, entry)
     write_check(check, out / "check")
     for domain in domains:
-        bad = [file for file in check.bad if file.domain == domain]
-        _check_share(domain, bad, len(bad) + len(results[domain].good), params.max_bad_share, out)
+        bad = _bad_of(check, domain)
+        total = len(bad) + len(results[domain].good)
+        if len(bad) > params.max_bad_share * total:
+            told = _too_many_bad(domain, bad, total, params.max_bad_share)
+            raise UserError(f"{told}; all are listed in {out / 'check/quarantine.csv'}")
     _check_classes(check, opened.root)
     pictures = {domain: _in_slots(results[domain]) for domain in domains}
     finished = [path for domain in domains for path in stores[domain].write_out(pictures[domain])]
@@ -113,12 +119,24 @@ def prepared_domains(block: DatasetParams) -> list[str]:
     Raises:
         UserError: no source, or a pair of domains that the data set does not have.
     """
-    known = list(block.entry.domains)
-    if not known:
-        found = survey(Source(Path(block.source)), block.entry)
-        _check_two(Path(block.source), found)
-        known = list(found.domains)
-    return list(dict.fromkeys(d for pair in block.pairs for d in split_pair(pair, known)))
+    opened = Source(Path(block.source))
+    return _wanted(block, survey(opened, block.entry), opened.root)
+
+
+def source_faults(block: DatasetParams) -> list[str]:
+    """What keeps a data set from being prepared and trained, told by names alone, without reading pictures.
+
+    Raises:
+        UserError: there is no source, or its archives are broken or hostile.
+    """
+    opened = Source(Path(block.source))
+    return _source_faults(block, opened, survey(opened, block.entry))
+
+
+def source_classes(block: DatasetParams) -> list[str]:
+    """Names of the class folders of all domains, sorted; none without labels."""
+    found = survey(Source(Path(block.source)), block.entry)
+    return sorted({file.label for files in found.domains.values() for file in files} - {""})
 
 
 def check_source(
@@ -127,7 +145,7 @@ def check_source(
 ) -> Check:
     """Read and decode every picture as :func:`write_pack` would, and write nothing.
 
-    Missing domains and empty folders are among the faults; the others are checked all the same.
+    What would stop prepare is among the faults; all else is checked all the same.
 
     Raises:
         UserError: there is no source, or its archives are broken or hostile.
@@ -135,14 +153,38 @@ def check_source(
     opened = Source(Path(block.source))
     found = survey(opened, block.entry)
     wanted = list(block.entry.domains) or list(found.domains)
-    there = [domain for domain in wanted if domain in found.domains]
+    there = [domain for domain in wanted if found.domains.get(domain)]
     results = {
         domain: _read_domain(opened, found.domains[domain], block.pack, None, progress) for domain in there
     }
     check = compare(found, results, there, block.entry)
-    structure = missing_domains(found, wanted, block.entry, opened.root)
-    structure += [f"{opened.root / name}: empty folder" for name in found.empty]
-    return Check(check.counts, check.bad, check.duplicates, [*structure, *check.faults])
+    faults = [*_source_faults(block, opened, found), *check.faults]
+    for domain in there:
+        bad, total = _bad_of(check, domain), len(found.domains[domain])
+        if len(bad) > block.pack.max_bad_share * total:
+            faults.append(_too_many_bad(domain, bad, total, block.pack.max_bad_share))
+    return Check(check.counts, check.bad, check.duplicates, list(dict.fromkeys(faults)))
+
+
+def _source_faults(block: DatasetParams, opened: Source, found: Survey) -> list[str]:
+    faults = []
+    wanted = list(block.entry.domains)
+    try:
+        wanted = _wanted(block, found, opened.root)
+        classes = {f.label for domain in wanted for f in found.domains.get(domain, [])} - {""}
+        if block.split.shared:
+            label_spaces("partial", sorted(classes), block.split)
+    except UserError as error:
+        faults.append(str(error))
+    return [*faults, *_name_faults(opened, found, wanted, block.entry)]
+
+
+def _wanted(block: DatasetParams, found: Survey, root: Path) -> list[str]:
+    known = list(block.entry.domains)
+    if not known:
+        _check_two(root, found)
+        known = list(found.domains)
+    return list(dict.fromkeys(d for pair in block.pairs for d in split_pair(pair, known)))
 
 
 class _Store:
@@ -283,18 +325,18 @@ def _in_slots(result: DomainFiles) -> list[Picture]:
     ]
 
 
-def _check_structure(source: Source, found: Survey, domains: list[str], entry: Entry) -> None:
+def _name_faults(source: Source, found: Survey, domains: list[str], entry: Entry) -> list[str]:
     """What can be told before any picture is read."""
-    _check_two(source.root, found)
-    faults = missing_domains(found, domains, entry, source.root)
-    faults += [f"{source.root / name}: empty class folder; fill it or remove it" for name in found.empty]
+    root = source.root
+    faults = missing_domains(found, domains, entry, root)
+    faults += [f"{root / name}: empty class folder; fill it or remove it" for name in found.empty]
+    faults += [f"{root / name}: a link that leads nowhere; remove it" for name in found.dangling]
     faults += [
-        f"{source.root}: domain {domain}: no picture"
+        f"{root}: domain {domain}: no picture"
         for domain in domains
         if domain in found.domains and not found.domains[domain]
     ]
-    if faults:
-        raise UserError("; ".join(faults))
+    return faults
 
 
 def _check_two(root: Path, found: Survey) -> None:
@@ -318,13 +360,16 @@ def _check_disk(out: Path, files: int, params: PackParams) -> None:
         )
 
 
-def _check_share(domain: str, bad: list[BadFile], total: int, limit: float, out: Path) -> None:
-    if len(bad) > limit * total:
-        first = "; ".join(f"{fault.path}: {fault.reason}" for fault in bad[:3])
-        raise UserError(
-            f"domain {domain}: {len(bad)} of {total} files are bad, more than max_bad_share = {limit} "
-            f"({first}{' …' if len(bad) > 3 else ''}); all are listed in {out / 'check/quarantine.csv'}"
-        )
+def _bad_of(check: Check, domain: str) -> list[BadFile]:
+    return [file for file in check.bad if file.domain == domain]
+
+
+def _too_many_bad(domain: str, bad: list[BadFile], total: int, limit: float) -> str:
+    first = "; ".join(f"{fault.path}: {fault.reason}" for fault in bad[:3])
+    return (
+        f"domain {domain}: {len(bad)} of {total} files are bad, more than pack.max_bad_share = {limit} "
+        f"({first}{' …' if len(bad) > 3 else ''}): repair or remove them, or allow more"
+    )
 
 
 def _check_classes(check: Check, root: Path) -> None:

@@ -22,6 +22,21 @@ ENDINGS = (".zip", ".tar", ".tar.gz", ".tgz")
 MAX_MEMBERS = 5_000_000
 MAX_MEMBER_BYTES = 2**30
 MAX_ARCHIVE_BYTES = 2**40
+NO_PICTURES = (
+    ".txt",
+    ".md",
+    ".csv",
+    ".tsv",
+    ".json",
+    ".xml",
+    ".yaml",
+    ".yml",
+    ".html",
+    ".pdf",
+    ".log",
+    ".py",
+)
+"""Files that people keep beside pictures: passed over."""
 PASSED_LEVELS = ("images", "train")
 """Office-31 and the official UCDIR code put such a folder between domain and classes."""
 
@@ -51,6 +66,8 @@ class Survey:
     """Folders that are no domain of the catalogue's entry."""
     empty: list[str]
     """Class folders without a file."""
+    dangling: list[str]
+    """Links that lead nowhere."""
     passed_over: int
     """Files of classes that the data set does not take, or that its lists do not name."""
 
@@ -75,6 +92,8 @@ class Source:
     archives: list[Path] = field(init=False)
     empty: list[str] = field(init=False, default_factory=list)
     """Folders of a tree that hold no file at any depth."""
+    dangling: list[str] = field(init=False, default_factory=list)
+    """Links of a tree that lead nowhere; DVC cannot read a folder with one."""
     tree: list[str] = field(init=False, default_factory=list)
     members: dict[Path, list[str]] = field(init=False)
 
@@ -141,6 +160,8 @@ class Source:
             elif item.is_file() and (folder or not is_archive(Path(item.name))):
                 self.tree.append(name)
                 found = True
+            elif item.is_symlink() and not item.is_file():
+                self.dangling.append(name)
         return found
 
 
@@ -177,7 +198,9 @@ def survey(source: Source, entry: Entry) -> Survey:
         flat = all(len(parts) == 1 for _, parts in files)
         kept = domains.setdefault(domain, [])
         for name, parts in sorted(files):
-            if flat:
+            if parts[-1].lower().endswith(NO_PICTURES):
+                passed_over += 1
+            elif flat:
                 kept.append(Located(name, domain, ""))
             elif len(parts) == 1:
                 strays.append(Located(name, domain, ""))
@@ -195,6 +218,7 @@ def survey(source: Source, entry: Entry) -> Survey:
         strays,
         sorted(set(unknown)),
         empty,
+        source.dangling,
         passed_over,
     )
 
@@ -269,9 +293,7 @@ def _checked_members(archive: Path) -> list[str]:
                     f"{archive}: refused: more than {MAX_MEMBERS} files or {MAX_ARCHIVE_BYTES} bytes"
                 )
     except (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error, OSError) as error:
-        raise UserError(
-            f"{archive}: not a complete archive ({error}): delete it and get it again, e.g. with `ucir fetch`"
-        ) from None
+        raise UserError(f"{archive}: not a complete archive ({error}): delete it and get it again") from None
     return names
 
 

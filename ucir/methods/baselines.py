@@ -247,7 +247,7 @@ class Pcs(SingleEncoder[PcsParams], ClusteringMethod[PcsParams]):
     def optimizer(self, encoder: Encoder) -> torch.optim.Optimizer:
         """Nesterov SGD; the backbone at a tenth of the rate, no weight decay on batch normalisation."""
         p = self.params
-        head = {id(parameter) for parameter in encoder.net.fc.parameters()}  # type: ignore[union-attr]
+        head = {id(parameter) for parameter in encoder.head.parameters()}
         groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
         for parameter in encoder.parameters():
             scale = 1.0 if id(parameter) in head else p.backbone_lr

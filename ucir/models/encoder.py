@@ -41,9 +41,23 @@ class Encoder(nn.Module):
             nn.Linear(pooled_dim, pooled_dim), nn.ReLU(), nn.Linear(pooled_dim, params.feature_dim)
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalised images (B, 3, s, s) to unit features (B, D), float32."""
-        return F.normalize(self.net(x).float(), dim=1)
+    def forward(self, x: Tensor, pooled: bool = False) -> Tensor:
+        """Normalised images (B, 3, s, s) to unit features (B, D), float32; with ``pooled`` those before the
+        head (2048 of a ResNet-50)."""
+        if not pooled:
+            return F.normalize(self.net(x).float(), dim=1)
+        kept: list[Tensor] = []
+        hook = self.head.register_forward_pre_hook(lambda head, given: kept.append(given[0]))
+        try:
+            self.net(x)
+        finally:
+            hook.remove()
+        return F.normalize(kept[0].float(), dim=1)
+
+    @property
+    def head(self) -> nn.Sequential:
+        """The two-layer head."""
+        return cast(nn.Sequential, self.net.fc)
 
 
 class ConvNet(nn.Module):

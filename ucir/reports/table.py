@@ -163,8 +163,8 @@ class Table:
     title: str
     columns: list[str]
     rows: list[tuple[str, list[str]]]
-    best: list[int | None]
-    """Row with our highest value of each column."""
+    best: list[set[int]]
+    """Rows with our highest value of each column, as it is displayed."""
 
 
 def direction_table(dataset: str, setting: str, scores: Scores, metric: str, choice: str = LAST) -> Table:
@@ -226,11 +226,11 @@ def _beside(ours: Cell | None, theirs: PrintedCell | None) -> str:
     return f"{ours} ({theirs.value:.1f}, {ours.mean - theirs.value:+.1f})".replace("-", "−")
 
 
-def _best(rows: Sequence[Sequence[Cell | None]]) -> list[int | None]:
-    best: list[int | None] = []
+def _best(rows: Sequence[Sequence[Cell | None]]) -> list[set[int]]:
+    best = []
     for column in zip(*rows, strict=True):
-        values = [(c.mean, -row) for row, c in enumerate(column) if c is not None]
-        best.append(-max(values)[1] if values else None)
+        values = {row: round(c.mean, 1) for row, c in enumerate(column) if c is not None}
+        best.append({row for row, value in values.items() if value == max(values.values())})
     return best
 
 
@@ -244,7 +244,7 @@ def markdown(table: Table) -> str:
     ]
     for number, (method, cells) in enumerate(table.rows):
         shown = [
-            f"**{text}**" if best == number and text else text
+            f"**{text}**" if number in best and text else text
             for text, best in zip(cells, table.best, strict=True)
         ]
         lines.append(f"| {method} | " + " | ".join(shown) + " |")
@@ -272,7 +272,7 @@ def latex(table: Table) -> str:
     ]
     for number, (method, cells) in enumerate(table.rows):
         shown = [
-            rf"\textbf{{{plain_text(text)}}}" if best == number and text else plain_text(text)
+            rf"\textbf{{{plain_text(text)}}}" if number in best and text else plain_text(text)
             for text, best in zip(cells, table.best, strict=True)
         ]
         lines.append(" & ".join([plain_text(method), *shown]) + r" \\")

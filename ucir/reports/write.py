@@ -25,7 +25,6 @@ from ucir.reports.table import (
     Table,
     comparison_tables,
     direction_table,
-    display_name,
     latex,
     markdown,
     read_results,
@@ -38,6 +37,9 @@ from ucir.tracking import git_sha
 
 SHOWN = 10
 """Images retrieved per query in a grid."""
+NO_LABELS = (
+    "no labels: the pictures are not in class folders, so there are no scores; look at what is retrieved"
+)
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,8 @@ class Written:
     page: Path
     headline: list[Table]
     rows: list[ResultRow]
+    silent: list[str]
+    """What has no scores, and why."""
 
 
 def write_report(params: Params, packs: Path, results: Path, out: Path) -> Written:
@@ -81,7 +85,9 @@ def write_report(params: Params, packs: Path, results: Path, out: Path) -> Writt
         )
     write_csv(rows, out / "results.csv")
     every = [table for part in parts for table in part["tables"]]
-    (out / "results.md").write_text("\n\n".join(map(markdown, every)) + "\n", encoding="utf-8")
+    silent = [f"{part['dataset']}, {part['setting']}: {NO_LABELS}" for part in parts if not part["tables"]]
+    text = "\n\n".join([*map(markdown, every), *silent])
+    (out / "results.md").write_text(text + "\n", encoding="utf-8")
     needs = "% needs \\usepackage{booktabs}\n\n"
     (out / "results.tex").write_text(needs + "\n\n".join(map(latex, every)) + "\n", encoding="utf-8")
     environment = Environment(
@@ -96,9 +102,10 @@ def write_report(params: Params, packs: Path, results: Path, out: Path) -> Writt
         commit=git_sha(),
         cutoff=", ".join(map(str, sorted(cutoffs))),
         parts=parts,
+        no_labels=NO_LABELS,
     )
     (out / "report.html").write_text(page, encoding="utf-8")
-    return Written(out / "report.html", headline, rows)
+    return Written(out / "report.html", headline, rows, silent)
 
 
 def _tables(
@@ -107,9 +114,11 @@ def _tables(
     """The first cutoff leads, then its best-by-labels epoch, the other metrics, and the papers' tables."""
     if not scored_directions(scores):
         return []
-    first, *others = [*(f"P@{k}" for k in block.evaluate.cutoffs), display_name("mAP_at_All")]
-    wanted = [(first, LAST), (first, BEST), *((metric, LAST) for metric in others)]
-    tables = [direction_table(part.dataset, part.setting, scores, *which) for which in wanted]
+    metrics = [*(f"P@{k}" for k in block.evaluate.cutoffs), "mAP@All", "NMI", "ARI"]
+    wanted = [(metrics[0], LAST), (metrics[0], BEST), *((metric, LAST) for metric in metrics[1:])]
+    tables = [
+        direction_table(part.dataset, part.setting, scores, metric, choice) for metric, choice in wanted
+    ]
     return tables + comparison_tables(scores, printed) + comparison_tables(scores, printed, BEST)
 
 
@@ -130,7 +139,7 @@ def _data(pack: Path) -> list[dict[str, Any]]:
                 "expected": sum(known) if len(known) == len(own) else "",
                 "left_out": sum(int(line["left_out"]) for line in own),
                 "classes": sum(1 for line in own if line["class"] and int(line["found"])),
-                "duplicates": sum(1 for line in same if line["file"].startswith(f"{domain}: ")),
+                "duplicates": sum(1 for line in same if line["domain"] == domain),
             }
         )
     return domains

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ucir.config import ViewParams
 from ucir.data.augment import eval_views
@@ -20,17 +22,21 @@ def extract_features(
     images: tuple[DomainImages, ...],
     view: ViewParams,
     device: torch.device,
+    pooled: bool = False,
 ) -> tuple[Tensor, ...]:
-    """Unit features (N, D) of each domain, float32, on ``device``; each worker computes its share."""
+    """Unit features (N, D) of each domain, float32, on ``device``; each worker computes its share.
+
+    With ``pooled`` they are those before the head.
+    """
     was_training = encoder.training
     encoder.eval()
-    features = tuple(_domain_features(encoder, domain, view, device) for domain in images)
+    features = tuple(_domain_features(encoder, domain, view, device, pooled) for domain in images)
     encoder.train(was_training)
     return features
 
 
 def _domain_features(
-    encoder: Encoder, domain: DomainImages, view: ViewParams, device: torch.device
+    encoder: Encoder, domain: DomainImages, view: ViewParams, device: torch.device, pooled: bool
 ) -> Tensor:
     workers = world_size()
     bounds = [len(domain) * worker // workers for worker in range(workers + 1)]
@@ -39,7 +45,8 @@ def _domain_features(
         rows = slice(first, min(first + CHUNK, bounds[rank() + 1]))
         pixels = torch.from_numpy(domain.pixels(rows)).to(device)
         size = torch.from_numpy(domain.size_N2[rows])
-        parts.append(encoder(eval_views(pixels, size, view.side, view.eval_crop)))
-    feature_dim = encoder.net.fc[-1].out_features  # type: ignore[index,union-attr]
+        parts.append(encoder(eval_views(pixels, size, view.side, view.eval_crop), pooled))
+    layer = cast(nn.Linear, encoder.head[0 if pooled else -1])
+    feature_dim = layer.in_features if pooled else layer.out_features
     own = torch.cat(parts) if parts else torch.empty(0, feature_dim, device=device)
     return gather_uneven_rows(own, [bounds[w + 1] - bounds[w] for w in range(workers)])
