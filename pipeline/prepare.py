@@ -25,8 +25,9 @@ def main() -> None:
     size = sum(path.stat().st_size for path in out.glob("*.u8")) / 2**20
     print(table(check))
     print(
-        f"prepare: {sum(info.counts.values())} pictures of {len(info.counts)} domains at {info.side} px, "
-        f"{size:.0f} MiB in {out}, {time.monotonic() - began:.0f} s; all counts in {out / 'check'}"
+        f"prepare: {sum(info.counts.values())} pictures of {len(info.counts)} domains at {info.side} px "
+        f"({check.decoded} decoded now), {size:.0f} MiB in {out}, {time.monotonic() - began:.0f} s; "
+        f"all counts in {out / 'check'}"
     )
 
 

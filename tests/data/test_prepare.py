@@ -209,8 +209,9 @@ def test_only_new_content_is_decoded_and_the_pack_is_the_same_as_from_scratch(
     Image.effect_noise((9, 9), 60).save(source / "art/circle/0.png")
     (source / "photo/cross/0.png").unlink()
     (source / "photo/circle/0.png").rename(source / "photo/circle/renamed.png")
-    write_pack(source, ["art", "photo"], pack, LENIENT)
+    _, check = write_pack(source, ["art", "photo"], pack, LENIENT)
     assert len(decoded) == 28
+    assert check.decoded == 2
     write_pack(source, ["art", "photo"], tmp_path / "scratch", LENIENT)
     assert contents(pack) == contents(tmp_path / "scratch")
     write_pack(source, ["art"], pack, LENIENT)

@@ -49,8 +49,8 @@ class Check:
     """Files with the same content."""
     faults: list[str]
     """What differs from the catalogue, is missing or doubtful; one line each."""
-    decoded: int = 0
-    """Pictures that were not known before."""
+    decoded: int
+    """Pictures that no earlier pack or attempt had."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,8 @@ class DomainFiles:
     """File, content hash, width, height."""
     bad: list[BadFile]
     bad_labels: Counter[str]
+    decoded: int
+    """Pictures that no earlier pack or attempt had."""
 
 
 def compare(found: Survey, results: Mapping[str, DomainFiles], domains: list[str], entry: Entry) -> Check:
@@ -110,7 +112,7 @@ def compare(found: Survey, results: Mapping[str, DomainFiles], domains: list[str
             faults.append(f"the same picture in two domains, which makes retrieval too easy: {told}")
         elif len({file.label for file in same}) > 1:
             faults.append(f"the same picture in two classes: {told}")
-    return Check(counts, bad, duplicates, faults)
+    return Check(counts, bad, duplicates, faults, sum(results[domain].decoded for domain in domains))
 
 
 def table(check: Check) -> str:

@@ -12,7 +12,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 
@@ -163,7 +163,7 @@ def check_source(
         bad, total = _bad_of(check, domain), len(found.domains[domain])
         if len(bad) > block.pack.max_bad_share * total:
             faults.append(_too_many_bad(domain, bad, total, block.pack.max_bad_share))
-    return Check(check.counts, check.bad, check.duplicates, list(dict.fromkeys(faults)))
+    return replace(check, faults=list(dict.fromkeys(faults)))
 
 
 def _source_faults(block: DatasetParams, opened: Source, found: Survey) -> list[str]:
@@ -295,7 +295,7 @@ def _read_domain(
         square = fitted(image, params) if store else None
         return name, sha, (square, image.width, image.height)
 
-    done = 0
+    done = decoded = 0
     with ThreadPoolExecutor(usable_cores()) as pool:  # Pillow works outside the interpreter's lock
         items = source.read(by_path)
         while chunk := list(islice(items, CHUNK)):
@@ -312,9 +312,10 @@ def _read_domain(
                     new.setdefault(sha, (sha, square, width, height))
             if store:
                 store.add(list(new.values()))
+            decoded += len(new)
             done += len(chunk)
             progress(files[0].domain, done, len(files))
-    return DomainFiles(good, bad, bad_labels)
+    return DomainFiles(good, bad, bad_labels, decoded)
 
 
 def _in_slots(result: DomainFiles) -> list[Picture]:
