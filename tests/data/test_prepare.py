@@ -195,7 +195,7 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def test_only_new_content_is_decoded_and_the_pack_is_the_same_as_from_scratch(
-    source: Path, tmp_path: Path, decoded: list[int]
+    source: Path, tmp_path: Path, decoded: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pack = tmp_path / "pack"
     write_pack(source, ["art", "photo"], pack, LENIENT)
@@ -216,6 +216,10 @@ def test_only_new_content_is_decoded_and_the_pack_is_the_same_as_from_scratch(
     assert contents(pack) == contents(tmp_path / "scratch")
     write_pack(source, ["art"], pack, LENIENT)
     assert not (pack / "photo.u8").exists()
+    monkeypatch.setattr(prepare, "DECODER", "another")
+    decoded.clear()
+    write_pack(source, ["art"], pack, LENIENT)
+    assert len(decoded) == 11, "what other code decoded is decoded again"
 
 
 @pytest.mark.parametrize("cut", [0, 7, 100])
@@ -235,7 +239,7 @@ def test_a_killed_attempt_goes_on(
     assert len(decoded) == 20
     with pytest.raises(UserError, match="no finished pack"):
         read_info(tmp_path / "pack")
-    journal = tmp_path / "pack/unfinished/photo-20-squash.csv"
+    (journal,) = (tmp_path / "pack/unfinished").glob("photo-20-squash-*.csv")
     if cut:  # the kill came while a line was being written, or before its pixels reached the disk
         journal.write_text(journal.read_text()[:-cut])
     decoded.clear()

@@ -71,6 +71,8 @@ class PackInfo:
 
     side: int
     fit: Fit
+    decoder: str
+    """Version of the code that made the pixels."""
     counts: dict[str, int]
     classes: list[str]
     """All classes of all domains, sorted; none without labels."""

@@ -22,7 +22,7 @@ from ucir.catalogue import FOLDER, Entry
 from ucir.catalogue import entry as catalogue_entry
 from ucir.config import DatasetParams, PackParams
 from ucir.data.checks import BadFile, Check, DomainFiles, compare, write_check, write_rows
-from ucir.data.decode import decode_image, fitted
+from ucir.data.decode import DECODER, decode_image, fitted
 from ucir.data.pack import INDEX_COLUMNS, PackInfo, Picture, map_rows, read_index, read_info, split_pair
 from ucir.data.prefetch import usable_cores
 from ucir.data.source import Located, Reader, Source, Survey, missing_domains, survey
@@ -100,6 +100,7 @@ def write_pack(
     info = PackInfo(
         params.side,
         params.fit,
+        DECODER,
         {domain: len(own) for domain, own in pictures.items()},
         labels,
         {domain: _fingerprint(own, params) for domain, own in pictures.items()},
@@ -198,7 +199,7 @@ class _Store:
         self.out, self.domain, self.side = out, domain, params.side
         self.row_bytes = params.side**2 * 3
         folder = out / "unfinished"
-        base = f"{domain}-{params.side}-{params.fit}"
+        base = f"{domain}-{params.side}-{params.fit}-{DECODER}"
         self.known: dict[str, tuple[bool, int, int, int]] = {}  # in the earlier pack? row, width, height
         self.old_rows: np.ndarray | None = None
         if old is not None and domain in old.counts:
@@ -260,7 +261,7 @@ def _earlier(out: Path, params: PackParams) -> PackInfo | None:
     for name in ("pack.json", EARLIER):
         with contextlib.suppress(UserError):
             info = read_info(out, name)
-            if (info.side, info.fit) == (params.side, params.fit):
+            if (info.side, info.fit, info.decoder) == (params.side, params.fit, DECODER):
                 return info
     return None
 
