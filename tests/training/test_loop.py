@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,8 @@ from tests.conftest import CLASSES, make_images
 from ucir.config import AugmentParams, EncoderParams, PackParams, PretrainParams, StartParams, ViewParams
 from ucir.data.pack import open_domain
 from ucir.data.prepare import write_pack
+from ucir.methods import METHODS, VARIANTS
 from ucir.methods.base import Term
-from ucir.methods.ucdir import Ucdir, UcdirParams
 from ucir.models.checkpoints import save_encoder
 from ucir.models.encoder import new_encoder
 from ucir.training.loop import EpochReport, PairTraining, train
@@ -27,16 +28,18 @@ from ucir.training.pretrain import make_start
 
 ENCODER = EncoderParams(backbone="convnet", width=4, feature_dim=8)
 VIEW = ViewParams(side=16, eval_crop=1.0)
-PARAMS = UcdirParams(
-    clusters=3,
-    epochs=4,
-    batch_size=8,
-    lr=0.01,
-    key_momentum=0.9,
-    ramp_start=1,
-    ramp_end=2,
-    cross_domain_start=2,
-)
+PARAMS = {
+    "clusters": 3,
+    "epochs": 4,
+    "batch_size": 8,
+    "lr": 0.01,
+    "key_momentum": 0.9,
+    "ramp_start": 1,
+    "ramp_end": 2,
+    "cross_domain_start": 2,
+    "warmup": 1,
+    "repeats": 2,
+}
 CPU = torch.device("cpu")
 
 
@@ -74,15 +77,20 @@ def start(tmp_path: Path) -> Path:
     return tmp_path / "start.pt"
 
 
-def training(pack: Path, start: Path, params: UcdirParams = PARAMS, seed: int = 0) -> PairTraining:
+def training(pack: Path, start: Path, seed: int = 0, name: str = "ucdir") -> PairTraining:
     images = open_domain(pack, "art"), open_domain(pack, "photo")
-    return PairTraining(images, VIEW, ENCODER, start, Ucdir(params, seed), CPU)
+    kind = METHODS[name]
+    known = {key: value for key, value in PARAMS.items() if key in kind.params_type.model_fields}
+    fixed = VARIANTS.get(name, ("", {}))[1]
+    method = kind(kind.params_type(**{**known, **fixed}), seed)
+    return PairTraining(images, VIEW, ENCODER, start, method, CPU)
 
 
 def weights(training: PairTraining) -> dict[str, Tensor]:
     return {
         f"{name}.{key}": value.clone()
         for name, part in (("query", training.query), ("key", training.key))
+        if part
         for key, value in part.state_dict().items()
     }
 
@@ -92,16 +100,19 @@ def assert_equal(one: dict[str, Tensor], two: dict[str, Tensor]) -> None:
     assert not different
 
 
-def test_a_run_killed_at_any_epoch_and_resumed_ends_as_an_undisturbed_one(pack: Path, start: Path) -> None:
-    whole = training(pack, start)
+@pytest.mark.parametrize("name", ["ucdir", "pcs", "protonce", "id"])
+def test_a_run_killed_at_any_epoch_and_resumed_ends_as_an_undisturbed_one(
+    pack: Path, start: Path, name: str
+) -> None:
+    whole = training(pack, start, name=name)
     reporter = Keep()
     train(whole, reporter)
     assert [report.epoch for report in reporter.reports] == [0, 1, 2, 3]
     for killed_after in (0, 2):
         first = Keep(killed_after=killed_after)
         with pytest.raises(KeyboardInterrupt):
-            train(training(pack, start), first)
-        second = training(pack, start)
+            train(training(pack, start, name=name), first)
+        second = training(pack, start, name=name)
         rest = Keep(first.state)
         train(second, rest)
         assert [report.epoch for report in rest.reports] == list(range(killed_after + 1, 4))
@@ -147,8 +158,15 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_named(
     run = training(pack, start)
     terms = {"fine": Term(1.0, torch.tensor(1.0)), "broken": Term(1.0, torch.tensor(float("nan")))}
     monkeypatch.setattr(run.method, "losses", lambda epoch, batch: terms)
+    reporter = Keep()
     with pytest.raises(FloatingPointError, match=r"epoch 0, step 0.*fine = 1, broken = nan"):
-        train(run, Keep())
+        train(run, reporter)
+    details = reporter.details
+    assert (details["epoch"], details["step"]) == (0, 0)
+    assert set(details["inputs"]) == {"query_a", "key_a", "query_b", "key_b"}
+    assert details["inputs"]["query_a"]["not_finite"] == 0
+    assert len(details["slots"][0]) == 8
+    assert "net.fc.2.weight" in details["weights"]
 
 
 def test_the_start_is_learnt_and_repeats_itself(pack: Path, tmp_path: Path) -> None:
@@ -166,11 +184,11 @@ def test_the_start_is_learnt_and_repeats_itself(pack: Path, tmp_path: Path) -> N
     assert_equal(one, torch.load(tmp_path / "three/start.pt")["state_dict"])
 
 
-def _steps(pack: Path, start: Path) -> list[dict[str, Any]]:
-    """A step of the first and of the last phase: losses, gradients, features afterwards."""
+def _steps(pack: Path, start: Path, names: list[str]) -> list[dict[str, Any]]:
+    """A step of the first and of the last phase of each method: losses, gradients, features afterwards."""
     found = []
-    for epoch in (0, 3):
-        run = training(pack, start)
+    for name, epoch in product(names, (0, 3)):
+        run = training(pack, start, name=name)
         features = run.features()
         run.method.start(features)
         run.method.start_epoch(epoch, features)
@@ -180,23 +198,25 @@ def _steps(pack: Path, start: Path) -> list[dict[str, Any]]:
     return found
 
 
-def _worker(rank: int, world: int, port: int, pack: Path, start: Path, out: Path) -> None:
+def _worker(rank: int, world: int, port: int, pack: Path, start: Path, names: list[str], out: Path) -> None:
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     dist.init_process_group("gloo", rank=rank, world_size=world)
-    torch.save(_steps(pack, start), out / f"{world}-{rank}.pt")
+    torch.save(_steps(pack, start, names), out / f"{world}-{rank}.pt")
     dist.destroy_process_group()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("world", [2, 4])
-def test_workers_change_speed_and_never_results(pack: Path, start: Path, tmp_path: Path, world: int) -> None:
+@pytest.mark.parametrize(("world", "names"), [(2, list(METHODS)), (4, ["ucdir"])])
+def test_workers_change_speed_and_never_results(
+    pack: Path, start: Path, tmp_path: Path, world: int, names: list[str]
+) -> None:
     """Losses, gradients and features of 1 and of several gloo workers on the same global batch."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    alone = _steps(pack, start)
-    spawn(_worker, (world, port, pack, start, tmp_path), nprocs=world)
+    alone = _steps(pack, start, names)
+    spawn(_worker, (world, port, pack, start, names, tmp_path), nprocs=world)
     for rank in range(world):
         together = torch.load(tmp_path / f"{world}-{rank}.pt")
         for one, many in zip(alone, together, strict=True):

@@ -178,7 +178,10 @@ def _track(run: Run, uri: str) -> None:
 def _told(run: Run, entry: dict[str, float]) -> str:
     cutoff = run.cutoffs[0]
     score = entry.get(f"val/P_at_{cutoff}")
+    chosen = isinstance(getattr(run.params, "clusters", None), str) and "cluster/count_a" in entry
+    counts = f" K {entry['cluster/count_a']:.0f} and {entry['cluster/count_b']:.0f}" if chosen else ""
+    found = "" if score is None else f" P@{cutoff} {score:.1f}"
     return (
         f"{run.name} epoch {int(entry['epoch']) + 1}/{run.params.epochs} "
-        f"loss {entry['train/loss_total']:.3f}" + ("" if score is None else f" P@{cutoff} {score:.1f}")
+        f"loss {entry['train/loss_total']:.3f}{found}{counts}"
     )

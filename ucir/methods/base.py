@@ -37,6 +37,9 @@ class MethodParams(Block):
     weight_decay: Weight = 1e-4
     key_momentum: Annotated[float, Field(ge=0, le=1)] = 0.999
     """m of the key encoder's moving average, where a method has one."""
+    key_norm_groups: Count = 2
+    """Parts of the shuffled batch in which the key encoder takes batch statistics: 2 in the official code
+    (SplitBN), 1 in the paper, which does not mention it."""
     retrieve_with: Literal["key", "query"] = "key"
     """Whose features are ranked, where there are two encoders; the official code ranks the key encoder's."""
 

@@ -93,13 +93,13 @@ def new_encoder(params: EncoderParams, seed: int, norm_groups: int = 1) -> Encod
     return encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
 
 
-def key_encoder_of(encoder: Encoder) -> Encoder:
-    """A frozen copy for the moving average, normalising over two halves of the batch."""
+def key_encoder_of(encoder: Encoder, norm_groups: int = 2) -> Encoder:
+    """A frozen copy for the moving average, normalising over so many equal parts of the batch."""
     key = copy.deepcopy(encoder)
     key.requires_grad_(False)
     for module in key.modules():
         if isinstance(module, GroupedBatchNorm2d):
-            module.groups = 2
+            module.groups = norm_groups
     return key
 
 

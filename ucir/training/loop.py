@@ -127,12 +127,17 @@ class PairTraining:
                 f"2 x batch_size = {2 * params.batch_size} images cannot be shared equally by "
                 f"{world_size()} workers"
             )
+        if 2 * params.batch_size % params.key_norm_groups:
+            raise UserError(
+                f"2 x batch_size = {2 * params.batch_size} images cannot be divided into key_norm_groups = "
+                f"{params.key_norm_groups} equal parts"
+            )
         self.images, self.view, self.method, self.device = images, view, method, device
         self.batches = PairBatches(len(images[0]), len(images[1]), params.batch_size, method.seed)
         self.query = new_encoder(encoder_params, seed=0)
         load_encoder(self.query, start_checkpoint)
         self.query = self.query.to(device)
-        self.key = key_encoder_of(self.query) if method.key_encoder else None
+        self.key = key_encoder_of(self.query, params.key_norm_groups) if method.key_encoder else None
         self.optimizer = method.optimizer(self.query)
         self.model: nn.Module = self.query
         if world_size() > 1:
