@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ot
 import torch
 from torch import Tensor
 
@@ -21,6 +20,8 @@ def match_prototypes(own_KD: Tensor, other_LD: Tensor) -> Tensor:
     Returns:
         (K,) int64.
     """
+    import ot  # seconds, which only those who match should wait
+
     own, other = own_KD.double().cpu(), other_LD.double().cpu()
     cost = torch.cdist(own, other).square()
     mass = [torch.full((len(x),), 1 / len(x), dtype=torch.float64) for x in (own, other)]
