@@ -12,6 +12,7 @@ from tests.conftest import ROOT, tiny_params, write_params
 from ucir.config import load_params
 from ucir.errors import UserError
 from ucir.methods import METHODS, method_params
+from ucir.methods.ucdir import UcdirParams
 from ucir.study import activate, study_block
 
 
@@ -110,6 +111,25 @@ def test_the_shipped_params_are_good_and_their_study_is_current() -> None:
     assert (shipped["study"], []) == study_block(params, "sample")
     for name in params.studies:
         study_block(params, name)
+
+
+def test_both_published_columns_of_ucdir_are_shipped_and_its_ablation_reads_them() -> None:
+    params = load_params(ROOT / "params.yaml")
+
+    def shipped(method: str, dataset: str) -> tuple[object, ...]:
+        p = method_params(params, method, dataset)
+        assert isinstance(p, UcdirParams)
+        weights = (p.cluster_weight, p.distance_weight, p.entropy_weight, p.entropy_temperature)
+        return (*weights, p.distance_temperature, p.cross_domain_start, p.clusters)
+
+    assert shipped("ucdir", "domainnet") == (1.0, 0.1, 0.5, 0.1, 0.01, 100, (7,))
+    assert shipped("ucdir", "office_home") == (0.5, 0.5, 1.0, 0.01, 0.01, 100, (65,))
+    assert shipped("ucdir-v1", "domainnet")[:3] == (0, 0, 0)
+    assert shipped("ucdir-v2", "domainnet")[:3] == (1.0, 0, 0)
+    assert shipped("ucdir-v3", "domainnet")[:3] == (1.0, 0, 0.5)
+    view = params.datasets["office_home"].view
+    assert (view.side, view.eval_crop, view.augment.crop_area) == (224, 224 / 256, (0.2, 1.0))
+    assert view.augment.jitter == (0.4, 0.4, 0.4, 0.1)
 
 
 def test_choosing_a_study_rewrites_its_block_alone(tmp_path: Path) -> None:
