@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from ucir.clustering import kmeans
 from ucir.config import checked
 from ucir.errors import UserError
+from ucir.losses.cluster import cluster_contrast, confident, mean_of_kept
 from ucir.losses.instance import instance_contrast
+from ucir.methods import METHODS
 from ucir.methods.base import DomainBatch
 from ucir.methods.ucdir import Ucdir, UcdirParams
 
@@ -21,7 +26,7 @@ def features(seed: int, count: int = N) -> Tensor:
     return normalize(torch.randn(count, D, generator=torch.Generator().manual_seed(seed)), dim=1)
 
 
-def small(**changes: float) -> Ucdir:
+def small(**changes: Any) -> Ucdir:
     params = {"clusters": 4, "epochs": 10, "ramp_start": 2, "ramp_end": 6, "cross_domain_start": 5}
     return Ucdir(UcdirParams(**{**params, **changes}), seed=0)
 
@@ -111,3 +116,38 @@ def test_a_phase_that_needs_clusters_too_early_is_refused() -> None:
 def test_the_schedule_follows_the_epochs(epochs: int, schedule: tuple[int, int, int]) -> None:
     p = UcdirParams(clusters=3, epochs=epochs)
     assert (p.ramp_start, p.ramp_end, p.cross_domain_start) == schedule
+
+
+def test_several_k_are_averaged_not_multiplied() -> None:
+    both = (features(0), features(1))
+    method = small(clusters=[3, 5])
+    method.start(both)
+    method.start_epoch(9, both)
+    terms = method.losses(9, (batch(2), batch(4)))
+    alone: list[Tensor] = []
+    for number, k in enumerate((3, 5)):
+        part, bank = batch(2), method.banks[0].features_ND
+        c = kmeans(both[0], k, iterations=20, restarts=5, seed=number, max_points=2000)
+        label_B = c.label_N[part.slot_B]
+        value_B = cluster_contrast(part.q_BD, label_B, bank, c.label_N, k, 0.2)
+        alone.append(mean_of_kept(value_B, confident(part.k_BD, label_B, c.centroid_KD, 0.2, 0.2)))
+    assert torch.allclose(terms["cluster_a"].value, torch.stack(alone).mean(), atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["ucdir", "ucdir-ot", "protonce", "pcs"])
+def test_empty_clusters_keep_their_place(name: str) -> None:
+    """Two distinct features cannot fill four clusters."""
+    x = normalize(torch.eye(D)[torch.arange(N) % 2], dim=1)
+    kind = METHODS[name]
+    method = kind(kind.params_type(clusters=4, epochs=10), 0)
+    method.start((x, x))
+    told = method.start_epoch(9, (x, x))
+    assert told["cluster/empty_a"] >= 1
+    terms = method.losses(9, (batch(2), batch(4)))
+    total = sum(term.weight * term.value for term in terms.values())
+    assert isinstance(total, Tensor)
+    assert total.isfinite()
+    parts = [batch(2), batch(4)]
+    terms = method.losses(9, (parts[0], parts[1]))
+    sum(term.weight * term.value for term in terms.values()).backward()  # type: ignore[union-attr]
+    assert all(part.q_BD.grad is not None and part.q_BD.grad.isfinite().all() for part in parts)
