@@ -234,8 +234,8 @@ def describe(runs: list[Run], params: Params) -> str:
     return "\n".join(lines)
 
 
-def _identity(t: PlannedTraining) -> tuple[object, ...]:
-    """A training serves every part that names it."""
+def _identity(t: PlannedTraining | Run) -> tuple[object, ...]:
+    """A training serves every part that names it, and in closed both orders of its pair."""
     return (t.dataset, t.setting, t.method, frozenset(t.pair) if t.setting == "closed" else t.pair, t.seed)
 
 
@@ -261,12 +261,7 @@ def _finished(params: Params, planned: list[PlannedTraining]) -> set[tuple[objec
             runs = plan_runs(params, dataset, setting, method, pairs, seeds)
         except UserError:  # not prepared yet: nothing can be done
             continue
-        finished = {(frozenset(run.pair), run.pair, run.seed) for run in runs if run.done}
-        for t in own:
-            key = (frozenset(t.pair), t.pair, t.seed)
-            same = {(pair, seed) for pair, _, seed in finished}
-            if key in finished or (setting == "closed" and (key[0], t.seed) in same):
-                done.add(_identity(t))
+        done |= {_identity(run) for run in runs if run.done}
     return done
 
 
