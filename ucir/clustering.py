@@ -135,3 +135,11 @@ def _means(features_ND: Tensor, clusters: Clusters) -> Tensor:
     count = len(clusters.size_K)
     sum_KD = features_ND.new_zeros(count, features_ND.shape[1]).index_add_(0, clusters.label_N, features_ND)
     return sum_KD / clusters.size_K.clamp(min=1)[:, None]
+
+
+def aligned_order(own_KD: Tensor, other_KD: Tensor) -> Tensor:
+    """For each row of ``own`` the row of ``other`` that it is paired with, one to one, by most cosine."""
+    from scipy.optimize import linear_sum_assignment  # type: ignore[import-untyped]
+
+    _, column = linear_sum_assignment(-(own_KD @ other_KD.T).double().cpu().numpy())
+    return torch.from_numpy(column).to(own_KD.device)

@@ -17,6 +17,13 @@ class Bank:
         self.features_ND = features_ND.clone()
 
     @torch.no_grad()
+    def nearest(self, feature_BD: Tensor, slot_B: Tensor) -> Tensor:
+        """For each image the row most similar to its feature among those of other images, (B, D)."""
+        similarity_BN = feature_BD @ self.features_ND.T
+        similarity_BN.scatter_(1, slot_B[:, None], float("-inf"))
+        return self.features_ND[similarity_BN.argmax(dim=1)]
+
+    @torch.no_grad()
     def blend(self, slot_B: Tensor, feature_BD: Tensor, momentum: float) -> None:
         """v <- m v + (1 - m) f, normalised: the bank of ID, CDS and PCS, which have no key encoder."""
         row_BD = momentum * self.features_ND[slot_B] + (1 - momentum) * feature_BD.detach()

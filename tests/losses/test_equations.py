@@ -17,6 +17,7 @@ from ucir.losses.cluster import cluster_contrast, confident, mean_of_kept
 from ucir.losses.instance import instance_contrast
 from ucir.losses.matched import matched_distance, soft_assignment, soft_centroids
 from ucir.losses.prototype import bank_discrimination, neighbour_entropy, prototype_contrast
+from ucir.losses.transported import against_unmatched
 
 B, N, D = 5, 9, 4
 SLOT = [3, 0, 8, 3, 5]  # one image twice
@@ -225,5 +226,33 @@ def test_matched_distance_of_soft_centroids(case: Case) -> None:
     def fast(q: Tensor) -> Tensor:
         first, second = (soft_centroids(x, soft_assignment(x, c, t)) for x, c in ((q, own), (k, other)))
         return matched_distance(first, second, match) + 0 * q.sum()
+
+    agree(fast, slow)
+
+
+@pytest.mark.parametrize("push", [True, False])
+@pytest.mark.parametrize("normalised", [True, False])
+def test_contrast_against_unmatched_prototypes(case: Case, push: bool, normalised: bool) -> None:
+    """ProtoOT's three in-domain terms and its cross-domain term."""
+    label_N, centroid, _, t = case
+    own = [label_N[slot] for slot in SLOT]
+    target = unit(B, D, seed=1)
+
+    def slow(q: Tensor) -> Tensor:
+        values = []
+        for i, label in enumerate(own):
+            positive = dot(q[i], target[i]) / t
+            if not push:
+                values.append(-positive)
+                continue
+            similar = [dot(q[i], c) for c in centroid]
+            length = sum((s * s for s in similar), torch.zeros(())).sqrt() if normalised else 1.0
+            others = [s / length / t for k, s in enumerate(similar) if k != label]
+            values.append(-log_softmax([positive, *others])[0])
+        return mean(values)
+
+    def fast(q: Tensor) -> Tensor:
+        labels = torch.tensor(own)
+        return against_unmatched(q, target, centroid, labels, t, push=push, normalised=normalised)
 
     agree(fast, slow)
