@@ -132,6 +132,15 @@ def test_both_published_columns_of_ucdir_are_shipped_and_its_ablation_reads_them
     assert view.augment.jitter == (0.4, 0.4, 0.4, 0.1)
 
 
+def test_a_block_that_nothing_reads_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"methods\.ucdir-v2: ucdir-v2 is methods\.ucdir with some keys fixed"
+    ):
+        load(tmp_path, {"methods.ucdir-v2": {"shapes": {"lr": 0.1}}})
+    with pytest.raises(UserError, match="method 'uem' is not built yet; there is: id, "):
+        load(tmp_path, {"methods.uem": {"shapes": {}}})
+
+
 def test_choosing_a_study_rewrites_its_block_alone(tmp_path: Path) -> None:
     text = (ROOT / "params.yaml").read_text()
     text = text.replace(

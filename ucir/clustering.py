@@ -72,22 +72,32 @@ def kmeans(
     return Clusters(label_N, centroid_KD, torch.bincount(label_N, minlength=k))
 
 
-def concentration(features_ND: Tensor, clusters: Clusters, smooth: float = 10.0) -> Tensor:
-    """How spread each cluster is: mean distance of its members to its prototype over log(size + smooth).
+def concentration(features_ND: Tensor, label_N: Tensor, centre_KD: Tensor, smooth: float = 10.0) -> Tensor:
+    """How spread each cluster is: mean distance of its members to its centre over log(size + smooth).
 
-    PCL (Li et al., ICLR 2021) section 3.3; a cluster with fewer than two members gets the largest value.
+    PCL (Li et al., ICLR 2021) section 3.3, likewise PCS; 0 for a cluster with fewer than two members.
+
+    Args:
+        features_ND: unit features.
+        label_N: their clusters.
+        centre_KD: of the clusters.
+        smooth: alpha.
 
     Returns:
-        (K,) float32, > 0.
+        (K,) float32, >= 0.
     """
-    distance_N = (features_ND - clusters.centroid_KD[clusters.label_N]).norm(dim=1)
+    distance_N = (features_ND - centre_KD[label_N]).norm(dim=1)
+    size_K = torch.bincount(label_N, minlength=len(centre_KD))
+    sum_K = distance_N.new_zeros(len(centre_KD)).index_add_(0, label_N, distance_N)
+    phi_K = sum_K / size_K.clamp(min=1) / torch.log(size_K + smooth)
+    return torch.where(size_K > 1, phi_K, torch.zeros_like(phi_K))
+
+
+def raw_centroids(features_ND: Tensor, clusters: Clusters) -> Tensor:
+    """Means of the clusters' members, (K, D), before they are normalised to prototypes."""
     count = len(clusters.size_K)
-    sum_K = distance_N.new_zeros(count).index_add_(0, clusters.label_N, distance_N)
-    size_K = clusters.size_K.clamp(min=1).to(distance_N.dtype)
-    phi_K = sum_K / size_K / torch.log(size_K + smooth)
-    small_K = clusters.size_K < 2
-    largest = phi_K.max().clamp(min=1e-6)
-    return torch.where(small_K | (phi_K <= 0), largest, phi_K)
+    sum_KD = features_ND.new_zeros(count, features_ND.shape[1]).index_add_(0, clusters.label_N, features_ND)
+    return sum_KD / clusters.size_K.clamp(min=1)[:, None]
 
 
 def choose_clusters(features_ND: Tensor, how: str, seed: int, most: int = 100) -> int:
@@ -123,18 +133,11 @@ def choose_clusters(features_ND: Tensor, how: str, seed: int, most: int = 100) -
             for label in (c.label_N.cpu().numpy() for c in found)
         ]
         return candidates[int(np.argmax(scores))]
-    distances = [features_ND - _means(features_ND, c)[c.label_N] for c in found]
+    distances = [features_ND - raw_centroids(features_ND, c)[c.label_N] for c in found]
     inertia = np.array([float(distance.square().sum()) for distance in distances])
     across = (np.array(candidates) - candidates[0]) / max(1, candidates[-1] - candidates[0])
     down = (inertia - inertia[-1]) / max(1e-12, inertia[0] - inertia[-1])
     return candidates[int(np.argmax(1 - across - down))]
-
-
-def _means(features_ND: Tensor, clusters: Clusters) -> Tensor:
-    """Centroids before they are normalised."""
-    count = len(clusters.size_K)
-    sum_KD = features_ND.new_zeros(count, features_ND.shape[1]).index_add_(0, clusters.label_N, features_ND)
-    return sum_KD / clusters.size_K.clamp(min=1)[:, None]
 
 
 def aligned_order(own_KD: Tensor, other_KD: Tensor) -> Tensor:

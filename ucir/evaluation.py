@@ -69,23 +69,17 @@ def score_direction(
     seed: int,
     epoch_choice: str,
     cutoffs: tuple[int, ...],
-    clusters: Mapping[str, int] | None = None,
 ) -> list[DirectionScore]:
     """One direction's scores; nothing when one of the domains has no labels.
 
-    Args:
-        features: unit features by domain.
-        labels: class names by domain.
-        direction: query and gallery.
-        seed, epoch_choice: what they are scores of.
-        cutoffs: the K of P@K.
-        clusters: K by domain for NMI and ARI of the query domain; None = its number of classes.
+    NMI and ARI are those of the query domain in as many clusters as it has classes, whatever K a method
+    was trained with.
     """
     query, gallery = direction
     if not any(labels[query]) or not any(labels[gallery]):
         return []
     scores = retrieval_scores(features[query], features[gallery], labels[query], labels[gallery], cutoffs)
-    count = (clusters or {}).get(query) or len(set(labels[query]))
+    count = len(set(labels[query]))
     named = scores.named() | cluster_agreement(features[query], labels[query], count)
     return [DirectionScore(query, gallery, seed, epoch_choice, named)]
 
@@ -163,9 +157,6 @@ def evaluate_method(params: Params, dataset: str, setting: str, method: str, res
         run = json.loads(path.read_text("utf-8"))
         spaces = LabelSpaces(**run["label_spaces"])
         pair = split_pair(run["pair"], list(read_info(PACKS / dataset).counts))
-        told = run["history"][-1]
-        sides = zip(pair, "ab", strict=True)
-        clusters = {domain: int(told.get(f"cluster/count_{side}", 0)) for domain, side in sides}
         own = []
         for choice, name in ((LAST, "last.pt"), (BEST, "best.pt")):
             if not (path.parent / name).exists():
@@ -175,7 +166,7 @@ def evaluate_method(params: Params, dataset: str, setting: str, method: str, res
             )
             for direction in directions(setting, pair):
                 seed, cutoffs = int(run["seed"]), block.evaluate.cutoffs
-                own += score_direction(features, labels, direction, seed, choice, cutoffs, clusters)
+                own += score_direction(features, labels, direction, seed, choice, cutoffs)
             if choice == LAST:
                 save_features(folder / "evaluate" / f"{path.parent.name}.npz", features)
         tracker.log(run["run_key"], own)

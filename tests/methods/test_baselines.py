@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ucir.clustering import choose_clusters, concentration, kmeans
+from ucir.clustering import choose_clusters, concentration, kmeans, raw_centroids
 from ucir.config import EncoderParams
 from ucir.losses.instance import instance_contrast
 from ucir.losses.prototype import bank_discrimination, neighbour_entropy, prototype_contrast
@@ -43,7 +44,7 @@ def batch(seed: int, key: bool) -> DomainBatch:
 def terms_at(name: str, epoch: int, **changes: Any) -> dict[str, tuple[float, Tensor]]:
     method = make(name, **changes)
     method.start_epoch(epoch, (features(0), features(1, N - 5)))
-    both = (batch(2, method.key_encoder), batch(4, method.key_encoder))
+    both = (batch(2, method.keyed is not None), batch(4, method.keyed is not None))
     return {key: (term.weight, term.value) for key, term in method.losses(epoch, both).items()}
 
 
@@ -126,7 +127,8 @@ def test_protonce_writes_keys_and_uses_its_concentrations() -> None:
     values = []
     for number, k in enumerate((3, 5)):
         c = kmeans(both[0], k, iterations=20, restarts=5, seed=number, max_points=1000)
-        phi = concentration(both[0], c)
+        phi = concentration(both[0], c.label_N, raw_centroids(both[0], c))
+        phi = torch.where(phi > 0, phi, phi.max())
         low, high = phi.quantile(0.1), phi.quantile(0.9)
         phi = phi.clamp(float(low), float(high))
         phi = 0.2 * phi / phi.mean()
@@ -137,21 +139,39 @@ def test_protonce_writes_keys_and_uses_its_concentrations() -> None:
 def test_concentration_is_mean_distance_over_log_size() -> None:
     x = features(0)
     clusters = kmeans(x, 4, iterations=5, restarts=1, seed=0, max_points=100)
-    phi = concentration(x, clusters)
-    for label in range(4):
-        members = x[clusters.label_N == label]
-        if len(members) > 1:
-            distance = [float((m - clusters.centroid_KD[label]).norm()) for m in members]
-            expected = sum(distance) / len(members) / torch.log(torch.tensor(len(members) + 10.0))
-            assert float(phi[label]) == pytest.approx(float(expected), rel=1e-5)
-    alone = kmeans(x[:5], 5, iterations=5, restarts=1, seed=0, max_points=100)
-    assert (concentration(x[:5], alone) > 0).all(), "singletons have a temperature too"
+    raw = raw_centroids(x, clusters)
+    for centre in (clusters.centroid_KD, raw):
+        phi = concentration(x, clusters.label_N, centre)
+        for label in range(4):
+            members = x[clusters.label_N == label]
+            if len(members) > 1:
+                distance = [float((m - centre[label]).norm()) for m in members]
+                expected = sum(distance) / len(members) / math.log(len(members) + 10)
+                assert float(phi[label]) == pytest.approx(expected, rel=1e-5)
+    assert torch.allclose(raw[0], x[clusters.label_N == 0].mean(dim=0), atol=1e-6)
+
+
+def test_clusters_of_one_are_the_loosest_for_pcl_and_the_tightest_for_pcs() -> None:
+    labels = torch.tensor([0, 0, 0, 1])
+    x = features(0, 4)
+    centre = torch.stack([x[:3].mean(dim=0), x[3]])
+    phi = concentration(x, labels, centre)
+    assert phi[1] == 0
+    for name in ("protonce", "pcs"):
+        method = make(name, clusters=N - 5, repeats=1) if name == "pcs" else make(name, clusters=N - 5)
+        method.start_epoch(5, (features(0), features(1, N - 5)))
+        alone = method.clusters[1][0].size_K == 1  # type: ignore[attr-defined]
+        temperature = method.temperatures[1][0][alone]  # type: ignore[attr-defined]
+        assert len(temperature)
+        assert (temperature > 0).all()
+        if name == "pcs":
+            assert (temperature == 0.05).all()
 
 
 @pytest.mark.parametrize("name", ["id", "cds", "pcs"])
 def test_single_encoders_change_their_bank_after_the_step_alone(name: str) -> None:
     method = make(name)
-    assert not method.key_encoder
+    assert method.keyed is None
     before = features(0)
     method.start_epoch(0, (before, features(1, N - 5)))
     both = (batch(2, False), batch(4, False))
@@ -219,3 +239,14 @@ def test_a_chosen_k_is_kept_and_may_differ_between_domains() -> None:
     assert method.chosen == chosen  # type: ignore[attr-defined]
     terms = method.losses(9, (batch(2, True), batch(4, True)))
     assert all(term.value.isfinite() for term in terms.values())
+
+
+def test_keys_without_effect_are_refused() -> None:
+    for name, key in (("id", "key_momentum"), ("cds", "retrieve_with"), ("pcs", "key_norm_groups")):
+        with pytest.raises(ValueError, match=key):
+            make(name, **{key: 0.5})
+    for key in ("confidence", "distance_temperature"):
+        with pytest.raises(ValueError, match=key):
+            make("ucdir-ot", **{key: 0.5})
+    with pytest.raises(ValueError, match="warmup 10 leaves none of 10 epochs"):
+        make("protonce", warmup=10)

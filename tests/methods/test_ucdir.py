@@ -118,6 +118,11 @@ def test_the_schedule_follows_the_epochs(epochs: int, schedule: tuple[int, int, 
     assert (p.ramp_start, p.ramp_end, p.cross_domain_start) == schedule
 
 
+def test_phases_follow_a_given_start() -> None:
+    p = UcdirParams(clusters=3, epochs=200, ramp_start=150)
+    assert (p.ramp_end, p.cross_domain_start) == (151, 150)
+
+
 def test_several_k_are_averaged_not_multiplied() -> None:
     both = (features(0), features(1))
     method = small(clusters=[3, 5])

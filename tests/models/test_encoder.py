@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 from ucir.config import EncoderParams
 from ucir.errors import UserError
 from ucir.models.checkpoints import load_encoder, load_torchvision, save_atomically, save_encoder
-from ucir.models.encoder import key_encoder_of, new_encoder, update_key_encoder
+from ucir.models.encoder import Encoder, key_encoder_of, new_encoder, update_key_encoder
 from ucir.models.norm import GroupedBatchNorm2d
 
 TINY = EncoderParams(backbone="convnet", width=4, feature_dim=8)
@@ -153,6 +154,13 @@ def test_torchvisions_weights_fill_the_backbone_by_name(
     monkeypatch.setattr("torch.hub.download_url_to_file", offline)
     with pytest.raises(UserError, match=r"no route; or put the file into .*checkpoints yourself"):
         load_torchvision(encoder, "resnet18", "IMAGENET1K_V1")
+
+
+@pytest.mark.parametrize("backbone", get_args(EncoderParams.model_fields["backbone"].annotation))
+def test_every_backbone_that_may_be_named_is_there(backbone: str) -> None:
+    with torch.device("meta"):  # shapes alone
+        encoder = Encoder(EncoderParams(backbone=backbone))
+    assert encoder.head[-1].out_features == 128
 
 
 def test_pooled_features_are_what_goes_into_the_head() -> None:

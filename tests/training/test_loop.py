@@ -77,12 +77,12 @@ def start(tmp_path: Path) -> Path:
     return tmp_path / "start.pt"
 
 
-def training(pack: Path, start: Path, seed: int = 0, name: str = "ucdir") -> PairTraining:
+def training(pack: Path, start: Path, seed: int = 0, name: str = "ucdir", **changes: Any) -> PairTraining:
     images = open_domain(pack, "art"), open_domain(pack, "photo")
     kind = METHODS[name]
     known = {key: value for key, value in PARAMS.items() if key in kind.params_type.model_fields}
     fixed = VARIANTS.get(name, ("", {}))[1]
-    method = kind(kind.params_type(**{**known, **fixed}), seed)
+    method = kind(kind.params_type(**{**known, **fixed, **changes}), seed)
     return PairTraining(images, VIEW, ENCODER, start, method, CPU)
 
 
@@ -167,6 +167,40 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_named(
     assert details["inputs"]["query_a"]["not_finite"] == 0
     assert len(details["slots"][0]) == 8
     assert "net.fc.2.weight" in details["weights"]
+
+
+def test_weights_that_the_last_step_spoilt_are_not_reported_as_finished(
+    pack: Path, start: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = training(pack, start)
+    original = PairTraining.train_epoch
+
+    def spoils(self: PairTraining, epoch: int, max_steps: int | None = None) -> dict[str, float]:
+        losses = original(self, epoch, max_steps)
+        with torch.no_grad():
+            for encoder in (self.query, self.key):
+                assert encoder is not None
+                next(encoder.parameters()).fill_(float("nan"))
+        return losses
+
+    monkeypatch.setattr(PairTraining, "train_epoch", spoils)
+    reporter = Keep()
+    with pytest.raises(FloatingPointError, match="epoch 0: features are not finite after its last step"):
+        train(run, reporter)
+    assert not reporter.reports
+    assert reporter.details["inputs"]["features_a"]["not_finite"] > 0
+
+
+def test_the_query_encoder_is_ranked_without_changing_the_training(pack: Path, start: Path) -> None:
+    kept = {}
+    for which in ("key", "query"):
+        run = training(pack, start, retrieve_with=which)
+        reporter = Keep()
+        train(run, reporter)
+        assert reporter.reports[-1].encoder is (run.key if which == "key" else run.query)
+        kept[which] = (weights(run), reporter.reports[-1].features[0])
+    assert_equal(kept["key"][0], kept["query"][0])
+    assert not torch.equal(kept["key"][1], kept["query"][1])
 
 
 def test_the_start_is_learnt_and_repeats_itself(pack: Path, tmp_path: Path) -> None:

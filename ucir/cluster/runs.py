@@ -16,6 +16,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -197,6 +198,8 @@ class RunReporter:
     labels: dict[str, list[str]] | None = None
 
     def load_state(self) -> dict[str, Any] | None:
+        if self.writes:
+            (self.run.folder / "fault.json").unlink(missing_ok=True)  # of an earlier attempt
         path = self.run.folder / "state.pt"
         if not path.exists():
             return None
@@ -229,7 +232,7 @@ class RunReporter:
     def fault(self, details: dict[str, Any]) -> None:
         if self.writes:
             self.run.folder.mkdir(parents=True, exist_ok=True)
-            text = json.dumps(details, indent=1)
+            text = json.dumps(_plain(details), indent=1, allow_nan=False)
             (self.run.folder / "fault.json").write_text(text + "\n", encoding="utf-8")
 
     def _scores(self, report: EpochReport) -> dict[str, float]:
@@ -251,6 +254,15 @@ class RunReporter:
             for q, g in run.directions
         ]
         return {f"val/{name}": float(np.mean([s[name] for s in scores])) for name in scores[0]}
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no word for what is not finite."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {key: _plain(part) for key, part in value.items()}
+    return value
 
 
 def materialise(run: Run, out: Path) -> None:

@@ -54,6 +54,13 @@ def method_params(params: Params, method: str, dataset: str) -> MethodParams:
         UserError: an unknown method, no block for the data set, an unknown key, a value out of range.
     """
     for name in (method, *params.methods):
+        if name in TO_COME:
+            raise UserError(f"method {name!r} is not built yet; there is: {', '.join(METHODS)}")
+        if name in params.methods and name in VARIANTS:
+            raise UserError(
+                f"{PARAMS_FILE}: methods.{name}: {name} is methods.{params_block(name)} with some keys "
+                "fixed; give its settings there"
+            )
         if name not in METHODS:
             raise UserError(f"method {name!r} is unknown; {nearest(name, METHODS)}")
         for known in params.methods.get(name, {}):

@@ -35,6 +35,16 @@ class MethodParams(Block):
     lr: Positive = 2e-4
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     weight_decay: Weight = 1e-4
+
+    @property
+    def most_clusters(self) -> int:
+        """The largest number of clusters that is given; a domain must have as many images."""
+        return 0
+
+
+class KeyedParams(MethodParams):
+    """Methods with a key encoder."""
+
     key_momentum: Annotated[float, Field(ge=0, le=1)] = 0.999
     """m of the key encoder's moving average, where a method has one."""
     key_norm_groups: Count = 2
@@ -42,11 +52,6 @@ class MethodParams(Block):
     (SplitBN), 1 in the paper, which does not mention it."""
     retrieve_with: Literal["key", "query"] = "key"
     """Whose features are ranked, where there are two encoders; the official code ranks the key encoder's."""
-
-    @property
-    def most_clusters(self) -> int:
-        """The largest number of clusters that is given; a domain must have as many images."""
-        return 0
 
 
 def _several(given: Any) -> Any:
@@ -104,14 +109,17 @@ class Method(ABC, Generic[P]):
     """
 
     params_type: ClassVar[type[MethodParams]]
-    key_encoder: ClassVar[bool] = True
-    """Whether there is a moving average of the encoder, and a second view for it."""
     also_runs: ClassVar[tuple[str, ...]] = ()
     """Modules of ``ucir`` that it runs through besides those that all trainings do; part of the run key."""
 
     def __init__(self, params: P, seed: int) -> None:
         self.params = params
         self.seed = seed
+
+    @property
+    def keyed(self) -> KeyedParams | None:
+        """The params, if there is a moving average of the encoder and a second view for it."""
+        return self.params if isinstance(self.params, KeyedParams) else None
 
     @abstractmethod
     def start(self, features: tuple[Tensor, Tensor]) -> None:

@@ -1,18 +1,19 @@
 """The baselines of UCDIR's tables, on UCDIR's batches, views, head and evaluation.
 
 Hu & Lee give one sentence on how they ran them. Losses and their constants are those of each method's own
-paper and official code; each loss is taken in both domains and averaged.
+paper and official code. The two domains of a batch pass through the network together, as in UCDIR; CDS and
+PCS as released take them one after the other.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, TypeVar
+from typing import Annotated, Self, TypeVar
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
-from ucir.clustering import Clusters, concentration, kmeans
+from ucir.clustering import Clusters, concentration, kmeans, raw_centroids
 from ucir.config import Count, Positive, Share
 from ucir.losses.assignment import self_entropy
 from ucir.losses.instance import instance_contrast
@@ -23,6 +24,7 @@ from ucir.methods.base import (
     ClusteringMethod,
     DomainBatch,
     Epoch,
+    KeyedParams,
     MethodParams,
     Term,
     Weight,
@@ -43,8 +45,6 @@ S = TypeVar("S", bound=SingleEncoderParams)
 
 class SingleEncoder(BankMethod[S]):
     """One encoder and no keys: the bank takes up the features themselves, once gradients are through."""
-
-    key_encoder = False
 
     def after_step(self, batch: tuple[DomainBatch, DomainBatch]) -> None:
         for bank, part in zip(self.banks, batch, strict=True):
@@ -81,7 +81,7 @@ class Id(SingleEncoder[IdParams]):
         return p.lr * 0.1 ** ((epoch >= 0.6 * p.epochs) + (epoch >= 0.8 * p.epochs))
 
 
-class ProtoNceParams(ClusteredParams):
+class ProtoNceParams(KeyedParams, ClusteredParams):
     """``methods.protonce.<dataset>``; defaults of the official code (PCL)."""
 
     lr: Positive = 0.03
@@ -89,6 +89,12 @@ class ProtoNceParams(ClusteredParams):
     warmup: Epoch | None = None
     """Epochs of instance contrast alone; a tenth (20 of 200) unless given."""
     kmeans_max_points: Annotated[int, Field(ge=1)] = 1000
+
+    @model_validator(mode="after")
+    def _prototypes_act(self) -> Self:
+        if self.warmup is not None and self.warmup >= self.epochs:
+            raise ValueError(f"warmup {self.warmup} leaves none of {self.epochs} epochs to the prototypes")
+        return self
 
 
 class ProtoNce(ClusteringMethod[ProtoNceParams]):
@@ -110,13 +116,15 @@ class ProtoNce(ClusteringMethod[ProtoNceParams]):
             return {}
         self.clusters = self.cluster(features)
         self.temperatures = [
-            [self._temperatures(concentration(x, c)) for c in own]
+            [self._temperatures(concentration(x, c.label_N, raw_centroids(x, c))) for c in own]
             for x, own in zip(features, self.clusters, strict=True)
         ]
         return cluster_figures(self.clusters)
 
     def _temperatures(self, phi_K: Tensor) -> Tensor:
-        """Concentrations clipped to their 10th and 90th percentile and scaled to a mean of T, as in PCL."""
+        """PCL's rule: clusters of one take the largest, all are clipped to their 10th and 90th percentile
+        and scaled to a mean of T."""
+        phi_K = torch.where(phi_K > 0, phi_K, phi_K.max().clamp(min=1e-6))
         low, high = torch.quantile(phi_K, torch.tensor([0.1, 0.9], device=phi_K.device))
         clipped_K = phi_K.clamp(float(low), float(high))
         return self.params.temperature * clipped_K / clipped_K.mean()
@@ -192,8 +200,9 @@ class PcsParams(SingleEncoderParams, ClusteredParams):
 class Pcs(SingleEncoder[PcsParams], ClusteringMethod[PcsParams]):
     """PCS: Yue et al., Prototypical Cross-domain Self-supervised Learning, CVPR 2021, without labels.
 
-    In-domain prototypes and cross-domain instance-to-prototype matching; the third loss (MIM) and the
-    classifier need labelled images. Losses act from the first epoch: there is no labelled one to wait for.
+    In-domain prototypes and cross-domain instance-to-prototype matching, both domains with weight 1 as in
+    the release's Office-31 run. The third loss (MIM) and the classifier need labelled images, and so there
+    is no first epoch without the others.
     """
 
     params_type = PcsParams
@@ -225,7 +234,7 @@ class Pcs(SingleEncoder[PcsParams], ClusteringMethod[PcsParams]):
         )
         self.clusters = (first, second)
         self.temperatures = [
-            [concentration(bank, c).clamp(min=p.least_concentration) for c in own]
+            [concentration(bank, c.label_N, c.centroid_KD).clamp(min=p.least_concentration) for c in own]
             for bank, own in zip(banks, self.clusters, strict=True)
         ]
         return cluster_figures(self.clusters)
@@ -264,5 +273,6 @@ class Pcs(SingleEncoder[PcsParams], ClusteringMethod[PcsParams]):
         )
 
     def lr_at(self, epoch: int, steps: int) -> float:
-        """Inverse decay, lr (1 + 1e-4 t)^-0.75, where t counts two for each step, as released."""
+        """Inverse decay, lr (1 + 1e-4 t)^-0.75; t counts two for each step, as the release, which takes one
+        step for each domain."""
         return float(self.params.lr * (1 + 1e-4 * 2 * steps) ** -0.75)

@@ -24,6 +24,7 @@ from ucir.methods.base import (
     ClusteringMethod,
     DomainBatch,
     Epoch,
+    KeyedParams,
     Term,
     Weight,
     cluster_figures,
@@ -32,7 +33,7 @@ from ucir.models.encoder import Encoder
 from ucir.transport import plan_rows, relaxed_plan, similarity, transport
 
 
-class ProtoOtParams(ClusteredParams):
+class ProtoOtParams(KeyedParams, ClusteredParams):
     """``methods.protoot.<dataset>``; defaults of the official code."""
 
     lr: Positive = 2.5e-4

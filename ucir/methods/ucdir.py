@@ -7,7 +7,8 @@ the code, which made the published tables.
 
 from __future__ import annotations
 
-from typing import Any, Self
+from abc import abstractmethod
+from typing import Any, Self, TypeVar
 
 import torch
 from pydantic import model_validator
@@ -24,14 +25,15 @@ from ucir.methods.base import (
     ClusteringMethod,
     DomainBatch,
     Epoch,
+    KeyedParams,
     Term,
     Weight,
     cluster_figures,
 )
 
 
-class UcdirParams(ClusteredParams):
-    """``methods.ucdir.<dataset>``."""
+class UcdirFamilyParams(KeyedParams, ClusteredParams):
+    """What UCDIR and its variant share: weights and phases."""
 
     temperature: Positive = 0.2
     """T of both contrastive terms."""
@@ -41,15 +43,12 @@ class UcdirParams(ClusteredParams):
     """T1: the last epoch without cluster-wise contrast; K-means begins with it. A tenth of the epochs."""
     ramp_end: Epoch
     """T2: the first epoch with full weight (eq. 4). Half of the epochs."""
-    confidence: Share = 0.2
-    """Images whose key's probability of its cluster is no higher take no part in cluster-wise contrast."""
     entropy_weight: Weight = 1.0
     """gamma."""
     entropy_temperature: Positive = 0.01
     """phi."""
     distance_weight: Weight = 0.5
     """beta."""
-    distance_temperature: Positive = 0.01
     cross_domain_start: Epoch
     """First epoch with self-entropy and distance of distance. Half of the epochs."""
 
@@ -60,11 +59,13 @@ class UcdirParams(ClusteredParams):
         epochs = given.get("epochs", cls.model_fields["epochs"].default) if isinstance(given, dict) else None
         if not isinstance(epochs, int):
             return given
-        start = epochs // 10
+        start = given.get("ramp_start", epochs // 10)
+        if not isinstance(start, int):
+            return given
         schedule = {
             "ramp_start": start,
             "ramp_end": max(start + 1, epochs // 2),
-            "cross_domain_start": epochs // 2,
+            "cross_domain_start": max(start, epochs // 2),
         }
         return {**schedule, **given}
 
@@ -86,12 +87,13 @@ class UcdirParams(ClusteredParams):
         return self
 
 
-class Ucdir(ClusteringMethod[UcdirParams]):
+U = TypeVar("U", bound=UcdirFamilyParams)
+
+
+class UcdirFamily(ClusteringMethod[U]):
     """L = mean over domains of (IW + w_cw CW) + [cross-domain phase] (gamma SE + beta DD)."""
 
-    params_type = UcdirParams
-
-    def __init__(self, params: UcdirParams, seed: int) -> None:
+    def __init__(self, params: U, seed: int) -> None:
         super().__init__(params, seed)
         self.clusters: tuple[list[Clusters], list[Clusters]] | None = None
 
@@ -125,6 +127,28 @@ class Ucdir(ClusteringMethod[UcdirParams]):
         if epoch >= p.cross_domain_start and (p.entropy_weight or p.distance_weight):
             terms |= self._cross_domain(batch)
         return terms
+
+    @abstractmethod
+    def _cluster_contrast(self, bank: Bank, part: DomainBatch, clusters: Clusters) -> Tensor:
+        """CW of one domain with one K."""
+
+    @abstractmethod
+    def _cross_domain(self, batch: tuple[DomainBatch, DomainBatch]) -> dict[str, Term]:
+        """SE and DD."""
+
+
+class UcdirParams(UcdirFamilyParams):
+    """``methods.ucdir.<dataset>``."""
+
+    confidence: Share = 0.2
+    """Images whose key's probability of its cluster is no higher take no part in cluster-wise contrast."""
+    distance_temperature: Positive = 0.01
+
+
+class Ucdir(UcdirFamily[UcdirParams]):
+    """UCDIR as published."""
+
+    params_type = UcdirParams
 
     def _cluster_contrast(self, bank: Bank, part: DomainBatch, clusters: Clusters) -> Tensor:
         p = self.params

@@ -17,11 +17,11 @@ from ucir.losses.matched import matched_distance, soft_assignment, soft_centroid
 from ucir.losses.prototype import prototype_contrast
 from ucir.memory import Bank
 from ucir.methods.base import DomainBatch, Term, Weight
-from ucir.methods.ucdir import Ucdir, UcdirParams
+from ucir.methods.ucdir import UcdirFamily, UcdirFamilyParams
 from ucir.transport import match_prototypes
 
 
-class UcdirOtParams(UcdirParams):
+class UcdirOtParams(UcdirFamilyParams):
     """``methods.ucdir-ot.<dataset>``; defaults of the review."""
 
     assignment_temperature: Positive = 0.1
@@ -30,12 +30,11 @@ class UcdirOtParams(UcdirParams):
     distance_weight: Weight = 0.1
 
 
-class UcdirOt(Ucdir):
+class UcdirOt(UcdirFamily[UcdirOtParams]):
     """IW + CW against prototypes + [cross-domain phase] (0.01 SE + 0.1 matched DD)."""
 
     params_type = UcdirOtParams
     also_runs = ("transport",)
-    params: UcdirOtParams
 
     def _cluster_contrast(self, bank: Bank, part: DomainBatch, clusters: Clusters) -> Tensor:
         t = self.params.assignment_temperature

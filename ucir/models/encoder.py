@@ -32,10 +32,9 @@ class Encoder(nn.Module):
         if params.backbone == "convnet":
             self.net: nn.Module = ConvNet(params.width, norm)
         else:
-            from torchvision.models import resnet18, resnet50
+            from torchvision.models import get_model
 
-            make = {"resnet18": resnet18, "resnet50": resnet50}[params.backbone]
-            self.net = make(norm_layer=norm)
+            self.net = get_model(params.backbone, norm_layer=norm)
         pooled_dim = cast(nn.Linear, self.net.fc).in_features
         self.net.fc = nn.Sequential(
             nn.Linear(pooled_dim, pooled_dim), nn.ReLU(), nn.Linear(pooled_dim, params.feature_dim)

@@ -37,6 +37,7 @@ class EpochReport:
     epoch: int
     metrics: dict[str, float]
     features: tuple[Tensor, Tensor]
+    """Of the retrieval encoder."""
     encoder: Encoder
     """The retrieval encoder, as of this epoch's end."""
     state: dict[str, Any]
@@ -85,7 +86,8 @@ def _not_finite(
         "slots": [part.slot_B.tolist() for part in batch],
         "weights": {name: _statistics(value) for name, value in encoder.named_parameters()},
     }
-    return NotFiniteError(f"epoch {epoch}, step {step}: a loss is not finite: {told}", details)
+    remedy = "a smaller lr or a higher temperature may help"
+    return NotFiniteError(f"epoch {epoch}, step {step}: a loss is not finite: {told}; {remedy}", details)
 
 
 def _statistics(x: Tensor) -> dict[str, float]:
@@ -127,17 +129,18 @@ class PairTraining:
                 f"2 x batch_size = {2 * params.batch_size} images cannot be shared equally by "
                 f"{world_size()} workers"
             )
-        if 2 * params.batch_size % params.key_norm_groups:
+        keyed = method.keyed
+        if keyed and 2 * params.batch_size % keyed.key_norm_groups:
             raise UserError(
                 f"2 x batch_size = {2 * params.batch_size} images cannot be divided into key_norm_groups = "
-                f"{params.key_norm_groups} equal parts"
+                f"{keyed.key_norm_groups} equal parts"
             )
         self.images, self.view, self.method, self.device = images, view, method, device
         self.batches = PairBatches(len(images[0]), len(images[1]), params.batch_size, method.seed)
         self.query = new_encoder(encoder_params, seed=0)
         load_encoder(self.query, start_checkpoint)
         self.query = self.query.to(device)
-        self.key = key_encoder_of(self.query, params.key_norm_groups) if method.key_encoder else None
+        self.key = key_encoder_of(self.query, keyed.key_norm_groups) if keyed else None
         self.optimizer = method.optimizer(self.query)
         self.model: nn.Module = self.query
         if world_size() > 1:
@@ -146,13 +149,27 @@ class PairTraining:
 
     @property
     def retrieval_encoder(self) -> Encoder:
-        """The one whose features are clustered, kept and ranked."""
-        return self.query if self.key is None or self.method.params.retrieve_with == "query" else self.key
+        """The one whose features are ranked and whose weights are kept."""
+        keyed = self.method.keyed
+        return self.key if self.key and keyed and keyed.retrieve_with == "key" else self.query
 
-    def features(self) -> tuple[Tensor, Tensor]:
-        """The retrieval encoder's features of all images."""
-        first, second = extract_features(self.retrieval_encoder, self.images, self.view, self.device)
+    def features(self, encoder: Encoder | None = None) -> tuple[Tensor, Tensor]:
+        """Features of all images by the key encoder, if there is one: what methods cluster."""
+        encoder = encoder or self.key or self.query
+        first, second = extract_features(encoder, self.images, self.view, self.device)
         return first, second
+
+    def check_finite(self, epoch: int, features: tuple[Tensor, Tensor]) -> None:
+        """An epoch's last step may have spoilt the weights without a loss to show it.
+
+        Raises:
+            NotFiniteError: a feature is not finite.
+        """
+        if not all(bool(x.isfinite().all()) for x in features):
+            inputs = {f"features_{side}": _statistics(x) for side, x in zip("ab", features, strict=True)}
+            weights = {name: _statistics(value) for name, value in self.query.named_parameters()}
+            details = {"epoch": epoch, "inputs": inputs, "weights": weights}
+            raise NotFiniteError(f"epoch {epoch}: features are not finite after its last step", details)
 
     def state_dict(self) -> dict[str, Any]:
         """All that resuming at an epoch's end needs."""
@@ -186,8 +203,8 @@ class PairTraining:
         sums: dict[str, float] = {}
         done = 0
         for step, views in enumerate(prefetch(render, steps)):
-            if self.key:
-                update_key_encoder(self.key, self.query, method.params.key_momentum)
+            if self.key and method.keyed:
+                update_key_encoder(self.key, self.query, method.keyed.key_momentum)
             for group in self.optimizer.param_groups:
                 lr = method.lr_at(epoch, epoch * len(self.batches) + step)
                 group["lr"] = lr * group.get("lr_scale", 1.0)
@@ -241,11 +258,14 @@ def train(training: PairTraining, reporter: Reporter) -> None:
         figures = training.method.start_epoch(epoch, features)
         try:
             losses = training.train_epoch(epoch)
+            trained = time.perf_counter()
+            features = training.features()
+            training.check_finite(epoch, features)
         except NotFiniteError as error:
             reporter.fault(error.details)
             raise
-        trained = time.perf_counter()
-        features = training.features()
+        encoder = training.retrieval_encoder
+        asked = training.features(encoder) if training.key and encoder is training.query else features
         images = 2 * training.batches.batch_size * len(training.batches)
         metrics = {
             **losses,
@@ -255,7 +275,7 @@ def train(training: PairTraining, reporter: Reporter) -> None:
             "time/images_per_second": images / (trained - began),
         }
         state = {"epoch": epoch, **training.state_dict()}
-        reporter.end_epoch(EpochReport(epoch, metrics, features, training.retrieval_encoder, state))
+        reporter.end_epoch(EpochReport(epoch, metrics, asked, encoder, state))
 
 
 def total_loss(terms: dict[str, Term]) -> Tensor:
