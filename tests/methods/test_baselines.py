@@ -88,7 +88,8 @@ def test_the_published_constants() -> None:
     }
     assert (defaults("protonce")["lr"], defaults("protonce")["temperature"]) == (0.03, 0.2)
     cds = defaults("cds")
-    assert (cds["lr"], cds["temperature"], cds["nearest"], cds["weight_decay"]) == (0.003, 0.1, 700, 5e-4)
+    found = [cds[name] for name in ("lr", "temperature", "nearest", "weight_decay", "epochs")]
+    assert found == [0.003, 0.1, 700, 5e-4, 7]
     pcs = defaults("pcs")
     assert (pcs["lr"], pcs["repeats"], pcs["kmeans_iterations"], pcs["cross_temperature"]) == (
         0.01,

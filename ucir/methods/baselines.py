@@ -150,6 +150,8 @@ class ProtoNce(ClusteringMethod[ProtoNceParams]):
 class CdsParams(SingleEncoderParams):
     """``methods.cds.<dataset>``; defaults of the official code."""
 
+    epochs: Count = 7
+    """Few as released: the matching term has no floor, and in a long run it wins over the instance term."""
     lr: Positive = 0.003
     weight_decay: Weight = 5e-4
     temperature: Positive = 0.1
