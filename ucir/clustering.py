@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from ucir.distributed import broadcast_from_first, rank
 from ucir.errors import UserError
+from ucir.losses.cluster import cluster_means
 
 
 @dataclass(frozen=True)
@@ -95,9 +96,7 @@ def concentration(features_ND: Tensor, label_N: Tensor, centre_KD: Tensor, smoot
 
 def raw_centroids(features_ND: Tensor, clusters: Clusters) -> Tensor:
     """Means of the clusters' members, (K, D), before they are normalised to prototypes."""
-    count = len(clusters.size_K)
-    sum_KD = features_ND.new_zeros(count, features_ND.shape[1]).index_add_(0, clusters.label_N, features_ND)
-    return sum_KD / clusters.size_K.clamp(min=1)[:, None]
+    return cluster_means(features_ND, clusters.label_N, len(clusters.size_K))
 
 
 def choose_clusters(features_ND: Tensor, how: str, seed: int, most: int = 100) -> int:

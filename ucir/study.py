@@ -144,8 +144,9 @@ def check_sources(params: Params, name: str) -> None:
         settings = [part["setting"] for part in block["settings"].values() if part["dataset"] == dataset]
         if not found and not own.entry.counts and set(settings) - {"closed"}:
             try:
+                classes = source_classes(own)
                 for setting in settings:
-                    label_spaces(setting, source_classes(own), own.split)
+                    label_spaces(setting, classes, own.split)
             except UserError as error:
                 faults.append(str(error))
         try:

@@ -33,11 +33,15 @@ def cluster_contrast(
         (B,) one value per image; see :func:`confident` for which of them count.
     """
     q = full_precision(q_BD)
-    sum_KD = bank_ND.new_zeros(clusters, bank_ND.shape[1]).index_add_(0, label_N, bank_ND)
-    size_K = torch.bincount(label_N, minlength=clusters).clamp(min=1)
-    mean_KD = sum_KD / size_K[:, None]
+    mean_KD = cluster_means(bank_ND, label_N, clusters)
     log_total_B = torch.logsumexp(q @ bank_ND.T / temperature, dim=1)
     return log_total_B - (q * mean_KD[label_B]).sum(dim=1) / temperature
+
+
+def cluster_means(feature_ND: Tensor, label_N: Tensor, clusters: int) -> Tensor:
+    """Mean feature of each cluster, (K, D), not normalised; 0 for an empty one."""
+    sum_KD = feature_ND.new_zeros(clusters, feature_ND.shape[1]).index_add_(0, label_N, feature_ND)
+    return sum_KD / torch.bincount(label_N, minlength=clusters).clamp(min=1)[:, None]
 
 
 def confident(
