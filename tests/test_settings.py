@@ -78,6 +78,8 @@ def test_partial_and_open_train_each_direction_on_its_label_spaces(prepared: Pat
         assert spaces == {
             "query": ["circle"] if setting == "partial" else ["circle", "cross", "square"],
             "gallery": ["circle"] if setting == "open" else ["circle", "cross", "square"],
+            "tail": None,
+            "ratio": 1,
             "seed": None,
         }
         wanted = [("art", "photo"), ("art", "real-life"), ("real-life", "art")]
@@ -85,7 +87,7 @@ def test_partial_and_open_train_each_direction_on_its_label_spaces(prepared: Pat
             scores = read_scores(folder / method / "metrics.json")
             assert list(dict.fromkeys((s.query, s.gallery) for s in scores)) == wanted
         told = json.loads((folder / "ucdir/train/art-photo-s0/run.json").read_text())
-        assert told["label_spaces"] == {k: spaces[k] for k in ("query", "gallery")}
+        assert told["label_spaces"] == {k: v for k, v in spaces.items() if k != "seed"}
         features = load_features(folder / "ucdir/evaluate/art-photo-s0.npz")
         circles = sum(p.label == "circle" for p in read_index(PACKS / "shapes", "art"))
         assert len(features["art"]) == (circles if setting == "partial" else 22)
@@ -94,6 +96,25 @@ def test_partial_and_open_train_each_direction_on_its_label_spaces(prepared: Pat
     page = (REPORTS / "report.html").read_text()
     assert "Classes of the queries: circle." in page
     assert "shapes, open" in page
+
+
+def test_long_tailed_trainings_are_scored_on_all_pictures(prepared: Path, store: str) -> None:
+    choose(prepared, ["tailed-1", "tailed-6"], ["art-photo"])
+    run_study()
+    for setting, sizes in (("tailed-1", [6, 6, 6]), ("tailed-6", [1, 3, 8])):
+        (run,) = plan_runs(load_params(), "shapes", setting, "ucdir")[:1]
+        index = read_index(run.pack, "art")
+        labels = [index[row].label for row in open_pair(run)[0].row_N]
+        assert sorted(map(labels.count, set(labels))) == sizes
+        assert run.counts[0] == sum(sizes)
+        features = load_features(RESULTS / "shapes" / setting / "ucdir/evaluate/art-photo-s0.npz")
+        assert len(features["art"]) == len(index)
+        scores = read_scores(RESULTS / "shapes" / setting / "ucdir/metrics.json")
+        assert {(s.query, s.gallery) for s in scores} == {("art", "photo"), ("photo", "art")}
+    page = (REPORTS / "report.html").read_text()
+    assert "shapes: P@2 in percent by imbalance" in page
+    assert "6 : 1 from the first to the last" in page
+    assert "| method | 1 : 1 | 6 : 1 |" in (REPORTS / "results.md").read_text()
 
 
 def test_a_training_of_other_label_spaces_is_another_run(prepared: Path) -> None:
@@ -235,7 +256,7 @@ def test_a_study_file_with_a_fault_leaves_params_as_they_were(project: Path) -> 
         "study: {}": "study: unknown key; did you mean 'studies'",
         one.replace("shapes", "shapse"): "did you mean 'shapes'",
         one.replace("ucdir", "uem"): "none of its methods is built yet: uem",
-        one.replace("closed", "close"): "settings.0 = 'close'",
+        one.replace("closed", "close"): "setting 'close' is unknown",
         "studies: [": "mine.yaml: not readable as YAML",
     }
     for text, told in faults.items():

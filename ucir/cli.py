@@ -170,7 +170,9 @@ def train(
         ),
     ] = None,
     method: Annotated[str, typer.Option(help="A method of params.yaml (`methods.<name>`).")] = "ucdir",
-    setting: Annotated[str, typer.Option(help="Label spaces: closed, partial or open.")] = "closed",
+    setting: Annotated[
+        str, typer.Option(help="closed, partial, open, or tailed-10: class sizes up to 10 : 1.")
+    ] = "closed",
     seed: Annotated[list[int] | None, typer.Option(help="May be repeated. Default: `study.seeds`.")] = None,
     num_workers: Annotated[
         int | None, typer.Option(help="Workers per training. Default: `cluster.num_workers`.")

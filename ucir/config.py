@@ -6,11 +6,12 @@ mistake costs a second and not a night. What a method may be given stands in the
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ucir.catalogue import FOLDER, Entry
 from ucir.catalogue import entry as catalogue_entry
@@ -22,9 +23,24 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
 Seeds = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]
-Setting = Literal["closed", "partial", "open"]
 DIGEST = r"^(md5|sha256):[0-9a-f]{6,64}$"
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.]+$")]
+
+
+def known_setting(name: str) -> str:
+    """The name, if it is one of :mod:`ucir.data.splits`.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if not re.fullmatch(r"closed|partial|open|tailed-[1-9][0-9]*", name):
+        raise ValueError(
+            f"setting {name!r} is unknown: closed, partial, open, or tailed-10 for class sizes up to 10 : 1"
+        )
+    return name
+
+
+Setting = Annotated[str, AfterValidator(known_setting)]
 
 
 class Block(BaseModel):

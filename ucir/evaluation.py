@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,11 +55,6 @@ def encoder_features(
     pooled = block.evaluate.features == "pooled"
     found = extract_features(encoder.to(device), tuple(images), block.view, device, pooled)
     return {domain.name: x.cpu() for domain, x in zip(images, found, strict=True)}
-
-
-def domain_labels(pack: Path) -> dict[str, list[str]]:
-    """Class names of all images, by domain; empty names in a domain without labels."""
-    return {domain: [p.label for p in read_index(pack, domain)] for domain in read_info(pack).counts}
 
 
 def score_direction(
@@ -184,14 +179,11 @@ def evaluate_start(params: Params, key: str, results: Path) -> None:
     pack = PACKS / part.dataset
     info = read_info(pack)
     spaces = label_spaces(part.setting, info.classes, block.split)
-    told = LabelSpaces(*(spaces.of(role) or tuple(info.classes) for role in (0, 1)))
+    every_class = tuple(info.classes)
+    told = replace(spaces, query=spaces.query or every_class, gallery=spaces.gallery or every_class)
     write_label_spaces(results / part.dataset / part.setting / "label_spaces.json", told, block.split)
-    every = domain_labels(pack)
-    kept = {
-        (domain, role): rows_of(labels, spaces.of(role))
-        for domain, labels in every.items()
-        for role in (0, 1)
-    }
+    every = {domain: read_index(pack, domain) for domain in info.counts}
+    kept = {(domain, role): spaces.scored(own, role) for domain, own in every.items() for role in (0, 1)}
     images = [open_domain(pack, domain) for domain in every]
     device = choose_device(params.cluster)
     for method, name in ((UNTRAINED, "untrained.pt"), (PRETRAINED, "start.pt")):
@@ -205,16 +197,16 @@ def evaluate_start(params: Params, key: str, results: Path) -> None:
         for pair in trainings(part.setting, part.pairs or block.pairs, list(every)):
             for query, gallery in directions(part.setting, pair):
                 rows = {query: kept[query, 0], gallery: kept[gallery, 1]}
-                own = score_direction(
-                    {domain: features[domain][row] for domain, row in rows.items()},
-                    {domain: [every[domain][i] for i in row] for domain, row in rows.items()},
+                found = score_direction(
+                    {domain: features[domain][[p.slot for p in own]] for domain, own in rows.items()},
+                    {domain: [p.label for p in own] for domain, own in rows.items()},
                     (query, gallery),
                     block.start.pretrain.seed if block.start.pretrain else 0,
                     LAST,
                     block.evaluate.cutoffs,
                 )
-                tracker.log(run_key, own)
-                scores += own
+                tracker.log(run_key, found)
+                scores += found
         write_scores(folder / "metrics.json", scores)
 
 
@@ -223,11 +215,6 @@ def write_label_spaces(path: Path, spaces: LabelSpaces, split: SplitParams) -> N
     told = {**asdict(spaces), "seed": None if split.shared else split.seed}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
-
-
-def rows_of(labels: Sequence[str], space: Collection[str] | None) -> list[int]:
-    """Slots of the pictures whose class is in a label space; None = all."""
-    return [slot for slot, label in enumerate(labels) if space is None or label in space]
 
 
 def last_scores(params: Params, runs: list[Run]) -> list[DirectionScore]:
@@ -252,12 +239,10 @@ def _pair_features(
     spaces: LabelSpaces,
     device: torch.device,
 ) -> tuple[dict[str, Tensor], dict[str, list[str]]]:
-    """Features and class names of a training's pictures, by domain."""
-    images = [open_domain(pack, domain, spaces.of(role)) for role, domain in enumerate(pair)]
-    labels = {
-        domain: [p.label for p in read_index(pack, domain, spaces.of(role))]
-        for role, domain in enumerate(pair)
-    }
+    """Features and class names of the pictures that a training is scored on, by domain."""
+    index = {domain: spaces.scored(read_index(pack, domain), role) for role, domain in enumerate(pair)}
+    images = [open_domain(pack, domain, own) for domain, own in index.items()]
+    labels = {domain: [p.label for p in own] for domain, own in index.items()}
     return encoder_features(checkpoint, block, images, device), labels
 
 

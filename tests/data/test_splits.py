@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ucir.catalogue import entry
 from ucir.config import SplitParams
-from ucir.data.splits import directions, label_spaces, trainings
+from ucir.data.pack import Picture
+from ucir.data.splits import both_ways, directions, label_spaces, trainings
 from ucir.errors import UserError
 
 NAMES = st.lists(st.text(min_size=1, max_size=8), min_size=2, max_size=70, unique=True)
@@ -49,6 +52,48 @@ def test_given_classes_and_their_faults() -> None:
         label_spaces("partial", classes, SplitParams(shared=("bird", "cat", "dog")))
     with pytest.raises(UserError, match="needs class folders"):
         label_spaces("partial", [], SplitParams())
+
+
+def index(sizes: dict[str, int]) -> list[Picture]:
+    labels = [label for label, size in sizes.items() for _ in range(size)]
+    return [Picture(slot, "", label, 1, 1, "") for slot, label in enumerate(labels)]
+
+
+@given(
+    sizes=st.dictionaries(st.text("abcdef", min_size=1), st.integers(1, 60), min_size=2, max_size=12),
+    ratio=st.integers(1, 60),
+)
+def test_class_sizes_in_training_fall_evenly_to_the_ratio(sizes: dict[str, int], ratio: int) -> None:
+    spaces = label_spaces(f"tailed-{ratio}", sorted(sizes), SplitParams())
+    pictures = index(sizes)
+    kept = spaces.trained(pictures, 0)
+    assert spaces.trained(pictures, 1) == kept  # both domains alike
+    assert spaces.scored(pictures, 0) == pictures
+    assert [p.slot for p in kept] == sorted({p.slot for p in kept})
+    found = Counter(p.label for p in kept)
+    assert set(found) == set(sizes)
+    assert spaces.tail is not None
+    in_order = [found[label] for label in spaces.tail]
+    assert in_order == sorted(in_order, reverse=True)
+    # as many as possible: some class gives all that it has
+    ideal = {label: ratio ** (-j / (len(sizes) - 1)) for j, label in enumerate(spaces.tail)}
+    most = min(sizes[label] / share for label, share in ideal.items())
+    assert all(found[label] == max(1, int(most * share + 1e-9)) for label, share in ideal.items())
+    if ratio == 1:
+        assert set(in_order) == {min(sizes.values())}
+
+
+def test_a_tail_of_the_sample() -> None:
+    classes = [str(i) for i in range(10)]
+    spaces = label_spaces("tailed-50", classes, SplitParams())
+    sizes = Counter(p.label for p in spaces.trained(index(dict.fromkeys(classes, 150)), 0))
+    assert sorted(sizes.values()) == [3, 4, 7, 11, 17, 26, 40, 62, 97, 150]
+    assert spaces.share(0, 10) == pytest.approx(417 / 1500, abs=0.003)
+    assert both_ways("tailed-50")
+    with pytest.raises(UserError, match="setting 'tailed' is unknown"):
+        label_spaces("tailed", classes, SplitParams())
+    with pytest.raises(UserError, match="needs class folders"):
+        label_spaces("tailed-5", [], SplitParams())
 
 
 def test_one_training_serves_both_directions_in_closed_alone() -> None:

@@ -14,7 +14,7 @@ import torch
 from ucir.cluster.runs import Run, plan_runs
 from ucir.config import ONE_PART, DatasetParams, Params
 from ucir.data.pack import DomainImages, read_info
-from ucir.data.splits import label_spaces, trainings
+from ucir.data.splits import both_ways, label_spaces, trainings
 from ucir.devices import choose_device
 from ucir.errors import UserError
 from ucir.methods import METHODS, method_params
@@ -236,7 +236,7 @@ def describe(runs: list[Run], params: Params) -> str:
 
 def _identity(t: PlannedTraining | Run) -> tuple[object, ...]:
     """A training serves every part that names it, and in closed both orders of its pair."""
-    return (t.dataset, t.setting, t.method, frozenset(t.pair) if t.setting == "closed" else t.pair, t.seed)
+    return (t.dataset, t.setting, t.method, frozenset(t.pair) if both_ways(t.setting) else t.pair, t.seed)
 
 
 def _domains(block: DatasetParams, dataset: str) -> list[str]:
@@ -278,9 +278,9 @@ def _counts(params: Params, t: PlannedTraining) -> tuple[int, int] | None:
         return None
     classes = block.entry.class_names()
     share = [1.0, 1.0]
-    if t.setting != "closed" and classes:
+    if classes:
         spaces = label_spaces(t.setting, classes, block.split)
-        share = [len(space or classes) / len(classes) for space in (spaces.query, spaces.gallery)]
+        share = [spaces.share(role, len(classes)) for role in (0, 1)]
     first, second = (round(counts[d] * s) for d, s in zip(t.pair, share, strict=True))
     return first, second
 

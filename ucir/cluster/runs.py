@@ -21,14 +21,14 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 
 import ucir
-from ucir.config import EncoderParams, Params, Setting, ViewParams
+from ucir.config import EncoderParams, Params, ViewParams
 from ucir.data.pack import PackInfo, open_domain, read_index, read_info
-from ucir.data.splits import LabelSpaces, directions, label_spaces, trainings
+from ucir.data.splits import LabelSpaces, both_ways, directions, label_spaces, trainings
 from ucir.errors import UserError, nearest
 from ucir.methods import METHODS, method_params
 from ucir.methods.base import MethodParams
@@ -47,7 +47,7 @@ class Run:
     setting: str
     method: str
     pair: tuple[str, str]
-    """Query and gallery; in the setting ``closed`` both are both."""
+    """Query and gallery; where one training serves both directions both are both."""
     seed: int
     view: ViewParams
     encoder: EncoderParams
@@ -122,8 +122,6 @@ def plan_runs(
     if dataset not in params.datasets:
         raise UserError(f"data set {dataset!r} is unknown; {nearest(dataset, params.datasets)}")
     block = params.datasets[dataset]
-    if setting not in get_args(Setting):
-        raise UserError(f"setting {setting!r} is unknown; {nearest(setting, get_args(Setting))}")
     wanted = method_params(params, method, dataset)
     info = read_info(PACKS / dataset)
     if (info.side, info.fit) != (block.pack.side, block.pack.fit):
@@ -149,10 +147,10 @@ def plan_runs(
     runs = []
     known = trainings(setting, block.pairs, list(info.counts))
     for pair in trainings(setting, pairs or block.pairs, list(info.counts)):
-        if setting == "closed" and pair[::-1] in known:  # one training serves both directions: the same run
+        if both_ways(setting) and pair[::-1] in known:  # one training serves both directions: the same run
             pair = pair[::-1]
         first, second = (
-            len(read_index(PACKS / dataset, domain, spaces.of(role))) for role, domain in enumerate(pair)
+            len(spaces.trained(read_index(PACKS / dataset, domain), role)) for role, domain in enumerate(pair)
         )
         counts = (first, second)
         _check_sizes(wanted, pair, counts)
@@ -243,7 +241,7 @@ class RunReporter:
         run = self.run
         if self.labels is None:
             self.labels = {
-                domain: [picture.label for picture in read_index(run.pack, domain, run.spaces.of(role))]
+                domain: [p.label for p in run.spaces.trained(read_index(run.pack, domain), role)]
                 for role, domain in enumerate(run.pair)
             }
         if not all(any(labels) for labels in self.labels.values()):
@@ -278,7 +276,8 @@ def materialise(run: Run, out: Path) -> None:
 def open_pair(run: Run) -> tuple[Any, Any]:
     """What training sees of the run's two domains."""
     first, second = (
-        open_domain(run.pack, domain, run.spaces.of(role)) for role, domain in enumerate(run.pair)
+        open_domain(run.pack, domain, run.spaces.trained(read_index(run.pack, domain), role))
+        for role, domain in enumerate(run.pair)
     )
     return first, second
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Collection
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -53,7 +53,7 @@ class DomainImages:
     stored_MSS3: np.ndarray
     """All pictures of the domain's pack, uint8, memory-mapped."""
     row_N: np.ndarray
-    """The pack's rows that take part, int64: all of them, or those of a setting's label space."""
+    """The pack's rows that take part, int64: all of them, or those of a setting."""
     size_N2: np.ndarray
     """Width and height of the stored region in the original picture."""
 
@@ -121,16 +121,16 @@ def read_info(pack: Path, name: str = "pack.json") -> PackInfo:
     return info
 
 
-def open_domain(pack: Path, domain: str, labels: Collection[str] | None = None) -> DomainImages:
+def open_domain(pack: Path, domain: str, index: Sequence[Picture] | None = None) -> DomainImages:
     """Memory-map a domain's pictures for training: no class reaches the caller.
 
     Args:
         pack: folder of the pack.
         domain: name.
-        labels: the classes of a setting's label space; None = all pictures.
+        index: those that take part in a setting; None = all pictures.
     """
     info = read_info(pack)
-    index = read_index(pack, domain, labels)
+    index = read_index(pack, domain) if index is None else index
     row_N = np.array([picture.slot for picture in index], np.int64)
     size_N2 = np.array([(picture.width, picture.height) for picture in index], np.int64)
     if info.fit != "squash":  # the stored region is a square of the picture
@@ -147,8 +147,8 @@ def map_rows(path: Path, count: int, side: int) -> np.ndarray:
     return np.memmap(path, np.uint8, "r", shape=shape) if count else np.empty(shape, np.uint8)
 
 
-def read_index(pack: Path, domain: str, labels: Collection[str] | None = None) -> list[Picture]:
-    """A domain's index in slot order, of the given classes or of all; for splits, evaluation and reports."""
+def read_index(pack: Path, domain: str) -> list[Picture]:
+    """A domain's index in slot order; for splits, evaluation and reports."""
     with (pack / f"{domain}.csv").open(newline="", encoding="utf-8") as file:
         return [
             Picture(
@@ -160,5 +160,4 @@ def read_index(pack: Path, domain: str, labels: Collection[str] | None = None) -
                 row["sha256"],
             )
             for row in csv.DictReader(file)
-            if labels is None or row["class"] in labels
         ]

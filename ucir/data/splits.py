@@ -1,22 +1,28 @@
-"""Label spaces of the settings, and which trainings and directions they make (UEM, NeurIPS 2024, section 4).
+"""Settings: label spaces and class sizes, and which trainings and directions they make.
 
 ``closed``   query and gallery have the same classes; one training of a pair serves both directions.
 ``partial``  the query's label space is half of the gallery's.
 ``open``     the gallery's label space is half of the query's: the other queries have no counterpart.
+``tailed-R`` as closed, but class sizes in training fall from R to 1, evenly on a logarithmic scale; scored
+             on all pictures, so that the ratios can be compared. ``tailed-1`` has equal sizes.
+
+The first three are UEM's (NeurIPS 2024, section 4), the last is for ProtoOT's claim of robustness.
 
 Half is C // 2 of the data set's C classes. The drawn classes are those whose SHA-256 of ``<seed>/<class>``
-comes first, the same for all pairs, methods and seeds, so that they can be compared. UEM does not publish
-its draw. In ``partial`` and ``open`` the two directions of a pair are two trainings: other pictures are left.
+comes first, the same for all pairs, methods and seeds, so that they can be compared; UEM does not publish
+its draw. The same order is that of the class sizes, largest first. In ``partial`` and ``open`` the two
+directions of a pair are two trainings: other pictures are left.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from ucir.config import SplitParams
-from ucir.data.pack import split_pair
+from ucir.config import SplitParams, known_setting
+from ucir.data.pack import Picture, split_pair
 from ucir.errors import UserError, nearest
 
 
@@ -26,19 +32,62 @@ class LabelSpaces:
 
     query: tuple[str, ...] | None
     gallery: tuple[str, ...] | None
+    tail: tuple[str, ...] | None = None
+    """Classes by their size in training, largest first; None = all pictures are trained on."""
+    ratio: int = 1
+    """Size of the first of these to that of the last."""
 
     def of(self, role: int) -> tuple[str, ...] | None:
         """0: the query's; 1: the gallery's."""
         return (self.query, self.gallery)[role]
+
+    def scored(self, index: Sequence[Picture], role: int) -> list[Picture]:
+        """Those pictures of a domain that are query or gallery."""
+        space = self.of(role)
+        return [picture for picture in index if space is None or picture.label in space]
+
+    def trained(self, index: Sequence[Picture], role: int) -> list[Picture]:
+        """Those pictures of a domain that are trained on.
+
+        With a tail, class j of C keeps its first n R^(-j / (C - 1)) pictures by content hash, at least
+        one, with the largest n that all classes can give.
+        """
+        if self.tail is None:
+            return self.scored(index, role)
+        there = Counter(picture.label for picture in index)
+        order = [label for label in self.tail if there[label]]
+        share = {label: self._size(j, len(order)) for j, label in enumerate(order)}
+        most = min(there[label] / share[label] for label in order)
+        left = {label: max(1, int(most * share[label] + 1e-9)) for label in order}
+        kept = []
+        for picture in index:
+            if left.get(picture.label, 0):
+                left[picture.label] -= 1
+                kept.append(picture)
+        return kept
+
+    def share(self, role: int, classes: int) -> float:
+        """About which share of a domain's pictures is trained on, were all classes equally large."""
+        if self.tail is not None:
+            return sum(self._size(j, classes) for j in range(classes)) / classes
+        space = self.of(role)
+        return 1.0 if space is None else len(space) / classes
+
+    def _size(self, j: int, classes: int) -> float:
+        return float(self.ratio ** (-j / max(1, classes - 1)))
 
 
 def label_spaces(setting: str, classes: Sequence[str], split: SplitParams) -> LabelSpaces:
     """Who has which classes in a setting.
 
     Raises:
-        UserError: a setting other than ``closed`` without at least two classes; an unknown class in
-            ``split.shared``, or all of them.
+        UserError: an unknown setting; one other than ``closed`` without at least two classes; an unknown
+            class in ``split.shared``, or all of them.
     """
+    try:
+        known_setting(setting)
+    except ValueError as error:
+        raise UserError(str(error)) from None
     if setting == "closed":
         return LabelSpaces(None, None)
     if len(classes) < 2:
@@ -46,7 +95,10 @@ def label_spaces(setting: str, classes: Sequence[str], split: SplitParams) -> La
             f"setting {setting!r} needs class folders to draw label spaces from; this data set has "
             f"{len(classes)}: only 'closed' can be run"
         )
-    shared = split.shared or sorted(classes, key=lambda label: _drawn(split.seed, label))[: len(classes) // 2]
+    order = sorted(classes, key=lambda label: _drawn(split.seed, label))
+    if ratio := tail_ratio(setting):
+        return LabelSpaces(None, None, tuple(order), ratio)
+    shared = split.shared or order[: len(classes) // 2]
     for label in shared:
         if label not in classes:
             raise UserError(f"split.shared: class {label!r} is unknown; {nearest(label, classes)}")
@@ -56,8 +108,19 @@ def label_spaces(setting: str, classes: Sequence[str], split: SplitParams) -> La
     return LabelSpaces(half, every) if setting == "partial" else LabelSpaces(every, half)
 
 
+def tail_ratio(setting: str) -> int | None:
+    """R of ``tailed-R``; None in other settings."""
+    name, _, ratio = setting.partition("-")
+    return int(ratio) if name == "tailed" else None
+
+
+def both_ways(setting: str) -> bool:
+    """Whether one training serves both directions: query and gallery have the same classes."""
+    return setting not in ("partial", "open")
+
+
 def trainings(setting: str, pairs: Iterable[str], domains: list[str]) -> list[tuple[str, str]]:
-    """The domain pairs to train, query first: each pair once in ``closed``, else each of its directions.
+    """The domain pairs to train, query first: each pair once, or each of its directions.
 
     Raises:
         UserError: not two different known domains.
@@ -66,7 +129,7 @@ def trainings(setting: str, pairs: Iterable[str], domains: list[str]) -> list[tu
     for pair in pairs:
         first, second = split_pair(pair, domains)
         both = pair != f"{first}>{second}"
-        if setting == "closed":
+        if both_ways(setting):
             if (second, first) not in found:
                 found.append((first, second))
         else:
@@ -76,7 +139,7 @@ def trainings(setting: str, pairs: Iterable[str], domains: list[str]) -> list[tu
 
 def directions(setting: str, pair: tuple[str, str]) -> list[tuple[str, str]]:
     """(query, gallery) that a training of this pair is scored in."""
-    return [pair, pair[::-1]] if setting == "closed" else [pair]
+    return [pair, pair[::-1]] if both_ways(setting) else [pair]
 
 
 def _drawn(seed: int, label: str) -> str:

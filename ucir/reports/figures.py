@@ -11,6 +11,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from ucir.data.pack import DomainImages
+from ucir.reports.table import Cell
 
 matplotlib.use("Agg")
 
@@ -51,6 +52,24 @@ def curves(histories: Mapping[str, Sequence[Mapping[str, float]]], cutoff: int) 
         axes[1, 0].set_ylabel("percent, mean of directions")
     for row in axes[:, -1]:
         row.legend(fontsize=8)
+    figure.tight_layout()
+    return _svg(figure)
+
+
+def imbalance(cells: Mapping[str, Mapping[int, Cell]], metric: str) -> bytes:
+    """A line for each method over the ratio of class sizes, with deviations over seeds; SVG."""
+    figure, axis = plt.subplots(figsize=(6, 3.6))
+    ratios = sorted({ratio for own in cells.values() for ratio in own})
+    for method, own in cells.items():
+        x = sorted(own)
+        means, deviations = [own[r].mean for r in x], [own[r].std or 0.0 for r in x]
+        axis.errorbar(x, means, yerr=deviations, marker="o", markersize=4, capsize=3, label=method)
+    axis.set_xscale("log")
+    axis.set_xticks(ratios, [f"{ratio} : 1" for ratio in ratios])
+    axis.minorticks_off()
+    axis.set_xlabel("largest : smallest class in training")
+    axis.set_ylabel(f"{metric}, percent")
+    axis.legend(fontsize=8)
     figure.tight_layout()
     return _svg(figure)
 

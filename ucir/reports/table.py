@@ -216,6 +216,30 @@ def comparison_tables(scores: Scores, printed: Sequence[PrintedCell], choice: st
     return tables
 
 
+def imbalance_cells(by_ratio: Mapping[int, Scores], metric: str) -> dict[str, dict[int, Cell]]:
+    """A method's mean over directions at each ratio of class sizes in training, last epoch."""
+    cells: dict[str, dict[int, Cell]] = {}
+    for ratio, scores in by_ratio.items():
+        for method, own in scores.items():
+            found = cell(own, metric, LAST, list(dict.fromkeys((s.query, s.gallery) for s in own)))
+            if own and found:
+                cells.setdefault(method, {})[ratio] = found
+    return cells
+
+
+def imbalance_table(dataset: str, metric: str, cells: Mapping[str, Mapping[int, Cell]]) -> Table:
+    """What :func:`imbalance_cells` gives, a column for each ratio."""
+    ratios = sorted({ratio for own in cells.values() for ratio in own})
+    body = [(method, [own.get(ratio) for ratio in ratios]) for method, own in cells.items()]
+    return Table(
+        f"{dataset}: {metric} in percent by imbalance of the classes in training (largest : smallest), "
+        "mean over directions, last epoch",
+        [f"{ratio} : 1" for ratio in ratios],
+        [(method, ["" if c is None else str(c) for c in own]) for method, own in body],
+        _best([own for _, own in body]),
+    )
+
+
 def _beside(ours: Cell | None, theirs: PrintedCell | None) -> str:
     if theirs is None:
         return "" if ours is None else str(ours)

@@ -15,7 +15,7 @@ from markupsafe import Markup
 from ucir import tracking
 from ucir.config import DatasetParams, Params, SettingParams
 from ucir.data.pack import open_domain, read_index, read_info
-from ucir.data.splits import directions, label_spaces, trainings
+from ucir.data.splits import directions, label_spaces, tail_ratio, trainings
 from ucir.evaluation import BEST, LAST, PRETRAINED, UNTRAINED, load_features
 from ucir.reports import figures
 from ucir.reports.reference import AVERAGE, PrintedCell, printed_for
@@ -25,6 +25,8 @@ from ucir.reports.table import (
     Table,
     comparison_tables,
     direction_table,
+    imbalance_cells,
+    imbalance_table,
     latex,
     markdown,
     read_results,
@@ -62,6 +64,7 @@ def write_report(params: Params, packs: Path, results: Path, out: Path) -> Writt
     rows: list[ResultRow] = []
     parts = []
     headline = []
+    tailed: dict[str, dict[int, Scores]] = {}
     for part in study.settings.values():
         block = params.datasets[part.dataset]
         own = [r for r in study.runs.values() if (r.dataset, r.setting) == (part.dataset, part.setting)]
@@ -71,6 +74,8 @@ def write_report(params: Params, packs: Path, results: Path, out: Path) -> Writt
         rows += result_rows(part.dataset, part.setting, scores, printed)
         tables = _tables(part, scores, printed, block)
         headline += tables[:1]
+        if ratio := tail_ratio(part.setting):
+            tailed.setdefault(part.dataset, {})[ratio] = scores
         folder = results / part.dataset / part.setting
         pictures = _pictures(params, part, packs / part.dataset, folder, methods)
         parts.append(
@@ -84,7 +89,9 @@ def write_report(params: Params, packs: Path, results: Path, out: Path) -> Writt
             }
         )
     write_csv(rows, out / "results.csv")
-    every = [table for part in parts for table in part["tables"]]
+    imbalance = [_imbalance(dataset, own, params) for dataset, own in tailed.items() if len(own) > 1]
+    headline += [table for entry in imbalance for table in entry["tables"][:1]]
+    every = [table for part in (*imbalance, *parts) for table in part["tables"]]
     silent = [f"{part['dataset']}, {part['setting']}: {NO_LABELS}" for part in parts if not part["tables"]]
     text = "\n\n".join([*map(markdown, every), *silent])
     (out / "results.md").write_text(text + "\n", encoding="utf-8")
@@ -101,6 +108,7 @@ def write_report(params: Params, packs: Path, results: Path, out: Path) -> Writt
         seeds=", ".join(map(str, study.seeds)),
         commit=git_sha(),
         cutoff=", ".join(map(str, sorted(cutoffs))),
+        imbalance=imbalance,
         parts=parts,
         no_labels=NO_LABELS,
     )
@@ -120,6 +128,17 @@ def _tables(
         direction_table(part.dataset, part.setting, scores, metric, choice) for metric, choice in wanted
     ]
     return tables + comparison_tables(scores, printed) + comparison_tables(scores, printed, BEST)
+
+
+def _imbalance(dataset: str, by_ratio: dict[int, Scores], params: Params) -> dict[str, Any]:
+    """Tables and plot of a study with long-tailed settings."""
+    lead = f"P@{params.datasets[dataset].evaluate.cutoffs[0]}"
+    cells = {metric: imbalance_cells(by_ratio, metric) for metric in (lead, "mAP@All")}
+    return {
+        "dataset": dataset,
+        "tables": [imbalance_table(dataset, metric, own) for metric, own in cells.items()],
+        "plot": _inline(figures.imbalance(cells[lead], lead)),
+    }
 
 
 def _data(pack: Path) -> list[dict[str, Any]]:
@@ -163,8 +182,9 @@ def _pictures(
     start = load_features(results / PRETRAINED / "evaluate" / "all.npz")
     for pair in pairs:
         name = "-".join(pair)
-        images = {d: open_domain(pack, d, spaces.of(role)) for role, d in enumerate(pair)}
-        labels = {d: [p.label for p in read_index(pack, d, spaces.of(role))] for role, d in enumerate(pair)}
+        index = {d: spaces.scored(read_index(pack, d), role) for role, d in enumerate(pair)}
+        images = {d: open_domain(pack, d, own) for d, own in index.items()}
+        labels = {d: [p.label for p in own] for d, own in index.items()}
         features = {PRETRAINED: {d: start[d][images[d].row_N] for d in pair}}
         for method in methods:
             stored = results / method / "evaluate" / f"{name}-s{seed}.npz"
@@ -194,8 +214,12 @@ def _curves(trained: Path, pairs: list[tuple[str, str]], seed: int, block: Datas
         path = trained / f"{'-'.join(pair)}-s{seed}" / "run.json"
         if path.exists():
             histories["-".join(pair)] = json.loads(path.read_text("utf-8"))["history"]
-    svg = figures.curves(histories, block.evaluate.cutoffs[0]).decode()
-    return Markup(svg[svg.index("<svg") :])  # inside HTML there is no XML header
+    return _inline(figures.curves(histories, block.evaluate.cutoffs[0]))
+
+
+def _inline(svg: bytes) -> Markup:
+    text = svg.decode()
+    return Markup(text[text.index("<svg") :])  # inside HTML there is no XML header
 
 
 def _base64(data: bytes) -> str:
