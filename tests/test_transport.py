@@ -16,6 +16,7 @@ from ucir.transport import (
     TransportError,
     match_prototypes,
     plan_rows,
+    potential,
     relaxed_plan,
     similarity,
     transport,
@@ -47,12 +48,17 @@ def reference(s: Tensor, b: Tensor, eps: float, iterations: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("k", [1, 7, 65])
-def test_three_iterations_are_the_recipes_three(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "CHUNK", 33)  # chunks change nothing
+@pytest.mark.parametrize(("eps", "kept"), [(0.05, 0), (0.05, 33 * 4 * 65 * 2), (0.05, 10**6), (0.02, 0)])
+def test_three_iterations_are_the_recipes_three(
+    k: int, eps: float, kept: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "CHUNK", 33)  # chunks change nothing,
+    monkeypatch.setattr(module, "KEPT", kept)  # nor does how many are kept
     x, p, b = unit(200, 16, seed=0), unit(k, 16, seed=1), marginal(k, 2)
-    plan = whole_plan(x, p, b, 0.05, iterations=3)
-    assert np.allclose(plan.numpy(), reference(similarity(x, p), b, 0.05, 3), rtol=1e-4, atol=1e-9)
-    found = transport(x, p, b, 0.05)
+    plan = whole_plan(x, p, b, eps, iterations=3)
+    assert np.allclose(plan.numpy(), reference(similarity(x, p), b, eps, 3), rtol=1e-4, atol=1e-9)
+    found = transport(x, p, b, eps)
+    assert torch.equal(potential(x, p, b, eps), found.potential_K)
     assert torch.allclose(found.column_K, plan.sum(dim=0), atol=1e-6)
     assert float(found.error) == pytest.approx(float((plan.sum(dim=0) - b).abs().max()), abs=1e-6)
     assert torch.allclose(found.mean_KD, normalize(plan.T @ x, dim=1), atol=1e-5)

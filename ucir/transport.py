@@ -3,12 +3,12 @@
 Of all plans Q (N x K) whose rows sum to 1/N and whose columns sum to the prototypes' marginal b, the one
 that maximises <Q, S> + eps H(Q), S the similarity (ProtoOT, AAAI 2024, after SwAV's Sinkhorn). In log domain
 Q_ik = softmax_k(S_ik / eps + g_k) / N: only the K potentials g depend on the bank, which is read in chunks,
-so that memory is O(chunk x K). float32 throughout; POT in float64 is the oracle of the tests.
+so that memory does not grow with N. float32 throughout; POT in float64 is the oracle of the tests.
 """
 
 from __future__ import annotations
 
-import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -18,8 +18,12 @@ from torch.nn import functional as F
 
 from ucir.losses import full_precision
 
-CHUNK = 8192
+CHUNK = 4096
 """Rows of the bank in work at a time."""
+KEPT = 64 * 1024**2
+"""Bytes that are kept of the bank's exponentials between iterations."""
+SCALED_FROM = 1 / 30
+"""Regularisation from which exp(S / eps) and its products are far from the limits of float32."""
 MATCH_REGULARISATION = 0.05
 
 
@@ -74,41 +78,9 @@ def transport(
     Raises:
         TransportError: the tolerance was not reached, or the potentials are not finite where b > 0.
     """
-    log_b_K = full_precision(marginal_K).log()
-
-    def chunks() -> Iterator[tuple[Tensor, Tensor]]:
-        for first in range(0, len(feature_ND), CHUNK):
-            part = feature_ND[first : first + CHUNK]
-            yield part, similarity(part, prototype_KD, normalised) / regularisation
-
-    def columns(g_K: Tensor) -> Tensor:
-        total = torch.zeros_like(log_b_K)
-        for _, s in chunks():
-            total += torch.softmax(s + g_K, dim=1).sum(dim=0)
-        return total / len(feature_ND)
-
-    def step(g_K: Tensor, column_K: Tensor) -> Tensor:
-        moved = g_K + log_b_K - column_K.clamp(min=torch.finfo(column_K.dtype).tiny).log()
-        moved = torch.where(log_b_K.isinf(), log_b_K, moved)
-        return moved - moved[~log_b_K.isinf()].max() if tolerance is not None else moved
-
-    # the first prototype step: every feature counts alike
-    running_K = torch.full_like(log_b_K, -math.inf)
-    for _, s in chunks():
-        running_K = torch.logaddexp(running_K, torch.logsumexp(s, dim=0))
-    g_K = log_b_K - running_K
-    for _ in range(iterations - 1):
-        column_K = columns(g_K)
-        if tolerance is not None and float((column_K - marginal_K).abs().max()) <= tolerance:
-            break
-        g_K = step(g_K, column_K)
-    column_K = torch.zeros_like(log_b_K)
-    sum_KD = column_K.new_zeros(len(log_b_K), feature_ND.shape[1])
-    for part, s in chunks():
-        row_NK = torch.softmax(s + g_K, dim=1)
-        column_K += row_NK.sum(dim=0)
-        sum_KD += row_NK.T @ full_precision(part)
-    column_K = column_K / len(feature_ND)
+    kernel = _kernel(feature_ND, prototype_KD, regularisation, normalised)
+    g_K = _potential(kernel, marginal_K, iterations, tolerance)
+    column_K, sum_KD = kernel.means(g_K)
     error = (column_K - marginal_K).abs().max()
     if tolerance is not None and not float(error) <= tolerance:
         raise TransportError(
@@ -116,6 +88,139 @@ def transport(
             f"iterations at regularisation {regularisation:g}, more than {tolerance:g}"
         )
     return Transport(g_K, column_K, F.normalize(sum_KD, dim=1), error)
+
+
+@torch.no_grad()
+def potential(
+    feature_ND: Tensor,
+    prototype_KD: Tensor,
+    marginal_K: Tensor,
+    regularisation: float,
+    iterations: int = 3,
+    normalised: bool = True,
+) -> Tensor:
+    """:func:`transport`'s potentials alone, (K,): for half its work."""
+    kernel = _kernel(feature_ND, prototype_KD, regularisation, normalised)
+    return _potential(kernel, marginal_K, iterations, None)
+
+
+def _potential(kernel: _Kernel, marginal_K: Tensor, iterations: int, tolerance: float | None) -> Tensor:
+    log_b_K = full_precision(marginal_K).log()
+    g_K = log_b_K - kernel.first()
+    for _ in range(iterations - 1):
+        column_K = kernel.columns(g_K)
+        if tolerance is not None and float((column_K - marginal_K).abs().max()) <= tolerance:
+            break
+        moved_K = g_K + log_b_K - column_K.clamp(min=torch.finfo(column_K.dtype).tiny).log()
+        g_K = torch.where(log_b_K.isinf(), log_b_K, moved_K)
+        g_K = g_K - g_K.max()  # rows do not feel a constant, and floats are fine near 0
+    return g_K
+
+
+class _Kernel(ABC):
+    """What an iteration needs of the features: sums over the plan's rows softmax_k(S_ik / eps + g_k)."""
+
+    def __init__(
+        self, feature_ND: Tensor, prototype_KD: Tensor, regularisation: float, normalised: bool
+    ) -> None:
+        self.feature_ND, self.prototype_KD = feature_ND, prototype_KD
+        self.regularisation, self.normalised = regularisation, normalised
+        self.count = len(feature_ND)
+
+    @abstractmethod
+    def first(self) -> Tensor:
+        """log sum_i exp(S_ik / eps), (K,): the first prototype step, every feature counting alike."""
+
+    @abstractmethod
+    def columns(self, g_K: Tensor) -> Tensor:
+        """The plan's sums over the features, (K,)."""
+
+    @abstractmethod
+    def means(self, g_K: Tensor) -> tuple[Tensor, Tensor]:
+        """These, and the features' sums weighted by the plan, (K, D), times N."""
+
+
+class _Logarithmic(_Kernel):
+    """Right at any regularisation; exponentiates every chunk anew in every iteration."""
+
+    def chunks(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Features and S / eps, chunk by chunk."""
+        for first in range(0, self.count, CHUNK):
+            part_BD = self.feature_ND[first : first + CHUNK]
+            yield part_BD, similarity(part_BD, self.prototype_KD, self.normalised) / self.regularisation
+
+    def first(self) -> Tensor:
+        parts = [torch.logsumexp(s_BK, dim=0) for _, s_BK in self.chunks()]
+        return torch.logsumexp(torch.stack(parts), dim=0)
+
+    def columns(self, g_K: Tensor) -> Tensor:
+        parts = [torch.softmax(s_BK + g_K, dim=1).sum(dim=0) for _, s_BK in self.chunks()]
+        return torch.stack(parts).sum(dim=0) / self.count
+
+    def means(self, g_K: Tensor) -> tuple[Tensor, Tensor]:
+        column_K = torch.zeros_like(g_K)
+        sum_KD = g_K.new_zeros(len(g_K), self.feature_ND.shape[1])
+        for part_BD, s_BK in self.chunks():
+            row_BK = torch.softmax(s_BK + g_K, dim=1)
+            column_K += row_BK.sum(dim=0)
+            sum_KD += row_BK.T @ full_precision(part_BD)
+        return column_K / self.count, sum_KD
+
+
+class _Scaled(_Kernel):
+    """Exponentiates once and iterates by products with vectors, which exp(1 / eps) must leave room for.
+
+    What fits into ``KEPT`` bytes is kept between iterations and the rest computed anew, so that memory stays
+    bounded whatever N is. Prototypes are rows here, the faster way round for so few of them.
+    """
+
+    kept: list[Tensor]
+
+    def exponentials(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Features and exp(S / eps)^T, (K, B), chunk by chunk."""
+        prototype_KD = full_precision(self.prototype_KD)
+        ones_K = prototype_KD.new_ones(len(prototype_KD))
+        scratch_KB = prototype_KD.new_empty(len(prototype_KD), min(CHUNK, self.count))
+        room = KEPT // (CHUNK * prototype_KD.element_size() * len(prototype_KD))
+        for number, first in enumerate(range(0, self.count, CHUNK)):
+            part_BD = full_precision(self.feature_ND[first : first + CHUNK])
+            if number < len(self.kept):
+                yield part_BD, self.kept[number]
+                continue
+            e_KB = prototype_KD @ part_BD.T
+            if self.normalised:
+                square_KB = torch.mul(e_KB, e_KB, out=scratch_KB[:, : len(part_BD)])
+                e_KB *= (ones_K @ square_KB).clamp_(min=1e-24).rsqrt_().div_(self.regularisation)
+            else:
+                e_KB /= self.regularisation
+            e_KB.exp_()
+            if number < room:
+                self.kept.append(e_KB)
+            yield part_BD, e_KB
+
+    def first(self) -> Tensor:
+        self.kept = []
+        return torch.stack([e_KB.sum(dim=1) for _, e_KB in self.exponentials()]).sum(dim=0).log()
+
+    def columns(self, g_K: Tensor) -> Tensor:
+        v_K = g_K.exp()
+        rows = (e_KB @ (v_K @ e_KB).reciprocal_() for _, e_KB in self.exponentials())
+        return v_K * torch.stack(list(rows)).sum(dim=0) / self.count
+
+    def means(self, g_K: Tensor) -> tuple[Tensor, Tensor]:
+        v_K = g_K.exp()
+        column_K = torch.zeros_like(g_K)
+        sum_KD = g_K.new_zeros(len(g_K), self.feature_ND.shape[1])
+        for part_BD, e_KB in self.exponentials():
+            e_KB *= (v_K @ e_KB).reciprocal_()  # their last use
+            column_K += e_KB.sum(dim=1)
+            sum_KD += e_KB @ part_BD
+        return v_K * column_K / self.count, v_K[:, None] * sum_KD
+
+
+def _kernel(feature_ND: Tensor, prototype_KD: Tensor, regularisation: float, normalised: bool) -> _Kernel:
+    kind = _Scaled if regularisation >= SCALED_FROM else _Logarithmic
+    return kind(feature_ND, prototype_KD, regularisation, normalised)
 
 
 @torch.no_grad()

@@ -125,9 +125,11 @@ def test_the_other_domains_prototypes_take_their_own_shares() -> None:
         seen: list[list[float]] = []
 
         class Watched(ProtoOt):
-            def _match(self, bank: Bank, p_KD: Tensor, b_K: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+            def _match(
+                self, bank: Bank, p_KD: Tensor, b_K: Tensor, slots: Tensor, renew: bool
+            ) -> tuple[Tensor, Tensor]:
                 seen.append(b_K.tolist())  # noqa: B023
-                return super()._match(bank, p_KD, b_K, slots)
+                return super()._match(bank, p_KD, b_K, slots, renew)
 
         method.__class__ = Watched
         method.losses(9, (batch(2, True), batch(4, True)))

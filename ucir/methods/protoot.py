@@ -30,7 +30,7 @@ from ucir.methods.base import (
     cluster_figures,
 )
 from ucir.models.encoder import Encoder
-from ucir.transport import plan_rows, relaxed_plan, similarity, transport
+from ucir.transport import plan_rows, potential, relaxed_plan, similarity, transport
 
 
 class ProtoOtParams(KeyedParams, ClusteredParams):
@@ -117,7 +117,7 @@ class ProtoOt(ClusteringMethod[ProtoOtParams]):
         renewed = []
         for number, (side, bank, part) in enumerate(zip("ab", self.banks, batch, strict=True)):
             prototype = self.prototypes[number]
-            label_B, mean_KD = self._match(bank, prototype, self.marginals[number], part.slot_B)
+            label_B, renewed_KD = self._match(bank, prototype, self.marginals[number], part.slot_B, True)
             targets = {
                 "key": (1.0, part.k_BD),
                 "neighbour": (p.neighbour_weight, bank.nearest(part.k_BD, part.slot_B)),
@@ -129,14 +129,14 @@ class ProtoOt(ClusteringMethod[ProtoOtParams]):
                         part.q_BD, target_BD, prototype, label_B, p.temperature, push=p.push
                     )
                     terms[f"{name}_{side}"] = Term(weight, value)
-            renewed.append(mean_KD)
+            renewed.append(renewed_KD)
         self.prototypes = renewed
         start = p.epochs // 2 if p.cross_domain_start is None else p.cross_domain_start
         if p.cross_weight > 0 and epoch >= start:
             for number, (side, bank, part) in enumerate(zip("ab", self.banks, batch, strict=True)):
                 other = self.prototypes[1 - number]
                 marginal = self.marginals[1 - number if p.cross_marginal == "other" else number]
-                label_B, _ = self._match(bank, other, marginal, part.slot_B)
+                label_B, _ = self._match(bank, other, marginal, part.slot_B, False)
                 value = against_unmatched(
                     part.q_BD,
                     other[label_B],
@@ -150,26 +150,32 @@ class ProtoOt(ClusteringMethod[ProtoOtParams]):
         return terms
 
     def _match(
-        self, bank: Bank, prototype_KD: Tensor, marginal_K: Tensor, slot_B: Tensor
+        self, bank: Bank, prototype_KD: Tensor, marginal_K: Tensor, slot_B: Tensor, renew: bool
     ) -> tuple[Tensor, Tensor]:
-        """The matched prototype of each image of the batch, and every prototype's mean of the whole bank."""
+        """The matched prototype of each image of the batch, and the prototypes, renewed if that is wanted.
+
+        A renewed prototype is its matched mean of the whole bank, or stays where it is if nothing matches.
+        """
         p = self.params
         x_ND = bank.features_ND
         if p.assignment == "transport":
-            plan = transport(x_ND, prototype_KD, marginal_K, p.regularisation, p.iterations)
-            row_BK = plan_rows(x_ND[slot_B], prototype_KD, plan.potential_K, p.regularisation)
-            return row_BK.argmax(dim=1), self._kept(plan.mean_KD, prototype_KD)
-        s_NK = similarity(x_ND, prototype_KD)
-        if p.assignment == "kmeans":
-            weight_NK = F.one_hot(s_NK.argmax(dim=1), len(prototype_KD)).to(x_ND.dtype)
+            given = (x_ND, prototype_KD, marginal_K, p.regularisation, p.iterations)
+            mean_KD = prototype_KD
+            if renew:
+                plan = transport(*given)
+                potential_K, mean_KD = plan.potential_K, plan.mean_KD
+            else:
+                potential_K = potential(*given)
+            label_B = plan_rows(x_ND[slot_B], prototype_KD, potential_K, p.regularisation).argmax(dim=1)
         else:
-            weight_NK = relaxed_plan(s_NK, marginal_K, p.regularisation, p.assignment, p.relaxation)
-        mean_KD = F.normalize(weight_NK.T @ x_ND, dim=1)
-        return weight_NK[slot_B].argmax(dim=1), self._kept(mean_KD, prototype_KD)
-
-    def _kept(self, mean_KD: Tensor, prototype_KD: Tensor) -> Tensor:
-        """A prototype that nothing is matched with stays where it is."""
-        return torch.where(mean_KD.norm(dim=1, keepdim=True) > 0, mean_KD, prototype_KD)
+            s_NK = similarity(x_ND, prototype_KD)
+            if p.assignment == "kmeans":
+                weight_NK = F.one_hot(s_NK.argmax(dim=1), len(prototype_KD)).to(x_ND.dtype)
+            else:
+                weight_NK = relaxed_plan(s_NK, marginal_K, p.regularisation, p.assignment, p.relaxation)
+            label_B, mean_KD = weight_NK[slot_B].argmax(dim=1), F.normalize(weight_NK.T @ x_ND, dim=1)
+        there_K1 = mean_KD.norm(dim=1, keepdim=True) > 0
+        return label_B, torch.where(there_K1 & renew, mean_KD, prototype_KD)
 
     def optimizer(self, encoder: Encoder) -> torch.optim.Optimizer:
         """Adam with amsgrad; ``momentum`` is its first moment's 0.9."""
