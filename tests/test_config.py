@@ -137,8 +137,8 @@ def test_a_block_that_nothing_reads_is_refused(tmp_path: Path) -> None:
         UserError, match=r"methods\.ucdir-v2: ucdir-v2 is methods\.ucdir with some keys fixed"
     ):
         load(tmp_path, {"methods.ucdir-v2": {"shapes": {"lr": 0.1}}})
-    with pytest.raises(UserError, match="method 'uem' is not built yet; there is: id, "):
-        load(tmp_path, {"methods.uem": {"shapes": {}}})
+    with pytest.raises(UserError, match="method 'darl' is not built yet; there is: id, "):
+        load(tmp_path, {"methods.darl": {"shapes": {}}})
 
 
 def test_choosing_a_study_rewrites_its_block_alone(tmp_path: Path) -> None:

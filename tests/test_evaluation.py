@@ -11,7 +11,7 @@ from torch.nn.functional import normalize
 from ucir.cluster.launch import train_all
 from ucir.cluster.runs import plan_runs
 from ucir.config import load_params
-from ucir.evaluation import cluster_agreement, last_scores, score_direction
+from ucir.evaluation import GateChoice, cluster_agreement, last_scores, score_direction
 from ucir.models.checkpoints import load_state
 
 
@@ -24,7 +24,7 @@ def test_clusters_that_are_the_classes_agree_wholly_and_random_ones_not_at_all()
     assert abs(found["ARI"]) < 10
     assert found["NMI"] < 15
     features, names = {"x": clear, "y": noise}, {"x": labels, "y": labels}
-    (score,) = score_direction(features, names, ("x", "y"), 0, "last", (5,))
+    (score,) = score_direction(features, names, ("x", "y"), 0, "last", (5,), GateChoice("spread", 3))
     assert score.scores["NMI"] == pytest.approx(100), "of the query domain"
 
 

@@ -21,10 +21,12 @@ from ucir.data.pack import DomainImages, open_domain, read_index, read_info, spl
 from ucir.data.splits import LabelSpaces, directions, label_spaces, trainings
 from ucir.devices import choose_device
 from ucir.errors import UserError
+from ucir.methods import METHODS, method_params
 from ucir.models.checkpoints import load_encoder
 from ucir.models.encoder import new_encoder
 from ucir.paths import PACKS, STARTS
-from ucir.retrieval.metrics import retrieval_scores
+from ucir.retrieval.gate import fit_gate
+from ucir.retrieval.metrics import retrieval_scores, universal_scores
 from ucir.training.features import extract_features
 
 UNTRAINED = "untrained"
@@ -46,6 +48,26 @@ class DirectionScore:
     """Metric identifier to percent."""
 
 
+@dataclass(frozen=True)
+class GateChoice:
+    """How a method tells queries without a counterpart, see :mod:`ucir.retrieval.gate`."""
+
+    kind: str
+    clusters: int | str
+
+
+def gate_choice(params: Params, dataset: str, method: str | None) -> GateChoice:
+    """A method's gate with its own K; None: that of the start.
+
+    Who has no K takes the number of classes, as the papers' baselines are given it, or looks for one.
+    """
+    known: int | str = params.datasets[dataset].entry.classes or "elbow"
+    if method is None:
+        return GateChoice("spread", known)
+    own = getattr(method_params(params, method, dataset), "clusters", known)
+    return GateChoice(METHODS[method].gate, own[0] if isinstance(own, tuple) else own)
+
+
 def encoder_features(
     checkpoint: Path, block: DatasetParams, images: Sequence[DomainImages], device: torch.device
 ) -> dict[str, Tensor]:
@@ -64,18 +86,21 @@ def score_direction(
     seed: int,
     epoch_choice: str,
     cutoffs: tuple[int, ...],
+    gate: GateChoice,
 ) -> list[DirectionScore]:
     """One direction's scores; nothing when one of the domains has no labels.
 
-    NMI and ARI are those of the query domain in as many clusters as it has classes, whatever K a method
-    was trained with.
+    The gate is fitted to the features alone. NMI and ARI are those of the query domain in as many clusters
+    as it has classes, whatever K a method was trained with.
     """
     query, gallery = direction
     if not any(labels[query]) or not any(labels[gallery]):
         return []
     scores = retrieval_scores(features[query], features[gallery], labels[query], labels[gallery], cutoffs)
-    count = len(set(labels[query]))
-    named = scores.named() | cluster_agreement(features[query], labels[query], count)
+    fitted = fit_gate(gate.kind, features[query], features[gallery], gate.clusters, seed)
+    beyond_Q = fitted.scores(features[query], features[gallery]).numpy()
+    named = scores.named() | universal_scores(scores, labels[query], beyond_Q)
+    named |= cluster_agreement(features[query], labels[query], len(set(labels[query])))
     return [DirectionScore(query, gallery, seed, epoch_choice, named)]
 
 
@@ -100,7 +125,8 @@ def write_scores(path: Path, scores: list[DirectionScore]) -> None:
     mean = {}
     for choice in dict.fromkeys(s.epoch_choice for s in scores):
         chosen = [s.scores for s in scores if s.epoch_choice == choice]
-        mean[choice] = {name: float(np.mean([c[name] for c in chosen])) for name in chosen[0]}
+        names = [name for name in chosen[0] if all(name in c for c in chosen)]
+        mean[choice] = {name: float(np.mean([c[name] for c in chosen])) for name in names}
     path.parent.mkdir(parents=True, exist_ok=True)
     told = {"mean": mean, "directions": directions}
     path.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
@@ -148,6 +174,7 @@ def evaluate_method(params: Params, dataset: str, setting: str, method: str, res
     device = choose_device(params.cluster)
     scores: list[DirectionScore] = []
     tracker = _Tracker(dataset, setting, method, block)
+    gate = gate_choice(params, dataset, method)
     for path in trained:
         run = json.loads(path.read_text("utf-8"))
         spaces = LabelSpaces(**run["label_spaces"])
@@ -161,7 +188,7 @@ def evaluate_method(params: Params, dataset: str, setting: str, method: str, res
             )
             for direction in directions(setting, pair):
                 seed, cutoffs = int(run["seed"]), block.evaluate.cutoffs
-                own += score_direction(features, labels, direction, seed, choice, cutoffs)
+                own += score_direction(features, labels, direction, seed, choice, cutoffs, gate)
             if choice == LAST:
                 save_features(folder / "evaluate" / f"{path.parent.name}.npz", features)
         tracker.log(run["run_key"], own)
@@ -186,6 +213,7 @@ def evaluate_start(params: Params, key: str, results: Path) -> None:
     kept = {(domain, role): spaces.scored(own, role) for domain, own in every.items() for role in (0, 1)}
     images = [open_domain(pack, domain) for domain in every]
     device = choose_device(params.cluster)
+    gate = gate_choice(params, part.dataset, None)
     for method, name in ((UNTRAINED, "untrained.pt"), (PRETRAINED, "start.pt")):
         checkpoint = STARTS / part.dataset / name
         features = encoder_features(checkpoint, block, images, device)
@@ -204,6 +232,7 @@ def evaluate_start(params: Params, key: str, results: Path) -> None:
                     block.start.pretrain.seed if block.start.pretrain else 0,
                     LAST,
                     block.evaluate.cutoffs,
+                    gate,
                 )
                 tracker.log(run_key, found)
                 scores += found
@@ -227,7 +256,8 @@ def last_scores(params: Params, runs: list[Run]) -> list[DirectionScore]:
             run.folder / "last.pt", block, run.pack, run.pair, run.spaces, device
         )
         for direction in run.directions:
-            scores += score_direction(features, labels, direction, run.seed, LAST, run.cutoffs)
+            gate = gate_choice(params, run.dataset, run.method)
+            scores += score_direction(features, labels, direction, run.seed, LAST, run.cutoffs, gate)
     return scores
 
 

@@ -31,6 +31,7 @@ def make(name: str, **changes: Any) -> Method[Any]:
     if "clusters" in kind.params_type.model_fields:
         params.setdefault("clusters", 4)
     method = kind(kind.params_type(**params), seed=0)
+    method.optimizer(new_encoder(EncoderParams(backbone="convnet", width=4, feature_dim=D), 0))
     method.start((features(0), features(1, N - 5)))
     return method
 
@@ -38,7 +39,7 @@ def make(name: str, **changes: Any) -> Method[Any]:
 def batch(seed: int, key: bool) -> DomainBatch:
     slots = torch.tensor([1, 5, 5, 9, 0, 30])
     q = features(seed, B).requires_grad_(True)
-    return DomainBatch(slots, q, features(seed + 1, B) if key else q.detach())
+    return DomainBatch(slots, q, features(seed + 1, B) if key else q.detach(), features(seed + 2, B))
 
 
 def terms_at(name: str, epoch: int, **changes: Any) -> dict[str, tuple[float, Tensor]]:

@@ -100,7 +100,7 @@ def assert_equal(one: dict[str, Tensor], two: dict[str, Tensor]) -> None:
     assert not different
 
 
-@pytest.mark.parametrize("name", ["ucdir", "pcs", "protonce", "id"])
+@pytest.mark.parametrize("name", ["ucdir", "pcs", "protonce", "id", "uem"])
 def test_a_run_killed_at_any_epoch_and_resumed_ends_as_an_undisturbed_one(
     pack: Path, start: Path, name: str
 ) -> None:
@@ -121,6 +121,31 @@ def test_a_run_killed_at_any_epoch_and_resumed_ends_as_an_undisturbed_one(
             assert torch.equal(one.features[0], two.features[0])
             losses = {k: v for k, v in one.metrics.items() if k.startswith("train/")}
             assert losses == {k: v for k, v in two.metrics.items() if k.startswith("train/")}
+
+
+def test_the_frozen_copy_stays_and_a_kill_at_the_border_changes_nothing(pack: Path, start: Path) -> None:
+    options: dict[str, Any] = {"epochs": 3, "matching_epochs": 2, "clusters": (3,)}
+    run = training(pack, start, name="uem", **options)
+    train(run, Keep())
+    assert run.frozen is not None
+    at_border = Keep(killed_after=0)
+    with pytest.raises(KeyboardInterrupt):
+        train(training(pack, start, name="uem", **options), at_border)
+    assert at_border.state is not None
+    border = at_border.state["query"]
+    for name, value in run.frozen.state_dict().items():
+        assert torch.equal(value, border[name]), name
+    assert not run.frozen.training
+    assert any(not torch.equal(value, border[name]) for name, value in run.query.state_dict().items())
+    for killed_after in (0, 1):
+        first = Keep(killed_after=killed_after)
+        with pytest.raises(KeyboardInterrupt):
+            train(training(pack, start, name="uem", **options), first)
+        second = training(pack, start, name="uem", **options)
+        train(second, Keep(first.state))
+        assert all(
+            torch.equal(a, b) for a, b in zip(weights(run).values(), weights(second).values(), strict=True)
+        )
 
 
 def test_training_moves_the_encoder_and_the_seed_matters(pack: Path, start: Path) -> None:

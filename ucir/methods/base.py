@@ -54,7 +54,7 @@ class KeyedParams(MethodParams):
     """Whose features are ranked, where there are two encoders; the official code ranks the key encoder's."""
 
 
-def _several(given: Any) -> Any:
+def several(given: Any) -> Any:
     """One K as a list of one; what is neither numbers nor a way to choose is refused in one sentence."""
     if given in ("elbow", "silhouette"):
         return given
@@ -67,7 +67,7 @@ def _several(given: Any) -> Any:
 class ClusteredParams(MethodParams):
     """Methods that cluster each domain; the defaults are UCDIR's K-means."""
 
-    clusters: Annotated[tuple[int, ...] | Literal["elbow", "silhouette"], BeforeValidator(_several)]
+    clusters: Annotated[tuple[int, ...] | Literal["elbow", "silhouette"], BeforeValidator(several)]
     """K, the prototypes per domain: one number, or several whose terms are averaged (the papers give the
     number of classes), or how to choose it at the first clustering, for each domain by itself."""
     kmeans_iterations: Count = 20
@@ -86,6 +86,7 @@ class DomainBatch:
     slot_B: Tensor  # rows of the bank
     q_BD: Tensor  # query encoder's unit features, with gradient
     k_BD: Tensor  # key encoder's unit features of another view, constant; without one, q_BD's values
+    frozen_BD: Tensor | None = None  # the frozen encoder's of the same view, once there is one
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,14 @@ class Method(ABC, Generic[P]):
     def __init__(self, params: P, seed: int) -> None:
         self.params = params
         self.seed = seed
+
+    gate: ClassVar[Literal["spread", "merged"]] = "spread"
+    """How queries without a counterpart are told, see :mod:`ucir.retrieval.gate`."""
+
+    @property
+    def frozen_from(self) -> int | None:
+        """The epoch before which a frozen copy of the encoder is taken, if the method wants one."""
+        return None
 
     @property
     def keyed(self) -> KeyedParams | None:

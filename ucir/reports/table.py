@@ -51,9 +51,26 @@ class Cell:
         return f"{self.mean:.1f}" if self.std is None else f"{self.mean:.1f} ± {self.std:.1f}"
 
 
+DISPLAYED = {
+    "mAP_interpolated_at_All": "interpolated mAP@All",
+    "mAP_macro_at_All": "macro mAP@All",
+    "mAP_macro_interpolated_at_All": "macro interpolated mAP@All",
+    "mAP_gated_at_All": "gated mAP@All",
+    "null_shared": "rejected though shared",
+    "null_private": "open-set accuracy",
+    "null_accuracy": "open-set accuracy of all queries",
+    "null_AUROC": "gate AUROC",
+}
+
+
 def display_name(metric: str) -> str:
     """``P_at_50`` to ``P@50``."""
-    return metric.replace("_at_", "@")
+    return DISPLAYED.get(metric, metric.replace("_at_", "@"))
+
+
+def identifier(displayed: str) -> str:
+    """``P@50`` to ``P_at_50``."""
+    return {v: k for k, v in DISPLAYED.items()}.get(displayed, displayed.replace("@", "_at_"))
 
 
 def read_results(

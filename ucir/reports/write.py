@@ -25,6 +25,8 @@ from ucir.reports.table import (
     Table,
     comparison_tables,
     direction_table,
+    display_name,
+    identifier,
     imbalance_cells,
     imbalance_table,
     latex,
@@ -73,7 +75,7 @@ def write_report(params: Params, packs: Path, results: Path, out: Path) -> Writt
         printed = printed_for(block.catalogue, part.setting)
         rows += result_rows(part.dataset, part.setting, scores, printed)
         tables = _tables(part, scores, printed, block)
-        headline += tables[:1]
+        headline += tables[: len(lead_metrics(part.setting, ""))]
         if ratio := tail_ratio(part.setting):
             tailed.setdefault(part.dataset, {})[ratio] = scores
         folder = results / part.dataset / part.setting
@@ -116,14 +118,23 @@ def write_report(params: Params, packs: Path, results: Path, out: Path) -> Writt
     return Written(out / "report.html", headline, rows, silent)
 
 
+def lead_metrics(setting: str, first: str) -> list[str]:
+    """What a setting's results are judged by: the first P@K, or UEM's two."""
+    return {"open": ["mAP@All", "open-set accuracy"], "partial": ["mAP@All"]}.get(setting, [first])
+
+
 def _tables(
     part: SettingParams, scores: Scores, printed: list[PrintedCell], block: DatasetParams
 ) -> list[Table]:
-    """The first cutoff leads, then its best-by-labels epoch, the other metrics, and the papers' tables."""
+    """What the setting is judged by, the best-by-labels epoch, the other metrics, the papers' tables."""
     if not scored_directions(scores):
         return []
-    metrics = [*(f"P@{k}" for k in block.evaluate.cutoffs), "mAP@All", "NMI", "ARI"]
-    wanted = [(metrics[0], LAST), (metrics[0], BEST), *((metric, LAST) for metric in metrics[1:])]
+    found = dict.fromkeys(display_name(name) for own in scores.values() for s in own for name in s.scores)
+    first = f"P@{block.evaluate.cutoffs[0]}"
+    lead = lead_metrics(part.setting, first)
+    metrics = dict.fromkeys([*lead, *(f"P@{k}" for k in block.evaluate.cutoffs), "mAP@All", *found])
+    last = [(metric, LAST) for metric in metrics if metric in found]
+    wanted = [*last[: len(lead)], (first, BEST), *last[len(lead) :]]
     tables = [
         direction_table(part.dataset, part.setting, scores, metric, choice) for metric, choice in wanted
     ]
@@ -232,7 +243,7 @@ def log_summaries(params: Params, written: Written) -> None:
     tracking.init_store(uri)
     for dataset, setting in ((part.dataset, part.setting) for part in params.study.settings.values()):
         values = {
-            f"{row.method}/{row.metric.replace('@', '_at_')}": row.mean
+            f"{row.method}/{identifier(row.metric)}": row.mean
             for row in written.rows
             if (row.dataset, row.setting, row.epoch_choice) == (dataset, setting, LAST)
             if row.query_domain == AVERAGE and row.mean is not None

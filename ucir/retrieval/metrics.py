@@ -21,7 +21,15 @@ class RetrievalScores:
     """One direction's scores, in percent; ``nan`` where no query has a counterpart in the gallery."""
 
     precision: dict[int, float]  # K to P@K
-    mean_average_precision: float
+    ap_Q: np.ndarray
+    """Each query's average precision over the whole ranking, 0 to 1; ``nan`` without a counterpart."""
+    interpolated_ap_Q: np.ndarray
+    """The same with the best precision at each rank or any later one (VOC 2010), as CoDA's code has it."""
+
+    @property
+    def mean_average_precision(self) -> float:
+        """mAP@All: over the queries with a counterpart, not interpolated."""
+        return percent(self.ap_Q)
 
     def named(self) -> dict[str, float]:
         """Metric identifiers that MLflow accepts: ``P_at_50``, ``mAP_at_All``."""
@@ -52,7 +60,8 @@ def retrieval_scores(
     query_labels = np.asarray(query_label_Q)
     hits = dict.fromkeys(cutoffs, 0)
     shown = dict.fromkeys(cutoffs, 0)
-    average_precisions: list[np.ndarray] = []
+    average_precisions: list[np.ndarray] = [np.empty(0)]
+    interpolated: list[np.ndarray] = [np.empty(0)]
     for first in range(0, len(query_labels), CHUNK):
         rows = slice(first, first + CHUNK)
         relevant_QG = gallery_labels[None, :] == query_labels[rows, None]
@@ -65,14 +74,74 @@ def retrieval_scores(
             hits[k] += int(found_QG[has, top_Q[has] - 1].sum())
             shown[k] += int(top_Q.sum())
         place_G = np.arange(1, len(gallery_labels) + 1)
-        has = total_Q > 0
-        precision_QG = found_QG[has] / place_G
-        average_precisions.append((precision_QG * ranked_QG[has]).sum(axis=1) / total_Q[has])
-    ap = np.concatenate(average_precisions) if average_precisions else np.empty(0)
+        precision_QG = found_QG / place_G
+        envelope_QG = np.maximum.accumulate(precision_QG[:, ::-1], axis=1)[:, ::-1]
+        with np.errstate(invalid="ignore"):  # 0 / 0 is nan: no counterpart
+            average_precisions.append((precision_QG * ranked_QG).sum(axis=1) / total_Q)
+            interpolated.append((envelope_QG * ranked_QG).sum(axis=1) / total_Q)
     return RetrievalScores(
         {k: 100 * hits[k] / shown[k] if shown[k] else float("nan") for k in cutoffs},
-        float(100 * ap.mean()) if len(ap) else float("nan"),
+        np.concatenate(average_precisions),
+        np.concatenate(interpolated),
     )
+
+
+def percent(value_Q: np.ndarray, label_Q: Sequence[str] | None = None) -> float:
+    """100 times the mean of what is not ``nan``; ``nan`` if nothing is.
+
+    Args:
+        value_Q: one number a query.
+        label_Q: for the mean over classes of the classes' means (macro).
+    """
+    there = ~np.isnan(value_Q)
+    if not there.any():
+        return float("nan")
+    if label_Q is None:
+        return float(100 * value_Q[there].mean())
+    labels = np.asarray(label_Q)
+    classes = dict.fromkeys(labels[there].tolist())
+    return float(100 * np.mean([value_Q[there & (labels == label)].mean() for label in classes]))
+
+
+def universal_scores(
+    scores: RetrievalScores, label_Q: Sequence[str], gate_score_Q: np.ndarray
+) -> dict[str, float]:
+    """Scores of retrieval where some queries have no counterpart, in percent; UEM section 4.1.
+
+    The paper does not say which mAP, nor over which queries accuracy is taken: each reading has a name.
+
+    - ``mAP_interpolated_at_All``, ``mAP_macro_at_All``, ``mAP_macro_interpolated_at_All``: the last is CoDA's
+      code, which UEM says it follows
+    - ``mAP_gated_at_All``: a query with a counterpart that the gate rejects has an average precision of 0
+    - ``null_shared``: rejected share of the queries with a counterpart, an error
+    - ``null_private``: rejected share of those without: the accuracy of open-set detection, read as recall
+    - ``null_accuracy``: right decisions over all queries
+    - ``null_AUROC``: of the gate's score, which needs no threshold
+
+    The last three are left out where every query has a counterpart, the mAPs where none has.
+
+    Args:
+        scores: what :func:`retrieval_scores` found.
+        label_Q: class names of the queries.
+        gate_score_Q: of a gate; above 0 is rejected.
+    """
+    from sklearn.metrics import roc_auc_score
+
+    shared = ~np.isnan(scores.ap_Q)
+    rejected = gate_score_Q > 0
+    told: dict[str, float] = {}
+    if shared.any():
+        told["mAP_interpolated_at_All"] = percent(scores.interpolated_ap_Q)
+        told["mAP_macro_at_All"] = percent(scores.ap_Q, label_Q)
+        told["mAP_macro_interpolated_at_All"] = percent(scores.interpolated_ap_Q, label_Q)
+        told["mAP_gated_at_All"] = percent(np.where(rejected, 0 * scores.ap_Q, scores.ap_Q))
+        told["null_shared"] = float(100 * rejected[shared].mean())
+    if not shared.all():
+        told["null_private"] = float(100 * rejected[~shared].mean())
+        told["null_accuracy"] = float(100 * (rejected == ~shared).mean())
+        if shared.any():
+            told["null_AUROC"] = float(100 * roc_auc_score(~shared, gate_score_Q))
+    return told
 
 
 def ranked_relevance(similarity_QG: np.ndarray, relevant_QG: np.ndarray) -> np.ndarray:

@@ -6,6 +6,7 @@ epoch's end, and a run on any number of workers, take the same course.
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from dataclasses import dataclass
@@ -141,6 +142,7 @@ class PairTraining:
         load_encoder(self.query, start_checkpoint)
         self.query = self.query.to(device)
         self.key = key_encoder_of(self.query, keyed.key_norm_groups) if keyed else None
+        self.frozen: Encoder | None = None
         self.optimizer = method.optimizer(self.query)
         self.model: nn.Module = self.query
         if world_size() > 1:
@@ -159,6 +161,10 @@ class PairTraining:
         first, second = extract_features(encoder, self.images, self.view, self.device)
         return first, second
 
+    def freeze(self) -> None:
+        """Take a copy of the encoder that nothing changes any more."""
+        self.frozen = copy.deepcopy(self.query).requires_grad_(False).eval()
+
     def check_finite(self, epoch: int, features: tuple[Tensor, Tensor]) -> None:
         """An epoch's last step may have spoilt the weights without a loss to show it.
 
@@ -176,6 +182,7 @@ class PairTraining:
         return {
             "query": self.query.state_dict(),
             "key": self.key.state_dict() if self.key else None,
+            "frozen": self.frozen.state_dict() if self.frozen else None,
             "optimizer": self.optimizer.state_dict(),
             "method": self.method.state_dict(),
         }
@@ -185,6 +192,10 @@ class PairTraining:
         self.query.load_state_dict(state["query"])
         if self.key:
             self.key.load_state_dict(state["key"])
+        if state["frozen"]:
+            self.freeze()
+            assert self.frozen is not None
+            self.frozen.load_state_dict(state["frozen"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.method.load_state_dict(_to(state["method"], self.device))
 
@@ -237,9 +248,15 @@ class PairTraining:
                 shuffled = gather_rows(self.key(views.key.to(self.device)))
                 k = torch.empty_like(shuffled)
                 k[views.shuffle.to(self.device)] = shuffled
-        half = len(q) // 2
-        first, second = (slot.to(self.device) for slot in views.slots)
-        return DomainBatch(first, q[:half], k[:half]), DomainBatch(second, q[half:], k[half:])
+        frozen: Tensor | None = None
+        if self.frozen:
+            with torch.no_grad():
+                frozen = gather_rows(self.frozen(views.query.to(self.device)))
+        first, second = (
+            DomainBatch(slot.to(self.device), q[rows], k[rows], None if frozen is None else frozen[rows])
+            for slot, rows in zip(views.slots, (slice(len(q) // 2), slice(len(q) // 2, None)), strict=True)
+        )
+        return first, second
 
 
 def train(training: PairTraining, reporter: Reporter) -> None:
@@ -255,6 +272,8 @@ def train(training: PairTraining, reporter: Reporter) -> None:
         features = training.features()
     for epoch in range(first_epoch, training.method.params.epochs):
         began = time.perf_counter()
+        if epoch == training.method.frozen_from:
+            training.freeze()
         figures = training.method.start_epoch(epoch, features)
         try:
             losses = training.train_epoch(epoch)

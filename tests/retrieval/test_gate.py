@@ -1,0 +1,118 @@
+"""Gates: same classes are kept, private ones rejected; UEM's own limits; scores of universal retrieval."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from ucir.clustering import kmeans
+from ucir.losses.universal import product_dissimilarity
+from ucir.merging import unify
+from ucir.retrieval.gate import fit_gate
+from ucir.retrieval.metrics import RetrievalScores, percent, retrieval_scores, universal_scores
+
+CENTRES = normalize(torch.randn(8, 16, generator=torch.Generator().manual_seed(0)), dim=1)
+
+
+def domain(classes: list[int], per_class: int, seed: int, spread: float = 0.05) -> tuple[Tensor, list[str]]:
+    generator = torch.Generator().manual_seed(seed)
+    number = torch.tensor(classes).repeat_interleave(per_class)
+    noise = spread * torch.randn(len(number), 16, generator=generator)
+    return normalize(CENTRES[number] + noise, dim=1), [str(i) for i in number.tolist()]
+
+
+@pytest.mark.parametrize("kind", ["merged", "spread"])
+def test_same_classes_are_kept_and_disjoint_ones_rejected(kind: str) -> None:
+    query, _ = domain([0, 1, 2, 3], 40, seed=1)
+    same, _ = domain([0, 1, 2, 3], 30, seed=2)
+    other = normalize(same + 3 * CENTRES[4], dim=1)  # a narrow cone, elsewhere
+    kept = fit_gate(kind, query, same, 4).scores(query, same)
+    assert float((kept > 0).float().mean()) < 0.05
+    gone = fit_gate(kind, query, other, 4).scores(query, other)
+    assert float((gone > 0).float().mean()) > 0.95
+
+
+def test_uems_rule_merges_disjoint_classes_that_lie_alike() -> None:
+    """What eq. 9 cannot see: after the translation, classes equally far from each other fit any others."""
+    eye = torch.eye(8)
+    structure = unify(eye[:4], eye[4:], eye[:4].mean(dim=0), eye[4:].mean(dim=0))
+    assert structure.merged_K.all()
+
+
+@pytest.mark.parametrize("kind", ["merged", "spread"])
+def test_private_queries_alone_are_rejected(kind: str) -> None:
+    query, labels = domain([0, 1, 2, 3, 4, 5], 40, seed=1)
+    gallery, gallery_labels = domain([0, 1, 2], 40, seed=2)
+    gate = fit_gate(kind, query, gallery, "elbow")
+    scores = retrieval_scores(query, gallery, labels, gallery_labels, (5,))
+    told = universal_scores(scores, labels, gate.scores(query, gallery).numpy())
+    assert told["null_private"] > 90
+    assert told["null_shared"] < 10
+    assert told["null_AUROC"] > 95
+    assert told["mAP_gated_at_All"] <= scores.mean_average_precision
+
+
+def test_the_merged_gates_limit_is_the_widest_pair_of_members() -> None:
+    """App. B.1, eqs. 25 and 26, by brute force."""
+    query, _ = domain([0, 1], 12, seed=1)
+    gallery, _ = domain([0, 1], 9, seed=2)
+    gate = fit_gate("merged", query, gallery, 2)
+    own, other = (
+        kmeans(x, 2, iterations=20, restarts=5, seed=0, max_points=2000).label_N for x in (query, gallery)
+    )
+    for k in range(2):
+        members = query[own == k]
+        partner = max(range(2), key=lambda j: float((members.mean(0) * gallery[other == j].mean(0)).sum()))
+        pairs = [(u, v) for u in members for v in gallery[other == partner]]
+        widest = max(float(product_dissimilarity(u[None], v[None])) for u, v in pairs)
+        assert float(gate.limit_K[k]) == pytest.approx(widest, abs=1e-6)
+    score = gate.scores(query, gallery)
+    nearest = product_dissimilarity(query, gallery).amin(dim=1)
+    assert torch.allclose(score, nearest - gate.limit_K[own], atol=1e-6)
+
+
+def test_degenerate_features_give_a_defined_answer() -> None:
+    point = CENTRES[:1].expand(10, 16).contiguous()
+    query, _ = domain([0, 1], 10, seed=1)
+    for kind in ("merged", "spread"):
+        for a, b in ((point, point), (point, query), (query, point), (query, query)):
+            for k in (1, 2):
+                assert fit_gate(kind, a, b, k).scores(a, b).isfinite().all()
+    assert float((fit_gate("merged", query, query, 2).scores(query, query) > 0).float().mean()) == 0
+
+
+def test_universal_scores_by_hand() -> None:
+    # two queries of a, one of b, two without a counterpart
+    ap = np.array([1.0, 0.5, 0.25, np.nan, np.nan])
+    scores = RetrievalScores({}, ap, np.array([1.0, 0.75, 0.5, np.nan, np.nan]))
+    beyond = np.array([-1.0, 2.0, -3.0, 1.0, -2.0])
+    told = universal_scores(scores, ["a", "a", "b", "c", "d"], beyond)
+    assert told == {
+        "mAP_interpolated_at_All": pytest.approx(75),
+        "mAP_macro_at_All": pytest.approx(50),
+        "mAP_macro_interpolated_at_All": pytest.approx(100 * (0.875 + 0.5) / 2),
+        "mAP_gated_at_All": pytest.approx(100 * 1.25 / 3),
+        "null_shared": pytest.approx(100 / 3),
+        "null_private": pytest.approx(50),
+        "null_accuracy": pytest.approx(60),
+        # of the six pairs (shared, private) three have the private one farther out
+        "null_AUROC": pytest.approx(50),
+    }
+    closed = universal_scores(RetrievalScores({}, ap[:3], ap[:3]), ["a", "a", "b"], beyond[:3])
+    assert set(closed) == {k for k in told if k not in {"null_private", "null_accuracy", "null_AUROC"}}
+    disjoint = universal_scores(RetrievalScores({}, ap[3:], ap[3:]), ["c", "d"], beyond[3:])
+    assert set(disjoint) == {"null_private", "null_accuracy"}
+    assert np.isnan(percent(ap[3:]))
+
+
+def test_interpolated_precision_is_the_best_at_this_rank_or_later() -> None:
+    query = normalize(torch.tensor([[1.0, 0.0]]), dim=1)
+    angles = torch.linspace(0.1, 1.5, 6)
+    gallery = torch.stack([angles.cos(), angles.sin()], dim=1)
+    found = retrieval_scores(query, gallery, ["a"], ["b", "a", "b", "a", "a", "b"], (5,))
+    precision = [1 / 2, 2 / 4, 3 / 5]
+    assert found.ap_Q[0] == pytest.approx(sum(precision) / 3)
+    assert found.interpolated_ap_Q[0] == pytest.approx(3 / 5)

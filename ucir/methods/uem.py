@@ -1,0 +1,237 @@
+"""UEM: Wang, Du & Zhu, Semantic Feature Learning for Universal Unsupervised Cross-Domain Retrieval,
+NeurIPS 2024.
+
+Two phases: in-domain semantic-enhanced learning, then cross-domain semantic-matched learning with a frozen
+copy of the first phase's network. There is no public code. What the paper leaves open, and our choice:
+
+- features: the head's unit output; the bank's rows are normalised after each blend
+- sums over a batch (eqs. 6, 7, 13, 17) beside means (eqs. 11, 14): ``reduction``, means throughout
+- eq. 6's denominator, printed over the batch, in the text over all instances: ``instance_negatives``
+- K-means: of the bank, before each epoch; K by the elbow once, at the start
+- prototypes: cluster means where distances count (eqs. 8, 9, 15, 16), of unit length in the contrasts
+  (eqs. 7, 11, 17), as all methods of the field have them
+- the bank goes on being blended in the second phase; nearest instances are looked up in it
+- learning rate: half a cosine in each phase
+- adversary: gradient reversal; two layers of ``adversary_width``, at ``adversary_lr`` times the rate (DANN)
+- the frozen network runs in evaluation mode, so that nothing in it changes
+- without merging, every prototype of both domains stands by itself; without SN2M the nearest instance by
+  cosine is the only counterpart (the paper's "search leveraged by UCDIR" does not exist)
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any, Literal, Self
+
+import torch
+from pydantic import BeforeValidator, Field, model_validator
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ucir.clustering import Clusters
+from ucir.config import Count, Positive
+from ucir.losses.prototype import bank_discrimination, prototype_contrast
+from ucir.losses.universal import (
+    batch_contrast,
+    domain_confusion,
+    product_dissimilarity,
+    reverse_gradient,
+    semantic_pull,
+    structure_change,
+    switchable_match,
+)
+from ucir.memory import Bank
+from ucir.merging import Structure, centres, unify_domains
+from ucir.methods.base import (
+    ClusteredParams,
+    ClusteringMethod,
+    DomainBatch,
+    Term,
+    Weight,
+    cluster_figures,
+    several,
+)
+from ucir.models.encoder import Encoder
+
+
+class UemParams(ClusteredParams):
+    """``methods.uem.<dataset>``; the paper's run on Office-31 and Office-Home."""
+
+    epochs: Count = 150
+    """Of both phases together."""
+    matching_epochs: Annotated[int, Field(ge=0)]
+    """Of the second phase. A third of the epochs (50 of 150) unless given."""
+    clusters: Annotated[tuple[int, ...] | Literal["elbow", "silhouette"], BeforeValidator(several)] = "elbow"
+    """K, unknown to UEM: chosen for each domain by itself; or one number."""
+    temperature: Positive = 0.07
+    bank_momentum: Annotated[float, Field(ge=0, le=1)] = 0.99
+    """beta of the bank."""
+    instance_negatives: Literal["batch", "bank"] = "batch"
+    reduction: Literal["mean", "sum"] = "mean"
+    merging: bool = True
+    semantic_weight: Weight = 1.0
+    """Of the semantic-enhanced loss."""
+    structure_weight: Weight = 1.0
+    """Of the semantic-preserving regulariser; 0 leaves plain DANN."""
+    adversary_weight: Weight = 1.0
+    """Strength of the reversed gradient."""
+    adversary_width: Count = 256
+    adversary_lr: Positive = 10.0
+    matching: Literal["switchable", "nearest"] = "switchable"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _a_third(cls, given: Any) -> Any:
+        epochs = given.get("epochs", cls.model_fields["epochs"].default) if isinstance(given, dict) else None
+        return {"matching_epochs": epochs // 3, **given} if isinstance(epochs, int) else given
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.matching_epochs >= self.epochs:
+            raise ValueError(
+                f"matching_epochs {self.matching_epochs} leaves no epoch of {self.epochs} to the first phase"
+            )
+        if not isinstance(self.clusters, str) and len(self.clusters) > 1:
+            raise ValueError("clusters: UEM merges one set of prototypes with another; give one number")
+        return self
+
+
+class Uem(ClusteringMethod[UemParams]):
+    """First INCE + alpha (PNCE + SEL), then adversary + SPR + SN2M, all for both domains."""
+
+    params_type = UemParams
+    also_runs = ("merging",)
+    gate = "merged"
+
+    def __init__(self, params: UemParams, seed: int) -> None:
+        super().__init__(params, seed)
+        self.border = params.epochs - params.matching_epochs
+        self.discriminator: nn.Sequential | None = None
+        self.centres: list[Tensor] = []
+        self.labels: list[Tensor] = []
+        self.structures: tuple[Structure, Structure] | None = None
+
+    @property
+    def frozen_from(self) -> int:
+        """The second phase's first epoch."""
+        return self.border
+
+    def start_epoch(self, epoch: int, features: tuple[Tensor, Tensor]) -> dict[str, float]:
+        banks = (self.banks[0].features_ND, self.banks[1].features_ND)
+        found = self.cluster(banks)
+        one: tuple[Clusters, Clusters] = (found[0][0], found[1][0])
+        both = [centres(x, c) for x, c in zip(banks, one, strict=True)]
+        self.centres = [centre_KD for centre_KD, _ in both]
+        self.labels = [label_N for _, label_N in both]
+        self.structures = unify_domains(banks, one, self.params.merging)
+        told = cluster_figures(found)
+        told["prototypes/merged"] = float(self.structures[0].merged_K.sum())
+        if epoch < self.border:
+            told["train/alpha"] = self.alpha(epoch)
+        return told
+
+    def alpha(self, epoch: int) -> float:
+        """1 / (1 + exp(E / 2 - e)) with E the first phase's epochs: eq. 10."""
+        away = self.border / 2 - epoch
+        return 1 / (1 + math.exp(away)) if away < 700 else 0.0
+
+    def losses(self, epoch: int, batch: tuple[DomainBatch, DomainBatch]) -> dict[str, Term]:
+        if epoch < self.border:
+            return self._semantic(epoch, batch)
+        return self._matched(batch)
+
+    def after_step(self, batch: tuple[DomainBatch, DomainBatch]) -> None:
+        for bank, part in zip(self.banks, batch, strict=True):
+            bank.blend(part.slot_B, part.q_BD, self.params.bank_momentum)
+
+    def _semantic(self, epoch: int, batch: tuple[DomainBatch, DomainBatch]) -> dict[str, Term]:
+        p = self.params
+        assert self.structures is not None
+        alpha, terms = self.alpha(epoch), {}
+        for number, (side, bank, part) in enumerate(zip("ab", self.banks, batch, strict=True)):
+            q_BD, prototype_CD = part.q_BD, F.normalize(self.structures[number].prototype_CD, dim=1)
+            count = len(q_BD) if p.reduction == "sum" else 1
+            if p.instance_negatives == "batch":
+                instance = batch_contrast(q_BD, bank.features_ND[part.slot_B], p.temperature)
+            else:
+                instance = bank_discrimination(q_BD, part.slot_B, bank.features_ND, p.temperature)
+            terms[f"instance_{side}"] = Term(count, instance)
+            label_B = self.labels[number][part.slot_B]
+            contrast = prototype_contrast(q_BD, label_B, prototype_CD, p.temperature)
+            terms[f"prototype_{side}"] = Term(count * alpha, contrast)
+            if p.semantic_weight > 0:
+                pull = semantic_pull(q_BD, prototype_CD, p.temperature)
+                terms[f"semantic_{side}"] = Term(alpha * p.semantic_weight, pull)
+        return terms
+
+    def _matched(self, batch: tuple[DomainBatch, DomainBatch]) -> dict[str, Term]:
+        p = self.params
+        assert self.discriminator is not None
+        count = len(batch[0].q_BD) if p.reduction == "sum" else 1
+        terms = {}
+        if p.adversary_weight > 0:
+            reversed_q = [reverse_gradient(part.q_BD, p.adversary_weight) for part in batch]
+            first, second = (self.discriminator(q_BD)[:, 0] for q_BD in reversed_q)
+            both = 2 * count if p.reduction == "sum" else 1
+            terms["adversary"] = Term(both, domain_confusion(first, second))
+        for number, (side, part) in enumerate(zip("ab", batch, strict=True)):
+            if p.structure_weight > 0:
+                assert part.frozen_BD is not None
+                kept = structure_change(part.q_BD, part.frozen_BD)
+                terms[f"structure_{side}"] = Term(p.structure_weight, kept)
+            terms[f"matching_{side}"] = Term(count, self._match(part.q_BD, number, self.banks[1 - number]))
+        return terms
+
+    def _match(self, q_BD: Tensor, own: int, other_bank: Bank) -> Tensor:
+        """Eqs. 15 to 17 for a batch of domain ``own``."""
+        p = self.params
+        assert self.structures is not None
+        bank_ND, other = other_bank.features_ND, self.structures[1 - own]
+        if p.matching == "nearest":
+            near_B = (q_BD.detach() @ bank_ND.T).argmax(dim=1)
+            return bank_discrimination(q_BD, near_B, bank_ND, p.temperature)
+        fixed_BD = q_BD.detach()
+        target_B = other.other_L[product_dissimilarity(fixed_BD, self.centres[own]).argmin(dim=1)]
+        near_B = product_dissimilarity(fixed_BD, bank_ND).argmin(dim=1)
+        near_prototype_B = product_dissimilarity(bank_ND[near_B], other.prototype_CD).argmin(dim=1)
+        return switchable_match(
+            q_BD,
+            target_B,
+            near_B,
+            near_prototype_B == target_B,
+            F.normalize(other.prototype_CD, dim=1),
+            bank_ND,
+            p.temperature,
+        )
+
+    def optimizer(self, encoder: Encoder) -> torch.optim.Optimizer:
+        """SGD over the encoder and the domain classifier, which every worker trains alike."""
+        p = self.params
+        last = encoder.head[-1]
+        assert isinstance(last, nn.Linear)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            width = p.adversary_width
+            layers = nn.Linear(last.out_features, width), nn.ReLU(), nn.Linear(width, 1)
+            self.discriminator = nn.Sequential(*layers).to(last.weight.device)
+        groups: list[dict[str, Any]] = [
+            {"params": list(encoder.parameters())},
+            {"params": list(self.discriminator.parameters()), "lr_scale": p.adversary_lr},
+        ]
+        return torch.optim.SGD(groups, p.lr, momentum=p.momentum, weight_decay=p.weight_decay)
+
+    def lr_at(self, epoch: int, steps: int) -> float:
+        """Half a cosine from ``lr`` to 0 in each phase."""
+        done = epoch / self.border
+        if epoch >= self.border:
+            done = (epoch - self.border) / self.params.matching_epochs
+        return self.params.lr * 0.5 * (1 + math.cos(math.pi * done))
+
+    def state_dict(self) -> dict[str, Any]:
+        assert self.discriminator is not None
+        return {**super().state_dict(), "discriminator": self.discriminator.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        assert self.discriminator is not None
+        self.discriminator.load_state_dict(state["discriminator"])

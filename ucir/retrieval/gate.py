@@ -1,0 +1,87 @@
+"""Gates: is there anything in the gallery like this query? Fitted without labels, apart from any ranking.
+
+``spread``  of methods without an answer of their own, as UEM compares them (NeurIPS 2024, App. B.2): a query
+            is rejected if its nearest gallery image is farther than its own cluster is wide. Distances are
+            1 - cosine; the paper leaves the exact rule open.
+``merged``  of UEM (App. B.1): a query is rejected if its nearest prototype found no partner in the gallery's
+            domain, or if its nearest gallery image is farther than two members of the merged pair can be.
+            Distances are (1 - cosine) x Euclid.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ucir.clustering import choose_clusters, kmeans
+from ucir.losses.universal import product_dissimilarity
+from ucir.merging import centres, unify_domains
+
+CHUNK = 1024
+FARTHEST = 4.0
+"""No two unit features are farther apart: 2 x 2."""
+
+
+@dataclass(frozen=True)
+class Gate:
+    """What is kept of the query's domain: where its clusters are, and how far their counterparts may be."""
+
+    kind: str
+    centre_KD: Tensor
+    limit_K: Tensor
+    """Distance up to which a query of the cluster is accepted; -4 where none is, so that scores rank last."""
+
+    def scores(self, query_QD: Tensor, gallery_GD: Tensor) -> Tensor:
+        """How far a query lies beyond its limit, (Q,): rejected above 0.
+
+        Args:
+            query_QD, gallery_GD: unit features.
+        """
+        parts = []
+        for part_BD in torch.split(query_QD, CHUNK):
+            nearest_B = _distances(self.kind, part_BD, gallery_GD).amin(dim=1)
+            cluster_B = torch.cdist(part_BD, self.centre_KD).argmin(dim=1)
+            parts.append(nearest_B - self.limit_K[cluster_B])
+        return torch.cat(parts)
+
+
+def fit_gate(
+    kind: str, query_QD: Tensor, gallery_GD: Tensor, clusters: int | str = "elbow", seed: int = 0
+) -> Gate:
+    """Learn a gate from the features of both domains.
+
+    Args:
+        kind: ``spread`` or ``merged``.
+        query_QD, gallery_GD: unit features of the query's domain and of the gallery.
+        clusters: of each domain, at most as many as images; or how to choose them, see
+            :func:`ucir.clustering.choose_clusters`.
+        seed: of K-means.
+    """
+    found = []
+    for x in (query_QD, gallery_GD):
+        k = choose_clusters(x, clusters, seed) if isinstance(clusters, str) else min(clusters, len(x))
+        found.append(kmeans(x, k, iterations=20, restarts=5, seed=seed, max_points=2000))
+    centre_KD, label_Q = centres(query_QD, found[0])
+    limits = query_QD.new_full((len(centre_KD),), -FARTHEST)
+    if kind == "spread":
+        for k in range(len(centre_KD)):
+            own = query_QD[label_Q == k]
+            limits[k] = _largest(kind, own, own)
+        return Gate(kind, centre_KD, limits)
+    own_structure, other_structure = unify_domains((query_QD, gallery_GD), (found[0], found[1]))
+    _, label_G = centres(gallery_GD, found[1])
+    # a merged prototype of the gallery's structure is that of the query's cluster which it merged with
+    for k in own_structure.merged_K.nonzero().flatten().tolist():
+        partner = int(other_structure.other_L[k])
+        limits[k] = _largest(kind, query_QD[label_Q == k], gallery_GD[label_G == partner])
+    return Gate(kind, centre_KD, limits)
+
+
+def _distances(kind: str, x_BD: Tensor, y_ND: Tensor) -> Tensor:
+    return 1 - x_BD @ y_ND.T if kind == "spread" else product_dissimilarity(x_BD, y_ND)
+
+
+def _largest(kind: str, x_BD: Tensor, y_ND: Tensor) -> float:
+    return max(float(_distances(kind, part, y_ND).max()) for part in torch.split(x_BD, CHUNK))
