@@ -33,6 +33,7 @@ def kmeans(
     seed: int,
     max_points: int,
     spherical: bool = False,
+    initial_KD: Tensor | None = None,
 ) -> Clusters:
     """K-means with Euclidean distance on faiss, as the official code runs it (UCDIR ``run_kmeans``).
 
@@ -46,6 +47,7 @@ def kmeans(
         seed: of the initial centroids; equal seeds give equal clusters.
         max_points: iterate on a subsample of at most this many points per centroid.
         spherical: normalise the centroids in each iteration, as PCS does.
+        initial_KD: where to begin, instead of at features drawn by ``seed``.
 
     Raises:
         UserError: more clusters than features.
@@ -62,6 +64,9 @@ def kmeans(
         clustering.spherical = spherical
         clustering.max_points_per_centroid = max_points
         clustering.min_points_per_centroid = 1
+        if initial_KD is not None:
+            given = np.ascontiguousarray(initial_KD.float().cpu().numpy())
+            faiss.copy_array_to_vector(given.ravel(), clustering.centroids)
         index = faiss.IndexFlatL2(points.shape[1])
         clustering.train(points, index)
         _, label = index.search(points, 1)

@@ -16,7 +16,13 @@ from ucir.losses.assignment import distance_of_distance, self_entropy
 from ucir.losses.cluster import cluster_contrast, confident, mean_of_kept
 from ucir.losses.instance import instance_contrast
 from ucir.losses.matched import matched_distance, soft_assignment, soft_centroids
-from ucir.losses.prototype import bank_discrimination, neighbour_entropy, prototype_contrast
+from ucir.losses.prototype import (
+    bank_discrimination,
+    classifier_gap,
+    neighbour_entropy,
+    prototype_contrast,
+    self_matching,
+)
 from ucir.losses.transported import against_unmatched
 
 B, N, D = 5, 9, 4
@@ -117,6 +123,37 @@ def test_cluster_contrast_with_its_filter(case: Case) -> None:
         return mean_of_kept(value_B, confident(k, own, centroid, t, 0.2)) * (1 + 1e-8 / B)
 
     agree(fast, slow)
+
+
+def test_self_matching(case: Case) -> None:
+    """CoDA's in-domain term."""
+    _, centroid, _, t = case
+    rows = unit(N, D, seed=2)[SLOT]
+
+    def slow(q: Tensor) -> Tensor:
+        values = []
+        for i in range(B):
+            target = [log.exp() for log in log_softmax([dot(rows[i], c) / t for c in centroid])]
+            logs = log_softmax([dot(q[i], c) for c in centroid])
+            values.append(-sum((p * log for p, log in zip(target, logs, strict=True)), torch.zeros(())))
+        return mean(values)
+
+    agree(lambda q: self_matching(q, rows, centroid, t), slow)
+
+
+def test_classifier_gap() -> None:
+    """CoDA's cross-domain term."""
+    own, other = 3 * unit(4, D, seed=3), unit(4, D, seed=4)
+
+    def slow(q: Tensor) -> Tensor:
+        return mean(
+            [
+                sum((abs(dot(x, a) - dot(x, b)) for a, b in zip(own, other, strict=True)), torch.zeros(()))
+                for x in q
+            ]
+        )
+
+    agree(lambda q: classifier_gap(q, own, other), slow)
 
 
 def test_self_entropy(case: Case) -> None:

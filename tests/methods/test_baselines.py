@@ -16,6 +16,7 @@ from ucir.losses.instance import instance_contrast
 from ucir.losses.prototype import bank_discrimination, neighbour_entropy, prototype_contrast
 from ucir.methods import METHODS, VARIANTS
 from ucir.methods.base import DomainBatch, Method
+from ucir.methods.coda import Coda, CodaParams
 from ucir.models.encoder import new_encoder
 
 N, D, B = 40, 8, 6
@@ -28,6 +29,8 @@ def features(seed: int, count: int = N) -> Tensor:
 def make(name: str, **changes: Any) -> Method[Any]:
     kind = METHODS[name]
     params = {"epochs": 10, **changes, **VARIANTS.get(name, ("", {}))[1]}
+    if name == "coda":
+        params.setdefault("clusters", [4, 8])
     if "clusters" in kind.params_type.model_fields:
         params.setdefault("clusters", 4)
     method = kind(kind.params_type(**params), seed=0)
@@ -60,6 +63,7 @@ CW = {"cluster_a", "cluster_b"}
         ("protonce", IW, IW | {"prototype_a", "prototype_b"}),
         ("cds", IW | {"matching_a", "matching_b"}, IW | {"matching_a", "matching_b"}),
         ("pcs", {"prototype_a", "prototype_b", "matching_a", "matching_b"}, None),
+        ("coda", {f"{n}_{s}" for n in ("self_matching", "alignment") for s in "ab"}, None),
         ("ucdir-v1", IW, IW),
         ("ucdir-v2", IW, IW | CW),
         ("ucdir-v3", IW, IW | CW | {"self_entropy"}),
@@ -100,6 +104,32 @@ def test_the_published_constants() -> None:
     )
     variant = defaults("ucdir-ot")
     assert (variant["entropy_weight"], variant["distance_weight"]) == (0.01, 0.1)
+
+
+def test_codas_constants_and_where_its_classifiers_begin() -> None:
+    published = CodaParams()
+    assert (published.lr, published.epochs, published.batch_size, published.bank_momentum) == (
+        0.003,
+        20,
+        16,
+        0.95,
+    )
+    assert (published.clusters, published.alignment_weight) == ((100, 200, 300, 400), 0.01)
+    method = make("coda")
+    assert isinstance(method, Coda)
+    x = features(0), features(1, N - 5)
+    options: dict[str, Any] = {"iterations": 20, "restarts": 1, "seed": 0, "max_points": 2000}
+    common = kmeans(torch.cat(x), 8, **options).centroid_KD
+    for own, domain in zip(method.classifiers, x, strict=True):
+        expected = kmeans(domain, 8, **options, initial_KD=common).centroid_KD
+        assert torch.equal(own[1], expected)  # type: ignore[index]
+    # from the same beginning, and no iteration, both domains' would be equal: they name the same things
+    still = [kmeans(d, 8, **{**options, "iterations": 0}, initial_KD=common).centroid_KD for d in x]
+    assert torch.allclose(still[0], still[1], atol=1e-6)
+    encoder = new_encoder(EncoderParams(backbone="convnet", width=4, feature_dim=8), 0)
+    groups = method.optimizer(encoder).param_groups
+    assert groups[1]["lr_scale"] * method.lr_at(5, 0) == pytest.approx(1e-4)
+    assert [group["weight_decay"] for group in groups] == [1e-5, 0]
 
 
 def test_id_and_cds_values() -> None:

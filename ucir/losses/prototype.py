@@ -43,6 +43,34 @@ def bank_discrimination(q_BD: Tensor, slot_B: Tensor, bank_ND: Tensor, temperatu
     return F.cross_entropy(full_precision(q_BD) @ bank_ND.T / temperature, slot_B)
 
 
+def self_matching(q_BD: Tensor, row_BD: Tensor, weight_KD: Tensor, sharpening: float) -> Tensor:
+    """Cross-entropy of an image's outputs against the sharpened outputs of its bank row: CoDA's ISS.
+
+    Mean over i of -sum_k softmax_k(w_k v_i / t) log softmax_k(w_k q_i), as the release's
+    ``trainer_coda.py``; v, the target, is constant.
+
+    Args:
+        q_BD: unit features, with gradient.
+        row_BD: v, the images' rows of the bank.
+        weight_KD: of a linear classifier, with gradient.
+        sharpening: t > 0.
+    """
+    with torch.no_grad():
+        target_BK = torch.softmax(row_BD @ weight_KD.T / sharpening, dim=1)
+    return F.cross_entropy(full_precision(q_BD) @ weight_KD.T, target_BK)
+
+
+def classifier_gap(q_BD: Tensor, own_KD: Tensor, other_KD: Tensor) -> Tensor:
+    """Mean over i of sum_k | w_k q_i - w'_k q_i |: CoDA's CCA, of raw outputs as released.
+
+    Args:
+        q_BD: unit features, with gradient.
+        own_KD, other_KD: weights of the two domains' classifiers, with gradient.
+    """
+    q = full_precision(q_BD)
+    return (q @ own_KD.T - q @ other_KD.T).abs().sum(dim=1).mean()
+
+
 def neighbour_entropy(q_BD: Tensor, other_ND: Tensor, temperature: float, nearest: int) -> Tensor:
     """Entropy of softmax(q_i v / T) over the ``nearest`` most similar rows of the other domain's bank.
 

@@ -1,0 +1,113 @@
+"""CoDA: Wang et al., Correspondence-free Domain Alignment for Unsupervised Cross-domain Image Retrieval,
+AAAI 2023. Constants of the official code; UEM compares with it.
+
+Linear classifiers of several sizes for each domain, which begin as cluster centres: in-domain self-matching
+makes an image's output that of its bank row, cross-domain classifier alignment makes the two domains'
+classifiers say the same of it.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import torch
+from pydantic import BeforeValidator, Field
+from torch import Tensor, nn
+
+from ucir.clustering import kmeans
+from ucir.config import Positive, Share
+from ucir.losses.prototype import classifier_gap, self_matching
+from ucir.methods.base import DomainBatch, Term, Weight, several
+from ucir.methods.baselines import SingleEncoder, SingleEncoderParams
+from ucir.models.encoder import Encoder
+
+
+class CodaParams(SingleEncoderParams):
+    """``methods.coda.<dataset>``."""
+
+    epochs: Annotated[int, Field(ge=1)] = 20
+    batch_size: Annotated[int, Field(ge=2)] = 16
+    lr: Positive = 0.003
+    weight_decay: Weight = 1e-5
+    bank_momentum: Share = 0.95
+    clusters: Annotated[tuple[int, ...], BeforeValidator(several)] = (100, 200, 300, 400)
+    """Outputs of each domain's classifiers, whose terms are averaged."""
+    classifier_lr: Positive = 1e-4
+    sharpening: Positive = 0.01
+    """Temperature of the bank rows' outputs, the targets of self-matching."""
+    alignment_weight: Weight = 0.01
+    """Of the gap between the two domains' classifiers."""
+
+    @property
+    def most_clusters(self) -> int:
+        return max(self.clusters)
+
+
+class Coda(SingleEncoder[CodaParams]):
+    """L = sum over domains of mean over sizes of (self-matching + 0.01 gap)."""
+
+    params_type = CodaParams
+    classifiers: nn.ModuleList
+    """First the one domain's weights, then the other's; each a ParameterList of (K, D)."""
+
+    def start(self, features: tuple[Tensor, Tensor]) -> None:
+        """The classifiers begin at centres that K-means of a domain finds from those of both."""
+        super().start(features)
+        both_ND = torch.cat(features)
+        for number, k in enumerate(self.params.clusters):
+            common_KD = self._centres(both_ND, k, None)
+            for own, x_ND in zip(self.classifiers, features, strict=True):
+                assert isinstance(own, nn.ParameterList)
+                own[number].data.copy_(self._centres(x_ND, k, common_KD))
+
+    def _centres(self, x_ND: Tensor, k: int, initial_KD: Tensor | None) -> Tensor:
+        found = kmeans(
+            x_ND, k, iterations=20, restarts=1, seed=self.seed, max_points=2000, initial_KD=initial_KD
+        )
+        return found.centroid_KD
+
+    def losses(self, epoch: int, batch: tuple[DomainBatch, DomainBatch]) -> dict[str, Term]:
+        p = self.params
+        first, second = self.classifiers
+        assert isinstance(first, nn.ParameterList)
+        assert isinstance(second, nn.ParameterList)
+        terms = {}
+        sides = zip("ab", self.banks, batch, ((first, second), (second, first)), strict=True)
+        for side, bank, part, (own, other) in sides:
+            row_BD = bank.features_ND[part.slot_B]
+            matched = [self_matching(part.q_BD, row_BD, w_KD, p.sharpening) for w_KD in own]
+            terms[f"self_matching_{side}"] = Term(1.0, torch.stack(matched).mean())
+            if p.alignment_weight > 0:
+                gaps = [classifier_gap(part.q_BD, *pair) for pair in zip(own, other, strict=True)]
+                terms[f"alignment_{side}"] = Term(p.alignment_weight, torch.stack(gaps).mean())
+        return terms
+
+    def optimizer(self, encoder: Encoder) -> torch.optim.Optimizer:
+        """SGD over the encoder, and without weight decay over the classifiers."""
+        p = self.params
+        last = encoder.head[-1]
+        assert isinstance(last, nn.Linear)
+        empty = last.weight.detach().new_zeros
+        self.classifiers = nn.ModuleList(
+            nn.ParameterList(nn.Parameter(empty(k, last.out_features)) for k in p.clusters) for _ in "ab"
+        )
+        groups: list[dict[str, Any]] = [
+            {"params": list(encoder.parameters())},
+            {
+                "params": list(self.classifiers.parameters()),
+                "lr_scale": p.classifier_lr / p.lr,
+                "weight_decay": 0.0,
+            },
+        ]
+        return torch.optim.SGD(groups, p.lr, momentum=p.momentum, weight_decay=p.weight_decay)
+
+    def lr_at(self, epoch: int, steps: int) -> float:
+        """Constant."""
+        return self.params.lr
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "classifiers": self.classifiers.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.classifiers.load_state_dict(state["classifiers"])
