@@ -86,13 +86,18 @@ def test_a_plan_counts_shared_runs_once_and_says_what_is_not_built(
     assert "UCDIR Table 1: office_home, closed: 5 methods x 6 trainings x 3 seeds = 90 runs" in told
     assert "UEM Table 8: office_home, open: 8 methods x 12 trainings x 3 seeds = 288 runs" in told
     assert "    ucdir              18 runs, 0 done\n" in told
-    assert "    coda               18 runs, not built yet\n" in told
+    assert "    dgdir              18 runs, not built yet\n" in told
     # UCDIR's 6 pairs of Office-Home, closed, stand in UCDIR's Table 1 and UEM's Table 5
     identities = {plan._identity(t) for t in study.planned}
     assert f"in all: {len(identities)} different runs" in told
     one = ("office_home", "closed", "ucdir")
     closed = [t for t in study.planned if (t.dataset, t.setting, t.method) == one]
     assert len(closed) == 2 * len({plan._identity(t) for t in closed}) == 36
+    # partial from A to B trains on the same pictures as open from B to A: UEM's Tables 2 and 8
+    uem = [t for t in study.planned if (t.dataset, t.method) == ("office_home", "uem")]
+    halves = [t for t in uem if t.setting != "closed"]
+    assert len({plan._identity(t) for t in halves}) == 12 * 3
+    assert len(halves) == 12 * 3 * 3  # Table 4 names those of Table 8 again
     # of 200 epochs each: the larger domain's steps of a second, and both domains' images
     sizes = {"Art": 2427, "Clipart": 4365, "Product": 4439, "Real": 4357}
     pairs = [pair.split("-") for pair in shipped.datasets["office_home"].pairs]

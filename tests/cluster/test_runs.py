@@ -12,7 +12,7 @@ from mlflow import MlflowClient
 
 from ucir.cluster.launch import train_all
 from ucir.cluster.plan import describe
-from ucir.cluster.runs import Run, materialise, plan_runs
+from ucir.cluster.runs import Run, materialise, open_pair, plan_runs
 from ucir.config import ClusterParams, load_params
 from ucir.devices import choose_device
 from ucir.errors import UserError
@@ -85,6 +85,22 @@ def test_a_pair_is_one_run_whichever_domain_comes_first(prepared: Path) -> None:
         return plan_runs(load_params(), "shapes", "closed", "ucdir", (pair,))[0].key
 
     assert key("photo-art") == key("art-photo") != key("art-real-life")
+
+
+def test_partial_and_open_share_their_trainings(prepared: Path) -> None:
+    partial, opened = (
+        {run.pair: run for run in plan_runs(load_params(), "shapes", setting, "ucdir", ("art-photo",))}
+        for setting in ("partial", "open")
+    )
+    assert partial.keys() == opened.keys() == {("art", "photo"), ("photo", "art")}
+    for pair, run in partial.items():
+        other = opened[pair[::-1]]
+        assert run.folder == other.folder
+        assert run.directions == [pair]
+        assert other.directions == [pair[::-1]]
+        for one, two in zip(open_pair(run), open_pair(other), strict=True):
+            assert (one.name, one.row_N.tolist()) == (two.name, two.row_N.tolist())
+    assert len({run.key for run in [*partial.values(), *opened.values()]}) == 2
 
 
 def test_a_run_belongs_to_one_process_at_a_time(prepared: Path, store: str) -> None:

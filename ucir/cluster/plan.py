@@ -14,7 +14,7 @@ import torch
 from ucir.cluster.runs import Run, plan_runs
 from ucir.config import ONE_PART, DatasetParams, Params
 from ucir.data.pack import DomainImages, read_info
-from ucir.data.splits import both_ways, label_spaces, trainings
+from ucir.data.splits import both_ways, label_spaces, training_order, trainings
 from ucir.devices import choose_device
 from ucir.errors import UserError
 from ucir.methods import METHODS, method_params
@@ -235,8 +235,11 @@ def describe(runs: list[Run], params: Params) -> str:
 
 
 def _identity(t: PlannedTraining | Run) -> tuple[object, ...]:
-    """A training serves every part that names it, and in closed both orders of its pair."""
-    return (t.dataset, t.setting, t.method, frozenset(t.pair) if both_ways(t.setting) else t.pair, t.seed)
+    """A training serves every part that names it, both orders of its pair where label spaces are the same,
+    and else ``partial`` and ``open``."""
+    if both_ways(t.setting):
+        return (t.dataset, t.setting, t.method, frozenset(t.pair), t.seed)
+    return (t.dataset, t.method, t.pair[:: training_order(t.setting)], t.seed)
 
 
 def _domains(block: DatasetParams, dataset: str) -> list[str]:

@@ -27,8 +27,8 @@ import numpy as np
 
 import ucir
 from ucir.config import EncoderParams, Params, ViewParams
-from ucir.data.pack import PackInfo, open_domain, read_index, read_info
-from ucir.data.splits import LabelSpaces, both_ways, directions, label_spaces, trainings
+from ucir.data.pack import Picture, open_domain, read_index, read_info
+from ucir.data.splits import LabelSpaces, both_ways, directions, label_spaces, training_order, trainings
 from ucir.errors import UserError, nearest
 from ucir.methods import METHODS, method_params
 from ucir.methods.base import MethodParams
@@ -74,6 +74,15 @@ class Run:
     @property
     def done(self) -> bool:
         return (self.folder / "done.json").exists()
+
+    @property
+    def trained(self) -> list[tuple[str, list[Picture]]]:
+        """The two domains in the order that training has them, each with the pictures that take part."""
+        found = [
+            (domain, self.spaces.trained(read_index(self.pack, domain), role))
+            for role, domain in enumerate(self.pair)
+        ]
+        return found[:: training_order(self.setting)]
 
     @property
     def directions(self) -> list[tuple[str, str]]:
@@ -136,7 +145,6 @@ def plan_runs(
     load_encoder(new_encoder(block.start.encoder, 0), start)
     check_writable(RUNS)
     shared = {
-        "setting": setting,
         "method": method,
         "params": wanted.model_dump(mode="json"),
         "view": block.view.model_dump(mode="json"),
@@ -155,8 +163,12 @@ def plan_runs(
         counts = (first, second)
         _check_sizes(wanted, pair, counts)
         for seed in params.study.seeds if seeds is None else seeds:
-            key = _run_key(shared, pair, seed, info, spaces)
-            slug = f"{dataset}-{setting}-{method}-{'-'.join(pair)}-s{seed}-{key}"
+            trained = dict(zip(pair, (spaces.query, spaces.gallery), strict=True))
+            order = pair[:: training_order(setting)]
+            data = [(domain, info.fingerprints[domain], trained[domain]) for domain in order]
+            own = {"seed": seed, "data": data, "tail": [spaces.tail, spaces.ratio]}
+            key = hashlib.sha256(json.dumps({**shared, **own}, sort_keys=True).encode()).hexdigest()[:12]
+            slug = f"{dataset}-{method}-{'-'.join(order)}-s{seed}-{key}"
             runs.append(
                 Run(
                     dataset,
@@ -234,22 +246,19 @@ class RunReporter:
             (self.run.folder / "fault.json").write_text(text + "\n", encoding="utf-8")
 
     def _scores(self, report: EpochReport) -> dict[str, float]:
-        """P@K and mAP, mean of the directions: a curve to look at, and the choice of the best epoch.
+        """P@K and mAP, mean of both directions: a curve to look at, and the choice of the best epoch.
 
         Nothing for pictures without labels.
         """
         run = self.run
         if self.labels is None:
-            self.labels = {
-                domain: [p.label for p in run.spaces.trained(read_index(run.pack, domain), role)]
-                for role, domain in enumerate(run.pair)
-            }
+            self.labels = {domain: [p.label for p in index] for domain, index in run.trained}
         if not all(any(labels) for labels in self.labels.values()):
             return {}
-        features = dict(zip(run.pair, report.features, strict=True))
+        features = dict(zip(self.labels, report.features, strict=True))
         scores = [
             retrieval_scores(features[q], features[g], self.labels[q], self.labels[g], run.cutoffs).named()
-            for q, g in run.directions
+            for q, g in (run.pair, run.pair[::-1])
         ]
         return {f"val/{name}": float(np.mean([s[name] for s in scores])) for name in scores[0]}
 
@@ -264,21 +273,23 @@ def _plain(value: Any) -> Any:
 
 
 def materialise(run: Run, out: Path) -> None:
-    """Copy what later stages need of a finished run from its folder to ``out/<slug>/``."""
+    """Copy what later stages need of a finished run from its folder to ``out/<slug>/``.
+
+    ``run.json`` is its ``done.json`` with the setting and the pair that it is scored in here.
+    """
     target = out / run.slug
     target.mkdir(parents=True, exist_ok=True)
     for name in ("last.pt", "best.pt"):
         if (run.folder / name).exists():  # without labels there is no best epoch
             shutil.copyfile(run.folder / name, target / name)
-    shutil.copyfile(run.folder / "done.json", target / "run.json")
+    done = json.loads((run.folder / "done.json").read_text("utf-8"))
+    told = {**done, **run.tags(), "label_spaces": asdict(run.spaces)}
+    (target / "run.json").write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
 
 
 def open_pair(run: Run) -> tuple[Any, Any]:
     """What training sees of the run's two domains."""
-    first, second = (
-        open_domain(run.pack, domain, run.spaces.trained(read_index(run.pack, domain), role))
-        for role, domain in enumerate(run.pair)
-    )
+    first, second = (open_domain(run.pack, domain, index) for domain, index in run.trained)
     return first, second
 
 
@@ -295,16 +306,6 @@ def _check_sizes(params: MethodParams, pair: tuple[str, str], counts: tuple[int,
             f"batch_size = {params.batch_size} exceeds the {larger} images of the larger domain of "
             f"{'-'.join(pair)}: set a smaller batch_size in params.yaml"
         )
-
-
-def _run_key(
-    shared: dict[str, Any], pair: tuple[str, str], seed: int, info: PackInfo, spaces: LabelSpaces
-) -> str:
-    """Hash of all that a run's result depends on: what its plan shares, and what is its own."""
-    data = [info.fingerprints[domain] for domain in pair]
-    own = {"pair": pair, "seed": seed, "data": data, "spaces": asdict(spaces)}
-    text = json.dumps({**shared, **own}, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def code_files(method: str) -> list[Path]:

@@ -11,7 +11,8 @@ The first three are UEM's (NeurIPS 2024, section 4), the last is for ProtoOT's c
 Half is C // 2 of the data set's C classes. The drawn classes are those whose SHA-256 of ``<seed>/<class>``
 comes first, the same for all pairs, methods and seeds, so that they can be compared; UEM does not publish
 its draw. The same order is that of the class sizes, largest first. In ``partial`` and ``open`` the two
-directions of a pair are two trainings: other pictures are left.
+directions of a pair are two trainings: other pictures are left. One of ``partial`` is one of ``open`` with
+query and gallery exchanged.
 """
 
 from __future__ import annotations
@@ -140,6 +141,14 @@ def trainings(setting: str, pairs: Iterable[str], domains: list[str]) -> list[tu
 def directions(setting: str, pair: tuple[str, str]) -> list[tuple[str, str]]:
     """(query, gallery) that a training of this pair is scored in."""
     return [pair, pair[::-1]] if both_ways(setting) else [pair]
+
+
+def training_order(setting: str) -> int:
+    """1: query and gallery enter training in this order; -1: the other way round.
+
+    So ``partial`` from A to B and ``open`` from B to A, whose pictures are the same, are one training.
+    """
+    return -1 if setting == "partial" else 1
 
 
 def _drawn(seed: int, label: str) -> str:
