@@ -86,7 +86,7 @@ def test_a_plan_counts_shared_runs_once_and_says_what_is_not_built(
     assert "UCDIR Table 1: office_home, closed: 5 methods x 6 trainings x 3 seeds = 90 runs" in told
     assert "UEM Table 8: office_home, open: 8 methods x 12 trainings x 3 seeds = 288 runs" in told
     assert "    ucdir              18 runs, 0 done\n" in told
-    assert "    dgdir              18 runs, not built yet\n" in told
+    assert "    darl               18 runs, not built yet\n" in told
     # UCDIR's 6 pairs of Office-Home, closed, stand in UCDIR's Table 1 and UEM's Table 5
     identities = {plan._identity(t) for t in study.planned}
     assert f"in all: {len(identities)} different runs" in told

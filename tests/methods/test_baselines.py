@@ -15,8 +15,9 @@ from ucir.config import EncoderParams
 from ucir.losses.instance import instance_contrast
 from ucir.losses.prototype import bank_discrimination, neighbour_entropy, prototype_contrast
 from ucir.methods import METHODS, VARIANTS
-from ucir.methods.base import DomainBatch, Method
+from ucir.methods.base import DomainBatch, Method, PhaseBatch, PhaseFeatures
 from ucir.methods.coda import Coda, CodaParams
+from ucir.methods.dgdir import DgdirParams
 from ucir.models.encoder import new_encoder
 
 N, D, B = 40, 8, 6
@@ -35,6 +36,10 @@ def make(name: str, **changes: Any) -> Method[Any]:
         params.setdefault("clusters", 4)
     method = kind(kind.params_type(**params), seed=0)
     method.optimizer(new_encoder(EncoderParams(backbone="convnet", width=4, feature_dim=D), 0))
+    if method.spectral:
+        method.see_phases(
+            PhaseFeatures((features(7), features(8, N - 5)), (features(9), features(10, N - 5)))
+        )
     method.start((features(0), features(1, N - 5)))
     return method
 
@@ -42,7 +47,9 @@ def make(name: str, **changes: Any) -> Method[Any]:
 def batch(seed: int, key: bool) -> DomainBatch:
     slots = torch.tensor([1, 5, 5, 9, 0, 30])
     q = features(seed, B).requires_grad_(True)
-    return DomainBatch(slots, q, features(seed + 1, B) if key else q.detach(), features(seed + 2, B))
+    k = features(seed + 1, B) if key else q.detach()
+    phase = PhaseBatch(*(features(seed + i, B) for i in (20, 30, 40, 50)))
+    return DomainBatch(slots, q, k, features(seed + 2, B), phase)
 
 
 def terms_at(name: str, epoch: int, **changes: Any) -> dict[str, tuple[float, Tensor]]:
@@ -54,6 +61,7 @@ def terms_at(name: str, epoch: int, **changes: Any) -> dict[str, tuple[float, Te
 
 IW = {"instance_a", "instance_b"}
 CW = {"cluster_a", "cluster_b"}
+DGDIR = {f"{n}_{s}" for n in ("phase", "mixed", "phase_to_mixed", "mixed_to_phase") for s in "ab"}
 
 
 @pytest.mark.parametrize(
@@ -64,6 +72,7 @@ CW = {"cluster_a", "cluster_b"}
         ("cds", IW | {"matching_a", "matching_b"}, IW | {"matching_a", "matching_b"}),
         ("pcs", {"prototype_a", "prototype_b", "matching_a", "matching_b"}, None),
         ("coda", {f"{n}_{s}" for n in ("self_matching", "alignment") for s in "ab"}, None),
+        ("dgdir", DGDIR, DGDIR | CW),
         ("ucdir-v1", IW, IW),
         ("ucdir-v2", IW, IW | CW),
         ("ucdir-v3", IW, IW | CW | {"self_entropy"}),
@@ -130,6 +139,41 @@ def test_codas_constants_and_where_its_classifiers_begin() -> None:
     groups = method.optimizer(encoder).param_groups
     assert groups[1]["lr_scale"] * method.lr_at(5, 0) == pytest.approx(1e-4)
     assert [group["weight_decay"] for group in groups] == [1e-5, 0]
+
+
+def test_dgdirs_terms() -> None:
+    published = DgdirParams(clusters=7)
+    assert (published.lr, published.batch_size, published.temperature, published.cluster_weight) == (
+        2e-4,
+        32,
+        0.2,
+        0.1,
+    )
+    part = batch(2, True)
+    assert part.phase is not None
+    terms = terms_at("dgdir", 9)
+    banks = {"mixed": features(0), "phase": features(7)}
+    for name, q, k, bank in (
+        ("mixed", part.q_BD, part.k_BD, "mixed"),
+        ("phase", part.phase.q_BD, part.phase.k_BD, "phase"),
+        ("phase_to_mixed", part.phase.q_BD, part.k_BD, "phase"),
+        ("mixed_to_phase", part.q_BD, part.phase.k_BD, "mixed"),
+    ):
+        weight, value = terms[f"{name}_a"]
+        assert weight == 0.25
+        assert torch.allclose(value, instance_contrast(q, k, part.slot_B, banks[bank], 0.2))
+    both = torch.cat([features(9), features(10, N - 5)])
+    found = kmeans(both, 4, iterations=20, restarts=5, seed=0, max_points=2000)
+    label_B = found.label_N[part.slot_B]
+    seen = [part.phase.pooled_BP, part.phase.mixed_pooled_BP]
+    expected = [prototype_contrast(x, label_B, found.centroid_KD, 1.0) for x in seen]
+    weight, value = terms["cluster_a"]
+    assert weight == pytest.approx(0.05)
+    assert torch.allclose(value, torch.stack(expected).mean())
+    method = make("dgdir")
+    method.after_step((part, batch(4, True)))
+    assert torch.equal(method.phase_banks[0].features_ND[0], part.phase.k_BD[4])  # type: ignore[attr-defined]
+    assert torch.equal(method.banks[0].features_ND[0], part.k_BD[4])  # type: ignore[attr-defined]
 
 
 def test_id_and_cds_values() -> None:

@@ -91,14 +91,14 @@ def render_views(images_BSS3: Tensor, draw: ViewDraw, side: int) -> Tensor:
     x = _jitter(x, draw)
     grey = draw.grey_B.nonzero().flatten().to(x.device)
     if len(grey):
-        x[grey] = _luma(x[grey]).expand(-1, 3, -1, -1)
+        x[grey] = luma(x[grey]).expand(-1, 3, -1, -1)
     blurred = (draw.sigma_B > 0).nonzero().flatten()
     if len(blurred):
         x[blurred.to(x.device)] = gaussian_blur(x[blurred.to(x.device)], draw.sigma_B[blurred])
     flipped = draw.flipped_B.nonzero().flatten().to(x.device)
     if len(flipped):
         x[flipped] = x[flipped].flip(-1)
-    return _normalise(x)
+    return normalised(x)
 
 
 def eval_views(images_BSS3: Tensor, size_B2: Tensor, side: int, crop: float) -> Tensor:
@@ -113,7 +113,7 @@ def eval_views(images_BSS3: Tensor, size_B2: Tensor, side: int, crop: float) -> 
     """
     size = size_B2.float()
     extent = crop * size.amin(dim=1, keepdim=True) / size
-    return _normalise(resized_crops(images_BSS3, torch.cat([(1 - extent) / 2, extent], dim=1), side))
+    return normalised(resized_crops(images_BSS3, torch.cat([(1 - extent) / 2, extent], dim=1), side))
 
 
 def _crop_boxes(params: AugmentParams, size_B2: Tensor, generator: torch.Generator) -> Tensor:
@@ -220,13 +220,14 @@ def adjust_colour(x: Tensor, kind: int, factor: Tensor) -> Tensor:
     if kind == BRIGHTNESS:
         other = torch.zeros_like(x)
     elif kind == CONTRAST:
-        other = _luma(x).mean(dim=(1, 2, 3), keepdim=True)
+        other = luma(x).mean(dim=(1, 2, 3), keepdim=True)
     else:
-        other = _luma(x)
+        other = luma(x)
     return (factor * x + (1 - factor) * other).clamp_(0, 1)
 
 
-def _luma(x: Tensor) -> Tensor:
+def luma(x: Tensor) -> Tensor:
+    """Grey values (B, 1, S, S) of pictures in 0..1."""
     weight = torch.tensor(GREY, device=x.device)[None, :, None, None]
     return (x * weight).sum(dim=1, keepdim=True)
 
@@ -266,7 +267,21 @@ def gaussian_blur(x: Tensor, sigma_B: Tensor) -> Tensor:
     return flat.reshape(count, channels, height, width)
 
 
-def _normalise(x: Tensor) -> Tensor:
+def whole_views(images_BSS3: Tensor, side: int) -> Tensor:
+    """The whole stored picture, resized and normalised."""
+    box = torch.tensor([[0.0, 0.0, 1.0, 1.0]]).expand(len(images_BSS3), 4)
+    return normalised(resized_crops(images_BSS3, box, side))
+
+
+def as_pixels(view_B3SS: Tensor) -> Tensor:
+    """What :func:`normalised` was given, back in 0..1."""
+    mean = torch.tensor(MEAN, device=view_B3SS.device)[None, :, None, None]
+    std = torch.tensor(STD, device=view_B3SS.device)[None, :, None, None]
+    return (view_B3SS * std + mean).clamp(0, 1)
+
+
+def normalised(x: Tensor) -> Tensor:
+    """Pictures in 0..1 with ImageNet's mean and deviation, channels last."""
     mean = torch.tensor(MEAN, device=x.device)[None, :, None, None]
     std = torch.tensor(STD, device=x.device)[None, :, None, None]
     return ((x - mean) / std).contiguous(memory_format=torch.channels_last)

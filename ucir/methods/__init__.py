@@ -9,6 +9,7 @@ from ucir.errors import UserError, nearest
 from ucir.methods.base import Method, MethodParams
 from ucir.methods.baselines import Cds, Id, Pcs, ProtoNce
 from ucir.methods.coda import Coda
+from ucir.methods.dgdir import Dgdir
 from ucir.methods.protoot import ProtoOt
 from ucir.methods.ucdir import Ucdir
 from ucir.methods.ucdir_ot import UcdirOt
@@ -39,11 +40,12 @@ _BLOCKS: dict[str, type[Method[Any]]] = {
     "ucdir-ot": UcdirOt,
     "protoot": ProtoOt,
     "coda": Coda,
+    "dgdir": Dgdir,
     "uem": Uem,
 }
 METHODS = {**_BLOCKS, **{name: _BLOCKS[block] for name, (block, _) in VARIANTS.items()}}
 
-TO_COME = ("dgdir", "darl", "dn2a")
+TO_COME = ("darl", "dn2a")
 """Rows of the papers' tables that are not built yet; studies may name them, and leave them out aloud."""
 
 

@@ -80,6 +80,25 @@ class ClusteredParams(MethodParams):
 
 
 @dataclass(frozen=True)
+class PhaseBatch:
+    """What spectral views add to a domain's part of a step."""
+
+    q_BD: Tensor  # as of DomainBatch, of the phase views
+    k_BD: Tensor
+    pooled_BP: Tensor  # unit features before the head, with gradient
+    mixed_pooled_BP: Tensor
+
+
+@dataclass(frozen=True)
+class PhaseFeatures:
+    """Unit features of all images' phase views, (N, D) of each domain."""
+
+    head: tuple[Tensor, Tensor]
+    pooled: tuple[Tensor, Tensor]
+    """Those before the head."""
+
+
+@dataclass(frozen=True)
 class DomainBatch:
     """One domain's part of a step."""
 
@@ -87,6 +106,7 @@ class DomainBatch:
     q_BD: Tensor  # query encoder's unit features, with gradient
     k_BD: Tensor  # key encoder's unit features of another view, constant; without one, q_BD's values
     frozen_BD: Tensor | None = None  # the frozen encoder's of the same view, once there is one
+    phase: PhaseBatch | None = None  # of methods with spectral views: then the above are of mixed views
 
 
 @dataclass(frozen=True)
@@ -117,6 +137,8 @@ class Method(ABC, Generic[P]):
         self.params = params
         self.seed = seed
 
+    spectral: ClassVar[bool] = False
+    """Whether every view is seen twice, see :mod:`ucir.data.spectrum`."""
     gate: ClassVar[Literal["spread", "merged"]] = "spread"
     """How queries without a counterpart are told, see :mod:`ucir.retrieval.gate`."""
 
@@ -129,6 +151,10 @@ class Method(ABC, Generic[P]):
     def keyed(self) -> KeyedParams | None:
         """The params, if there is a moving average of the encoder and a second view for it."""
         return self.params if isinstance(self.params, KeyedParams) else None
+
+    def see_phases(self, phase: PhaseFeatures) -> None:
+        """Of a spectral method, before :meth:`start` and each :meth:`start_epoch`: current features."""
+        raise NotImplementedError
 
     @abstractmethod
     def start(self, features: tuple[Tensor, Tensor]) -> None:

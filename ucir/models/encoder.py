@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from functools import partial
-from typing import cast
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -40,18 +40,19 @@ class Encoder(nn.Module):
             nn.Linear(pooled_dim, pooled_dim), nn.ReLU(), nn.Linear(pooled_dim, params.feature_dim)
         )
 
-    def forward(self, x: Tensor, pooled: bool = False) -> Tensor:
+    def forward(self, x: Tensor, pooled: bool | Literal["both"] = False) -> Tensor:
         """Normalised images (B, 3, s, s) to unit features (B, D), float32; with ``pooled`` those before the
-        head (2048 of a ResNet-50)."""
+        head (2048 of a ResNet-50), with ``both`` the head's and these side by side."""
         if not pooled:
             return F.normalize(self.net(x).float(), dim=1)
         kept: list[Tensor] = []
         hook = self.head.register_forward_pre_hook(lambda head, given: kept.append(given[0]))
         try:
-            self.net(x)
+            out = self.net(x)
         finally:
             hook.remove()
-        return F.normalize(kept[0].float(), dim=1)
+        before = F.normalize(kept[0].float(), dim=1)
+        return torch.cat([F.normalize(out.float(), dim=1), before], dim=1) if pooled == "both" else before
 
     @property
     def head(self) -> nn.Sequential:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ucir.config import ViewParams
 from ucir.data.augment import eval_views
 from ucir.data.pack import DomainImages
+from ucir.data.spectrum import phase_views
 from ucir.distributed import gather_uneven_rows, rank, world_size
 from ucir.models.encoder import Encoder
 
@@ -23,20 +24,26 @@ def extract_features(
     view: ViewParams,
     device: torch.device,
     pooled: bool = False,
+    phase: bool = False,
 ) -> tuple[Tensor, ...]:
     """Unit features (N, D) of each domain, float32, on ``device``; each worker computes its share.
 
-    With ``pooled`` they are those before the head.
+    With ``pooled`` they are those before the head, with ``phase`` of the pictures' phase alone.
     """
     was_training = encoder.training
     encoder.eval()
-    features = tuple(_domain_features(encoder, domain, view, device, pooled) for domain in images)
+    features = tuple(_domain_features(encoder, domain, view, device, pooled, phase) for domain in images)
     encoder.train(was_training)
     return features
 
 
 def _domain_features(
-    encoder: Encoder, domain: DomainImages, view: ViewParams, device: torch.device, pooled: bool
+    encoder: Encoder,
+    domain: DomainImages,
+    view: ViewParams,
+    device: torch.device,
+    pooled: bool,
+    phase: bool,
 ) -> Tensor:
     workers = world_size()
     bounds = [len(domain) * worker // workers for worker in range(workers + 1)]
@@ -45,7 +52,8 @@ def _domain_features(
         rows = slice(first, min(first + CHUNK, bounds[rank() + 1]))
         pixels = torch.from_numpy(domain.pixels(rows)).to(device)
         size = torch.from_numpy(domain.size_N2[rows])
-        parts.append(encoder(eval_views(pixels, size, view.side, view.eval_crop), pooled))
+        views = eval_views(pixels, size, view.side, view.eval_crop)
+        parts.append(encoder(phase_views(views) if phase else views, pooled))
     layer = cast(nn.Linear, encoder.head[0 if pooled else -1])
     feature_dim = layer.in_features if pooled else layer.out_features
     own = torch.cat(parts) if parts else torch.empty(0, feature_dim, device=device)

@@ -19,13 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from ucir.config import EncoderParams, ViewParams
-from ucir.data.augment import draw_view, render_views
+from ucir.data.augment import ViewDraw, draw_view, render_views, whole_views
 from ucir.data.batches import PairBatches, seeded
 from ucir.data.pack import DomainImages
 from ucir.data.prefetch import prefetch
+from ucir.data.spectrum import draw_spectrum, mixed_views, phase_views
 from ucir.distributed import gather_rows, own_rows, world_size
 from ucir.errors import UserError
-from ucir.methods.base import DomainBatch, Method, Term
+from ucir.methods.base import DomainBatch, Method, PhaseBatch, PhaseFeatures, Term
 from ucir.models.checkpoints import load_encoder
 from ucir.models.encoder import Encoder, key_encoder_of, new_encoder, update_key_encoder
 from ucir.training.features import extract_features
@@ -156,7 +157,16 @@ class PairTraining:
         return self.key if self.key and keyed and keyed.retrieve_with == "key" else self.query
 
     def features(self, encoder: Encoder | None = None) -> tuple[Tensor, Tensor]:
-        """Features of all images by the key encoder, if there is one: what methods cluster."""
+        """Features of all images by the key encoder, if there is one: what methods cluster.
+
+        A spectral method is shown those of their phase, by the query encoder, as well.
+        """
+        if encoder is None and self.method.spectral:
+            head, pooled = (
+                extract_features(self.query, self.images, self.view, self.device, before, phase=True)
+                for before in (False, True)
+            )
+            self.method.see_phases(PhaseFeatures((head[0], head[1]), (pooled[0], pooled[1])))
         encoder = encoder or self.key or self.query
         first, second = extract_features(encoder, self.images, self.view, self.device)
         return first, second
@@ -210,7 +220,7 @@ class PairTraining:
             self.key.train()
         method = self.method
         steps = islice(enumerate(self.batches.epoch(epoch)), max_steps)
-        render = partial(_render, self.images, self.view, method.seed, epoch, self.key is not None)
+        render = partial(_render, self.images, self.view, method, epoch, self.key is not None)
         sums: dict[str, float] = {}
         done = 0
         for step, views in enumerate(prefetch(render, steps)):
@@ -241,13 +251,12 @@ class PairTraining:
         Both domains pass through the network as one batch. The key encoder's rows are shuffled, so that
         its two halves of batch statistics mix the domains (MoCo's ShuffleBN).
         """
+        if self.method.spectral:
+            return self._forward_spectral(views)
         q = gather_rows(self.model(views.query.to(self.device)))
         k = q.detach()
         if self.key and views.key is not None:
-            with torch.no_grad():
-                shuffled = gather_rows(self.key(views.key.to(self.device)))
-                k = torch.empty_like(shuffled)
-                k[views.shuffle.to(self.device)] = shuffled
+            k = self._keys(views)
         frozen: Tensor | None = None
         if self.frozen:
             with torch.no_grad():
@@ -257,6 +266,27 @@ class PairTraining:
             for slot, rows in zip(views.slots, (slice(len(q) // 2), slice(len(q) // 2, None)), strict=True)
         )
         return first, second
+
+    def _keys(self, views: _Views) -> Tensor:
+        assert self.key is not None
+        assert views.key is not None
+        with torch.no_grad():
+            shuffled = gather_rows(self.key(views.key.to(self.device)))
+            k = torch.empty_like(shuffled)
+            k[views.shuffle.to(self.device)] = shuffled
+        return k
+
+    def _forward_spectral(self, views: _Views) -> tuple[DomainBatch, DomainBatch]:
+        """Phase views and mixed views of both domains as one batch, phases first."""
+        both = gather_rows(self.model(views.query.to(self.device), pooled="both"))
+        k = self._keys(views)
+        q, pooled = both[:, : k.shape[1]], both[:, k.shape[1] :]
+        phase, mixed = slice(len(q) // 2), slice(len(q) // 2, None)
+        parts = []
+        for slot, rows in zip(views.slots, (slice(len(q) // 4), slice(len(q) // 4, None)), strict=True):
+            seen = PhaseBatch(q[phase][rows], k[phase][rows], pooled[phase][rows], pooled[mixed][rows])
+            parts.append(DomainBatch(slot.to(self.device), q[mixed][rows], k[mixed][rows], phase=seen))
+        return parts[0], parts[1]
 
 
 def train(training: PairTraining, reporter: Reporter) -> None:
@@ -315,28 +345,53 @@ class _Views:
 def _render(
     images: tuple[DomainImages, DomainImages],
     view: ViewParams,
-    seed: int,
+    method: Method[Any],
     epoch: int,
     with_key: bool,
     item: tuple[int, tuple[Tensor, Tensor]],
 ) -> _Views:
     step, slots = item
-    generator = seeded(seed, epoch, step)
+    generator = seeded(method.seed, epoch, step)
     size_N2 = torch.cat([torch.from_numpy(d.size_N2[s.numpy()]) for d, s in zip(images, slots, strict=True)])
     query_draw = draw_view(view.augment, size_N2, generator)
     key_draw = draw_view(view.augment, size_N2, generator)
-    count = len(size_N2)
+    images_seen = len(size_N2)
+    count = 2 * images_seen if method.spectral else images_seen
     shuffle = torch.randperm(count, generator=generator)
-    own = torch.arange(count)[own_rows(count)]
-    own_shuffled = shuffle[own_rows(count)]
-    return _Views(
-        slots,
-        render_views(_pixels(images, slots, own), query_draw[own], view.side),
-        render_views(_pixels(images, slots, own_shuffled), key_draw[own_shuffled], view.side)
-        if with_key
-        else None,
-        shuffle,
-    )
+
+    def rendered(draw: ViewDraw, rows: Tensor) -> Tensor:
+        x = render_views(_pixels(images, slots, rows % images_seen), draw[rows % images_seen], view.side)
+        return _spectral(x, images, method, generator, rows, images_seen) if method.spectral else x
+
+    query = rendered(query_draw, torch.arange(count)[own_rows(count)])
+    key = rendered(key_draw, shuffle[own_rows(count)]) if with_key else None
+    return _Views(slots, query, key, shuffle)
+
+
+def _spectral(
+    x: Tensor,
+    images: tuple[DomainImages, DomainImages],
+    method: Method[Any],
+    generator: torch.Generator,
+    rows: Tensor,
+    images_seen: int,
+) -> Tensor:
+    """Rows below ``images_seen`` as phase views, the others mixed with any picture of either domain."""
+    params = method.params
+    draw = draw_spectrum(images_seen, params.most_amplitude, params.most_phase, generator)
+    partner = torch.randint(len(images[0]) + len(images[1]), (images_seen,), generator=generator)
+    mixed = rows >= images_seen
+    out = x.clone()
+    if not mixed.all():
+        out[~mixed] = phase_views(x[~mixed])
+    if mixed.any():
+        own = rows[mixed] - images_seen
+        stored = torch.empty(len(own), *images[0].stored_MSS3.shape[1:], dtype=torch.uint8)
+        for domain, first in ((0, 0), (1, len(images[0]))):
+            here = (partner[own] >= len(images[0])) == bool(domain)
+            stored[here] = torch.from_numpy(images[domain].pixels((partner[own][here] - first).numpy()))
+        out[mixed] = mixed_views(x[mixed], whole_views(stored, x.shape[-1]), draw[own])
+    return out
 
 
 def _pixels(images: tuple[DomainImages, DomainImages], slots: tuple[Tensor, Tensor], rows: Tensor) -> Tensor:
