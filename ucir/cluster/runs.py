@@ -318,11 +318,11 @@ def code_files(method: str) -> list[Path]:
             root / f"{name}.py"
             for name in ("memory", "clustering", "distributed", *METHODS[method].also_runs)
         ),
-        *(root / "data" / f"{name}.py" for name in ("augment", "batches")),
+        *(root / "data" / f"{name}.py" for name in ("augment", "batches", "spectrum")),
         *(root / "methods" / f"{name}.py" for name in own),
         *sorted((root / "losses").glob("*.py")),
         *sorted((root / "models").glob("*.py")),
-        *(root / "training" / f"{name}.py" for name in ("loop", "features")),
+        *(root / "training" / f"{name}.py" for name in ("loop", "features", "views")),
     ]
 
 

@@ -19,17 +19,16 @@ import torch
 from torch import Tensor, nn
 
 from ucir.config import EncoderParams, ViewParams
-from ucir.data.augment import ViewDraw, draw_view, render_views, whole_views
-from ucir.data.batches import PairBatches, seeded
+from ucir.data.batches import PairBatches
 from ucir.data.pack import DomainImages
 from ucir.data.prefetch import prefetch
-from ucir.data.spectrum import draw_spectrum, mixed_views, phase_views
-from ucir.distributed import gather_rows, own_rows, world_size
+from ucir.distributed import gather_rows, world_size
 from ucir.errors import UserError
 from ucir.methods.base import DomainBatch, Method, PhaseBatch, PhaseFeatures, Term
 from ucir.models.checkpoints import load_encoder
 from ucir.models.encoder import Encoder, key_encoder_of, new_encoder, update_key_encoder
 from ucir.training.features import extract_features
+from ucir.training.views import Views, render_step
 
 
 @dataclass(frozen=True)
@@ -220,7 +219,7 @@ class PairTraining:
             self.key.train()
         method = self.method
         steps = islice(enumerate(self.batches.epoch(epoch)), max_steps)
-        render = partial(_render, self.images, self.view, method, epoch, self.key is not None)
+        render = partial(render_step, self.images, self.view, method, epoch, self.key is not None)
         sums: dict[str, float] = {}
         done = 0
         for step, views in enumerate(prefetch(render, steps)):
@@ -245,7 +244,7 @@ class PairTraining:
                 sums[name] = sums.get(name, 0.0) + value
         return {f"train/loss_{name}": value / done for name, value in sums.items()}
 
-    def _forward(self, views: _Views) -> tuple[DomainBatch, DomainBatch]:
+    def _forward(self, views: Views) -> tuple[DomainBatch, DomainBatch]:
         """Two views of each image through the two encoders; all rows, whoever computed them.
 
         Both domains pass through the network as one batch. The key encoder's rows are shuffled, so that
@@ -267,7 +266,7 @@ class PairTraining:
         )
         return first, second
 
-    def _keys(self, views: _Views) -> Tensor:
+    def _keys(self, views: Views) -> Tensor:
         assert self.key is not None
         assert views.key is not None
         with torch.no_grad():
@@ -276,7 +275,7 @@ class PairTraining:
             k[views.shuffle.to(self.device)] = shuffled
         return k
 
-    def _forward_spectral(self, views: _Views) -> tuple[DomainBatch, DomainBatch]:
+    def _forward_spectral(self, views: Views) -> tuple[DomainBatch, DomainBatch]:
         """Phase views and mixed views of both domains as one batch, phases first."""
         both = gather_rows(self.model(views.query.to(self.device), pooled="both"))
         k = self._keys(views)
@@ -330,79 +329,6 @@ def train(training: PairTraining, reporter: Reporter) -> None:
 def total_loss(terms: dict[str, Term]) -> Tensor:
     """Weighted sum of the terms."""
     return torch.stack([term.weight * term.value for term in terms.values()]).sum()
-
-
-@dataclass(frozen=True)
-class _Views:
-    """What this worker computes of a step, still on the CPU."""
-
-    slots: tuple[Tensor, Tensor]
-    query: Tensor  # views of its own rows of the batch [first domain; second domain]
-    key: Tensor | None  # other views, of its own rows of the shuffled batch
-    shuffle: Tensor
-
-
-def _render(
-    images: tuple[DomainImages, DomainImages],
-    view: ViewParams,
-    method: Method[Any],
-    epoch: int,
-    with_key: bool,
-    item: tuple[int, tuple[Tensor, Tensor]],
-) -> _Views:
-    step, slots = item
-    generator = seeded(method.seed, epoch, step)
-    size_N2 = torch.cat([torch.from_numpy(d.size_N2[s.numpy()]) for d, s in zip(images, slots, strict=True)])
-    query_draw = draw_view(view.augment, size_N2, generator)
-    key_draw = draw_view(view.augment, size_N2, generator)
-    images_seen = len(size_N2)
-    count = 2 * images_seen if method.spectral else images_seen
-    shuffle = torch.randperm(count, generator=generator)
-
-    def rendered(draw: ViewDraw, rows: Tensor) -> Tensor:
-        x = render_views(_pixels(images, slots, rows % images_seen), draw[rows % images_seen], view.side)
-        return _spectral(x, images, method, generator, rows, images_seen) if method.spectral else x
-
-    query = rendered(query_draw, torch.arange(count)[own_rows(count)])
-    key = rendered(key_draw, shuffle[own_rows(count)]) if with_key else None
-    return _Views(slots, query, key, shuffle)
-
-
-def _spectral(
-    x: Tensor,
-    images: tuple[DomainImages, DomainImages],
-    method: Method[Any],
-    generator: torch.Generator,
-    rows: Tensor,
-    images_seen: int,
-) -> Tensor:
-    """Rows below ``images_seen`` as phase views, the others mixed with any picture of either domain."""
-    params = method.params
-    draw = draw_spectrum(images_seen, params.most_amplitude, params.most_phase, generator)
-    partner = torch.randint(len(images[0]) + len(images[1]), (images_seen,), generator=generator)
-    mixed = rows >= images_seen
-    out = x.clone()
-    if not mixed.all():
-        out[~mixed] = phase_views(x[~mixed])
-    if mixed.any():
-        own = rows[mixed] - images_seen
-        stored = torch.empty(len(own), *images[0].stored_MSS3.shape[1:], dtype=torch.uint8)
-        for domain, first in ((0, 0), (1, len(images[0]))):
-            here = (partner[own] >= len(images[0])) == bool(domain)
-            stored[here] = torch.from_numpy(images[domain].pixels((partner[own][here] - first).numpy()))
-        out[mixed] = mixed_views(x[mixed], whole_views(stored, x.shape[-1]), draw[own])
-    return out
-
-
-def _pixels(images: tuple[DomainImages, DomainImages], slots: tuple[Tensor, Tensor], rows: Tensor) -> Tensor:
-    """Stored pictures of the given rows of the batch [first domain; second domain], uint8."""
-    half = len(slots[0])
-    out = torch.empty(len(rows), *images[0].stored_MSS3.shape[1:], dtype=torch.uint8)
-    for domain in (0, 1):
-        mine = ((rows >= half) == bool(domain)).nonzero().flatten()
-        slot = slots[domain][rows[mine] - domain * half]
-        out[mine] = torch.from_numpy(images[domain].pixels(slot.numpy()))
-    return out
 
 
 def _to(value: Any, device: torch.device) -> Any:
