@@ -161,6 +161,42 @@ def test_relaxed_plans_move_less_where_it_is_dear(kind: str, strength: float) ->
         assert float(plan.sum()) == pytest.approx(0.6, abs=0.02)
 
 
+def test_what_is_no_transport_problem_is_refused() -> None:
+    x, p, b = unit(40, 8, seed=0), unit(5, 8, seed=1), marginal(5, 2)
+    spoilt = x.clone()
+    spoilt[3, 1] = float("nan")
+    for features, shares in ((spoilt, b), (x, 2 * b), (x, torch.zeros(5)), (x, b - 2 * b[0])):
+        for solve in (transport, potential):
+            with pytest.raises(TransportError, match="must be finite, shares not negative and of sum 1"):
+                solve(features, p, shares, 0.05)
+    for eps, iterations in ((0.0, 3), (0.05, 0)):
+        with pytest.raises(ValueError, match="not above 0"):
+            transport(x, p, b, eps, iterations)
+    with pytest.raises(ValueError, match="5 prototypes with 1 shares"):
+        transport(x, p, b[:1], 0.05)
+    with pytest.raises(ValueError, match="transport of 0 features"):
+        transport(x[:0], p, b, 0.05)
+    with pytest.raises(ValueError, match="neither 'unbalanced' nor 'partial'"):
+        relaxed_plan(similarity(x, p), b, 0.05, "balanced", 1.0)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_tolerance_that_is_met_is_not_refused(seed: int) -> None:
+    x, p, b = unit(60, 8, seed=seed), unit(4, 8, seed=seed + 1), marginal(4, seed)
+    assert float(transport(x, p, b, 0.05, 5000, tolerance=1e-6).error) <= 1e-6
+
+
+@pytest.mark.parametrize("kind", ["unbalanced", "partial"])
+def test_relaxed_plans_leave_empty_prototypes_empty_and_never_fail_silently(kind: str) -> None:
+    s = similarity(unit(40, 8, seed=0), unit(5, 8, seed=1))
+    b = torch.tensor([0, 0.25, 0.25, 0.25, 0.25])
+    plan = relaxed_plan(s, b, 0.05, kind, 0.5)
+    assert float(plan[:, 0].abs().max()) == 0
+    assert 0 < float(plan.sum()) < 1.5
+    with pytest.raises(TransportError, match="a larger regularisation may help"):
+        relaxed_plan(s, b, 1e-4, kind, 0.5)
+
+
 @pytest.mark.parametrize("count", [1, 2, 10, 65])
 def test_permuted_prototypes_find_their_own(count: int) -> None:
     generator = torch.Generator().manual_seed(count)

@@ -33,9 +33,10 @@ def known_setting(name: str) -> str:
     Raises:
         ValueError: it is not.
     """
-    if not re.fullmatch(r"closed|partial|open|tailed-[1-9][0-9]*", name):
+    if not re.fullmatch(r"closed|partial|open|tailed-[1-9][0-9]{0,3}", name):
         raise ValueError(
-            f"setting {name!r} is unknown: closed, partial, open, or tailed-10 for class sizes up to 10 : 1"
+            f"setting {name[:40]!r} is unknown: closed, partial, open, or tailed-10 for class sizes up to "
+            "10 : 1 (at most tailed-9999)"
         )
     return name
 
@@ -420,7 +421,11 @@ def checked(model: type[B], raw: object, file: str, block: str = "") -> B:
     try:
         return model.model_validate(raw)
     except ValidationError as error:
-        faults = "; ".join(_fault(model, entry, block) for entry in error.errors())
+        entries = error.errors()
+        # a list whose only item is refused is empty for pydantic, which would say so as well
+        empty = {e["loc"] for e in entries if e["type"] == "too_short"} & {e["loc"][:-1] for e in entries}
+        told = [e for e in entries if e["type"] != "too_short" or e["loc"] not in empty]
+        faults = "; ".join(_fault(model, entry, block) for entry in told)
         raise UserError(f"{file}: {faults}") from None
 
 

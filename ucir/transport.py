@@ -8,6 +8,8 @@ so that memory does not grow with N. float32 throughout; POT in float64 is the o
 
 from __future__ import annotations
 
+import math
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -76,7 +78,9 @@ def transport(
         normalised: see :func:`similarity`.
 
     Raises:
-        TransportError: the tolerance was not reached, or the potentials are not finite where b > 0.
+        ValueError: sizes do not fit, no features, or a number out of its range.
+        TransportError: the tolerance was not reached; the marginal is none, or the potentials are not
+            finite where b > 0, which on a GPU is seen by ``error`` alone, so as not to wait for the device.
     """
     kernel = _kernel(feature_ND, prototype_KD, regularisation, normalised)
     g_K = _potential(kernel, marginal_K, iterations, tolerance)
@@ -84,8 +88,9 @@ def transport(
     error = (column_K - marginal_K).abs().max()
     if tolerance is not None and not float(error) <= tolerance:
         raise TransportError(
-            f"entropic transport: error {float(error):.2g} of the prototypes' marginal after {iterations} "
-            f"iterations at regularisation {regularisation:g}, more than {tolerance:g}"
+            f"entropic transport: error {float(error):.2g} of the prototypes' marginal within {iterations} "
+            f"iterations at regularisation {regularisation:g}, more than {tolerance:g}: allow more "
+            "iterations, a larger tolerance or a larger regularisation"
         )
     return Transport(g_K, column_K, F.normalize(sum_KD, dim=1), error)
 
@@ -105,15 +110,31 @@ def potential(
 
 
 def _potential(kernel: _Kernel, marginal_K: Tensor, iterations: int, tolerance: float | None) -> Tensor:
-    log_b_K = full_precision(marginal_K).log()
+    if len(marginal_K) != len(kernel.prototype_KD) or not kernel.count:
+        raise ValueError(
+            f"transport of {kernel.count} features to {len(kernel.prototype_KD)} prototypes with "
+            f"{len(marginal_K)} shares"
+        )
+    if not (0 < kernel.regularisation < math.inf and iterations >= 1):
+        raise ValueError(f"regularisation {kernel.regularisation:g}, {iterations} iterations: not above 0")
+    log_b_K = marginal_K.to(full_precision(kernel.feature_ND).dtype).log()
     g_K = log_b_K - kernel.first()
     for _ in range(iterations - 1):
         column_K = kernel.columns(g_K)
-        if tolerance is not None and float((column_K - marginal_K).abs().max()) <= tolerance:
+        # a little less, as means() adds up in another order
+        if tolerance is not None and float((column_K - marginal_K).abs().max()) <= 0.9 * tolerance:
             break
         moved_K = g_K + log_b_K - column_K.clamp(min=torch.finfo(column_K.dtype).tiny).log()
         g_K = torch.where(log_b_K.isinf(), log_b_K, moved_K)
         g_K = g_K - g_K.max()  # rows do not feel a constant, and floats are fine near 0
+    if not g_K.is_cuda:
+        whole = bool((g_K.isfinite() | log_b_K.isneginf()).all())
+        if not whole or abs(float(marginal_K.sum()) - 1) > 1e-3:
+            raise TransportError(
+                f"entropic transport at regularisation {kernel.regularisation:g}: potentials "
+                f"{g_K.tolist()[:8]} of shares {marginal_K.tolist()[:8]}: features, prototypes and shares "
+                "must be finite, shares not negative and of sum 1"
+            )
     return g_K
 
 
@@ -250,27 +271,44 @@ def relaxed_plan(
         strength: weight of the KL terms, or the share that is moved.
 
     Returns:
-        (N, K) float32; its rows are not comparable in size.
+        (N, K) float32; its rows are not comparable in size, and one that nothing is moved from is 0.
 
     Raises:
-        TransportError: the plan is not finite.
+        ValueError: an unknown kind.
+        TransportError: POT's solver did not settle, or its plan is none: not finite, empty, of more than the
+            whole mass, or not of the share that was to be moved.
     """
     import ot
 
     cost = 1 - similarity_NK.double().cpu()
     rows = torch.full((len(cost),), 1 / len(cost), dtype=torch.float64)
-    columns = marginal_K.double().cpu()
-    if kind == "unbalanced":
-        plan = ot.unbalanced.sinkhorn_unbalanced(
-            rows, columns, cost, regularisation, strength, method="sinkhorn_stabilized"
+    takes = marginal_K.cpu() > 0  # the solvers divide by the shares
+    columns = marginal_K.double().cpu()[takes]
+    wanted = 1.0
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        if kind == "unbalanced":
+            part = ot.unbalanced.sinkhorn_unbalanced(
+                rows, columns, cost[:, takes], regularisation, strength, method="sinkhorn_stabilized"
+            )
+        elif kind == "partial":
+            wanted = strength * min(1.0, float(columns.sum()))
+            part = ot.partial.entropic_partial_wasserstein(
+                rows, columns, cost[:, takes], regularisation, m=wanted
+            )
+        else:
+            raise ValueError(f"{kind!r} is neither 'unbalanced' nor 'partial'")
+    mass = float(part.sum())
+    moved = abs(mass - wanted) <= 0.01 * wanted if kind == "partial" else 0 < mass < 1.5
+    unsettled = [str(w.message) for w in told if "umerical" in str(w.message) or "onverge" in str(w.message)]
+    if not bool(part.isfinite().all()) or not moved or unsettled:
+        raise TransportError(
+            f"{kind} transport at regularisation {regularisation:g} and relaxation {strength:g} moved a mass "
+            f"of {mass:.3g}{'; ' + unsettled[0] if unsettled else ''}: a larger regularisation may help"
         )
-    else:
-        mass = strength * min(float(rows.sum()), float(columns.sum()))
-        plan = ot.partial.entropic_partial_wasserstein(rows, columns, cost, regularisation, m=mass)
-    if not bool(plan.isfinite().all()):
-        raise TransportError(f"{kind} transport at regularisation {regularisation:g} is not finite")
-    found: Tensor = plan.float().to(similarity_NK.device)
-    return found
+    plan = torch.zeros_like(cost)
+    plan[:, takes] = part
+    return plan.float().to(similarity_NK.device)
 
 
 @torch.no_grad()

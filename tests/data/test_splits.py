@@ -92,8 +92,12 @@ def test_a_tail_of_the_sample() -> None:
     assert both_ways("tailed-50")
     with pytest.raises(UserError, match="setting 'tailed' is unknown"):
         label_spaces("tailed", classes, SplitParams())
+    with pytest.raises(UserError, match="setting 'tailed-10000' is unknown"):
+        label_spaces("tailed-10000", classes, SplitParams())
     with pytest.raises(UserError, match="needs class folders"):
         label_spaces("tailed-5", [], SplitParams())
+    with pytest.raises(UserError, match="needs class folders in both domains"):
+        spaces.trained(index({"": 20}), 0)
 
 
 def test_one_training_serves_both_directions_in_closed_alone() -> None:

@@ -138,6 +138,29 @@ def test_the_other_domains_prototypes_take_their_own_shares() -> None:
         assert seen[2:] == (own[::-1] if choice == "other" else own)
 
 
+def test_keys_that_contradict_each_other_are_refused() -> None:
+    with pytest.raises(ValueError, match="'as-released', which gives one domain's shares"):
+        ProtoOtParams(clusters="elbow", cross_marginal="as-released")
+    with pytest.raises(ValueError, match="cross_domain_start 11 lies beyond the last of 10 epochs"):
+        ProtoOtParams(clusters=4, epochs=10, cross_domain_start=11)
+
+
+def test_an_image_that_no_mass_is_moved_from_belongs_to_the_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
+    method = make(assignment="partial", relaxation=0.5)
+    bank, prototype = method.banks[0], method.prototypes
+    method.start_epoch(0, (features(0), features(1, N - 5)))
+    plan = torch.zeros(N, 4)
+    plan[7, 2] = 1.0
+    monkeypatch.setattr("ucir.methods.protoot.relaxed_plan", lambda *given: plan)
+    slots = torch.tensor([7, 8, 9])
+    prototype_KD = method.prototypes[0]
+    label_B, renewed_KD = method._match(bank, prototype_KD, method.marginals[0], slots, True)
+    nearest_B = similarity(bank.features_ND[slots], prototype_KD).argmax(dim=1)
+    assert label_B.tolist() == [2, *nearest_B[1:].tolist()]
+    assert torch.equal(renewed_KD[0], prototype_KD[0])
+    assert prototype == []
+
+
 def test_file_order_does_not_matter() -> None:
     x = (features(0), features(1, N))
     order = torch.randperm(N, generator=torch.Generator().manual_seed(1))

@@ -251,6 +251,8 @@ def _steps(pack: Path, start: Path, names: list[str]) -> list[dict[str, Any]]:
         features = run.features()
         run.method.start(features)
         run.method.start_epoch(epoch, features)
+        if run.method.frozen_from is not None and epoch >= run.method.frozen_from:
+            run.freeze()
         losses = run.train_epoch(epoch, max_steps=1)
         gradients = {name: p.grad for name, p in run.query.named_parameters()}
         found.append({"losses": losses, "gradients": gradients, "features": run.features()})

@@ -157,16 +157,17 @@ def plan_runs(
     for pair in trainings(setting, pairs or block.pairs, list(info.counts)):
         if both_ways(setting) and pair[::-1] in known:  # one training serves both directions: the same run
             pair = pair[::-1]
-        first, second = (
-            len(spaces.trained(read_index(PACKS / dataset, domain), role)) for role, domain in enumerate(pair)
-        )
-        counts = (first, second)
-        _check_sizes(wanted, pair, counts)
+        kept = [
+            [p.slot for p in spaces.trained(read_index(PACKS / dataset, domain), role)]
+            for role, domain in enumerate(pair)
+        ]
+        counts = (len(kept[0]), len(kept[1]))
+        _check_sizes(wanted, setting, pair, counts)
         for seed in params.study.seeds if seeds is None else seeds:
-            trained = dict(zip(pair, (spaces.query, spaces.gallery), strict=True))
             order = pair[:: training_order(setting)]
-            data = [(domain, info.fingerprints[domain], trained[domain]) for domain in order]
-            own = {"seed": seed, "data": data, "tail": [spaces.tail, spaces.ratio]}
+            slots = dict(zip(pair, kept, strict=True))
+            data = [(domain, info.fingerprints[domain], slots[domain]) for domain in order]
+            own = {"seed": seed, "data": data}
             key = hashlib.sha256(json.dumps({**shared, **own}, sort_keys=True).encode()).hexdigest()[:12]
             slug = f"{dataset}-{method}-{'-'.join(order)}-s{seed}-{key}"
             runs.append(
@@ -293,18 +294,19 @@ def open_pair(run: Run) -> tuple[Any, Any]:
     return first, second
 
 
-def _check_sizes(params: MethodParams, pair: tuple[str, str], counts: tuple[int, ...]) -> None:
+def _check_sizes(params: MethodParams, setting: str, pair: tuple[str, str], counts: tuple[int, ...]) -> None:
+    left = "" if setting == "closed" else f" that the setting {setting!r} leaves"
     for domain, count in zip(pair, counts, strict=True):
         if params.most_clusters > count:
             raise UserError(
                 f"clusters = {params.most_clusters} exceeds the {count} images of domain "
-                f"{domain}: set fewer clusters in params.yaml"
+                f"{domain}{left}: set fewer clusters in params.yaml"
             )
     larger = max(counts)
     if params.batch_size > larger:
         raise UserError(
             f"batch_size = {params.batch_size} exceeds the {larger} images of the larger domain of "
-            f"{'-'.join(pair)}: set a smaller batch_size in params.yaml"
+            f"{'-'.join(pair)}{left}: set a smaller batch_size in params.yaml"
         )
 
 

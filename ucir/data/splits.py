@@ -51,11 +51,16 @@ class LabelSpaces:
         """Those pictures of a domain that are trained on.
 
         With a tail, class j of C keeps its first n R^(-j / (C - 1)) pictures by content hash, at least
-        one, with the largest n that all classes can give.
+        one, with the largest n that all classes can give; pictures without a class are left out.
         """
         if self.tail is None:
             return self.scored(index, role)
-        there = Counter(picture.label for picture in index)
+        there = Counter(picture.label for picture in index if picture.label)
+        if not there:
+            raise UserError(
+                f"setting 'tailed-{self.ratio}' needs class folders in both domains; one has none: "
+                "only 'closed' can be run"
+            )
         order = [label for label in self.tail if there[label]]
         share = {label: self._size(j, len(order)) for j, label in enumerate(order)}
         most = min(there[label] / share[label] for label in order)

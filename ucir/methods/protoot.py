@@ -68,6 +68,16 @@ class ProtoOtParams(KeyedParams, ClusteredParams):
     def _one_k(self) -> Self:
         if not isinstance(self.clusters, str) and len(self.clusters) > 1:
             raise ValueError("clusters: ProtoOT has one set of prototypes; give one number")
+        if isinstance(self.clusters, str) and self.cross_marginal == "as-released":
+            raise ValueError(
+                f"clusters {self.clusters!r} may differ between the domains, so that cross_marginal "
+                "'as-released', which gives one domain's shares to the other's prototypes, needs a number"
+            )
+        if self.cross_domain_start is not None and self.cross_domain_start > self.epochs:
+            raise ValueError(
+                f"cross_domain_start {self.cross_domain_start} lies beyond the last of {self.epochs} epochs; "
+                "to drop the term, set cross_weight to 0"
+            )
         if self.assignment == "partial" and self.relaxation > 1:
             raise ValueError(f"relaxation {self.relaxation:g}: partial transport moves a share of at most 1")
         return self
@@ -173,7 +183,10 @@ class ProtoOt(ClusteringMethod[ProtoOtParams]):
                 weight_NK = F.one_hot(s_NK.argmax(dim=1), len(prototype_KD)).to(x_ND.dtype)
             else:
                 weight_NK = relaxed_plan(s_NK, marginal_K, p.regularisation, p.assignment, p.relaxation)
-            label_B, mean_KD = weight_NK[slot_B].argmax(dim=1), F.normalize(weight_NK.T @ x_ND, dim=1)
+            weight_BK, mean_KD = weight_NK[slot_B], F.normalize(weight_NK.T @ x_ND, dim=1)
+            # an image that no mass is moved from belongs to the nearest
+            unmoved_B1 = weight_BK.sum(dim=1, keepdim=True) == 0
+            label_B = torch.where(unmoved_B1, s_NK[slot_B], weight_BK).argmax(dim=1)
         there_K1 = mean_KD.norm(dim=1, keepdim=True) > 0
         return label_B, torch.where(there_K1 & renew, mean_KD, prototype_KD)
 
