@@ -282,7 +282,8 @@ def test_workers_change_speed_and_never_results(
         together = torch.load(tmp_path / f"{world}-{rank}.pt")
         for one, many in zip(alone, together, strict=True):
             assert many["losses"] == pytest.approx(one["losses"], rel=1e-5, abs=1e-5)
-            scale = max(float(gradient.norm()) for gradient in one["gradients"].values())
+            # CoDA's gradient on the tiny network is as small as float32's noise beside the others
+            scale = max(0.01, *(float(gradient.norm()) for gradient in one["gradients"].values()))
             for name, gradient in one["gradients"].items():
                 assert float((many["gradients"][name] - gradient).norm()) < 1e-5 * scale, name
             for x, y in zip(one["features"], many["features"], strict=True):

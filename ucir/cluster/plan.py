@@ -277,6 +277,8 @@ def _counts(params: Params, t: PlannedTraining) -> tuple[int, int] | None:
         # where a class is not known, 500 is what the largest domain has
         published = block.entry.counts.items()
         counts = {d: float(sum(500 if c is None else c for c in own.values())) for d, own in published}
+        if block.sample:
+            counts = dict.fromkeys(t.pair, 10.0 * block.sample.per_class)
     if not set(t.pair) <= set(counts):
         return None
     classes = block.entry.class_names()
