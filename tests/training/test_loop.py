@@ -100,7 +100,7 @@ def assert_equal(one: dict[str, Tensor], two: dict[str, Tensor]) -> None:
     assert not different
 
 
-@pytest.mark.parametrize("name", ["ucdir", "pcs", "protonce", "id", "uem", "coda", "dgdir"])
+@pytest.mark.parametrize("name", ["ucdir", "pcs", "protonce", "id", "protoot", "uem", "coda", "dgdir"])
 def test_a_run_killed_at_any_epoch_and_resumed_ends_as_an_undisturbed_one(
     pack: Path, start: Path, name: str
 ) -> None:
