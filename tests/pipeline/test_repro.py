@@ -81,8 +81,8 @@ def test_the_report_stands_and_shows_every_part(workspace: Path) -> None:
         "http://creativecommons.org", ""
     ).replace("https://matplotlib.org", ""), "the page must need nothing else"
     lines = (workspace / "reports/results.csv").read_text().splitlines()
-    # (untrained + pretrained + ucdir last + ucdir best) x (4 directions + their mean) x 5 metrics
-    assert len(lines) == 1 + 4 * 5 * 5
+    # (untrained + pretrained + ucdir last + ucdir best) x (4 directions + their mean) x 10 metrics
+    assert len(lines) == 1 + 4 * 5 * 10
     assert "**shapes, closed: P@2" in (workspace / "reports/results.md").read_text()
 
 
