@@ -17,12 +17,15 @@ from ucir.catalogue import entry
 from ucir.data.pack import DomainImages
 from ucir.evaluation import BEST, LAST, DirectionScore, read_scores, write_scores
 from ucir.methods import METHODS, TO_COME
+from ucir.reports import figures
 from ucir.reports.figures import HIT, MISS, QUERY, UNKNOWN, curves, embedding, query_slots, retrieval_grid
 from ucir.reports.reference import PrintedCell, printed_cells
 from ucir.reports.table import (
     cell,
     comparison_tables,
     direction_table,
+    imbalance_cells,
+    imbalance_table,
     latex,
     markdown,
     plain,
@@ -51,6 +54,21 @@ def test_scores_come_back_and_the_mean_stands_first(tmp_path: Path) -> None:
     mean = json.loads((tmp_path / "metrics.json").read_text())["mean"]
     assert mean[LAST]["P_at_2"] == pytest.approx(45.5)
     assert mean[BEST]["P_at_2"] == pytest.approx(46.5)
+
+
+def test_imbalance_is_compared_over_the_directions_that_all_have() -> None:
+    one_way = [s for s in scores(10) if s.query == "art"]
+    cells = imbalance_cells({1: {"x": scores(0), "y": scores(5)}, 10: {"x": one_way, "y": scores(1)}}, "P@2")
+    assert {m: {r: c.mean for r, c in own.items()} for m, own in cells.items()} == {
+        "x": {1: 50.5, 10: 60.5},
+        "y": {1: 55.5, 10: 51.5},
+    }
+    table = imbalance_table("d", "P@2", cells)
+    assert table.columns == ["1 : 1", "10 : 1"]
+    assert table.best == [{1}, {0}]
+    assert figures.imbalance(cells, "P@2").startswith(b"<?xml")
+    apart = [s for s in scores(0) if s.query != "art"]
+    assert imbalance_cells({1: {"x": one_way}, 10: {"x": apart}}, "P@2") == {}
 
 
 def test_tables_hold_means_deviations_and_the_best(tmp_path: Path) -> None:

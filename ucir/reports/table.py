@@ -234,12 +234,19 @@ def comparison_tables(scores: Scores, printed: Sequence[PrintedCell], choice: st
 
 
 def imbalance_cells(by_ratio: Mapping[int, Scores], metric: str) -> dict[str, dict[int, Cell]]:
-    """A method's mean over directions at each ratio of class sizes in training, last epoch."""
+    """A method's mean over directions at each ratio of class sizes in training, last epoch.
+
+    Over the directions that all of them were scored in, so that the means can be compared.
+    """
+    scored = [
+        {(s.query, s.gallery) for s in own} for scores in by_ratio.values() for own in scores.values() if own
+    ]
+    directions = sorted(set.intersection(*scored)) if scored else []
     cells: dict[str, dict[int, Cell]] = {}
     for ratio, scores in by_ratio.items():
         for method, own in scores.items():
-            found = cell(own, metric, LAST, list(dict.fromkeys((s.query, s.gallery) for s in own)))
-            if own and found:
+            found = cell(own, metric, LAST, directions) if directions else None
+            if found:
                 cells.setdefault(method, {})[ratio] = found
     return cells
 
