@@ -148,7 +148,10 @@ def _imbalance(dataset: str, by_ratio: dict[int, Scores], params: Params) -> dic
     return {
         "dataset": dataset,
         "tables": [imbalance_table(dataset, metric, own) for metric, own in cells.items()],
-        "plot": _inline(figures.imbalance(cells[lead], lead)),
+        "plot": _inline(
+            # the random network would take most of the axis
+            figures.imbalance({m: own for m, own in cells[lead].items() if m != UNTRAINED}, lead)
+        ),
     }
 
 
