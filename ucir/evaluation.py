@@ -270,10 +270,17 @@ def _pair_features(
     device: torch.device,
 ) -> tuple[dict[str, Tensor], dict[str, list[str]]]:
     """Features and class names of the pictures that a training is scored on, by domain."""
+    images, labels = scored_images(pack, pair, spaces)
+    return encoder_features(checkpoint, block, list(images.values()), device), labels
+
+
+def scored_images(
+    pack: Path, pair: tuple[str, str], spaces: LabelSpaces
+) -> tuple[dict[str, DomainImages], dict[str, list[str]]]:
+    """Pictures that query and gallery consist of, and their class names, by domain."""
     index = {domain: spaces.scored(read_index(pack, domain), role) for role, domain in enumerate(pair)}
-    images = [open_domain(pack, domain, own) for domain, own in index.items()]
-    labels = {domain: [p.label for p in own] for domain, own in index.items()}
-    return encoder_features(checkpoint, block, images, device), labels
+    images = {domain: open_domain(pack, domain, own) for domain, own in index.items()}
+    return images, {domain: [p.label for p in own] for domain, own in index.items()}
 
 
 class _Tracker:

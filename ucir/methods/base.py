@@ -78,6 +78,15 @@ class ClusteredParams(MethodParams):
     def most_clusters(self) -> int:
         return 0 if isinstance(self.clusters, str) else max(self.clusters)
 
+    def check_one_k(self, why: str) -> None:
+        """Refuse several K, for methods that have no use for them.
+
+        Raises:
+            ValueError: there are several.
+        """
+        if not isinstance(self.clusters, str) and len(self.clusters) > 1:
+            raise ValueError(f"clusters: {why}; give one number")
+
 
 @dataclass(frozen=True)
 class PhaseBatch:
@@ -133,14 +142,14 @@ class Method(ABC, Generic[P]):
     also_runs: ClassVar[tuple[str, ...]] = ()
     """Modules of ``ucir`` that it runs through besides those that all trainings do; part of the run key."""
 
-    def __init__(self, params: P, seed: int) -> None:
-        self.params = params
-        self.seed = seed
-
     spectral: ClassVar[bool] = False
     """Whether every view is seen twice, see :mod:`ucir.data.spectrum`."""
     gate: ClassVar[Literal["spread", "merged"]] = "spread"
     """How queries without a counterpart are told, see :mod:`ucir.retrieval.gate`."""
+
+    def __init__(self, params: P, seed: int) -> None:
+        self.params = params
+        self.seed = seed
 
     @property
     def frozen_from(self) -> int | None:
@@ -154,7 +163,6 @@ class Method(ABC, Generic[P]):
 
     def see_phases(self, phase: PhaseFeatures) -> None:
         """Of a spectral method, before :meth:`start` and each :meth:`start_epoch`: current features."""
-        raise NotImplementedError
 
     @abstractmethod
     def start(self, features: tuple[Tensor, Tensor]) -> None:

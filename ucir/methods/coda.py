@@ -85,11 +85,9 @@ class Coda(SingleEncoder[CodaParams]):
     def optimizer(self, encoder: Encoder) -> torch.optim.Optimizer:
         """SGD over the encoder, and without weight decay over the classifiers."""
         p = self.params
-        last = encoder.head[-1]
-        assert isinstance(last, nn.Linear)
-        empty = last.weight.detach().new_zeros
         self.classifiers = nn.ModuleList(
-            nn.ParameterList(nn.Parameter(empty(k, last.out_features)) for k in p.clusters) for _ in "ab"
+            nn.ParameterList(torch.zeros(k, encoder.feature_dim, device=encoder.device) for k in p.clusters)
+            for _ in "ab"
         )
         groups: list[dict[str, Any]] = [
             {"params": list(encoder.parameters())},

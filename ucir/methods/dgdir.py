@@ -47,8 +47,7 @@ class DgdirParams(KeyedParams, ClusteredParams):
 
     @model_validator(mode="after")
     def _one_k(self) -> Self:
-        if not isinstance(self.clusters, str) and len(self.clusters) > 1:
-            raise ValueError("clusters: DGDIR clusters both domains together once; give one number")
+        self.check_one_k("DGDIR clusters both domains together once")
         return self
 
 

@@ -66,8 +66,7 @@ class ProtoOtParams(KeyedParams, ClusteredParams):
 
     @model_validator(mode="after")
     def _one_k(self) -> Self:
-        if not isinstance(self.clusters, str) and len(self.clusters) > 1:
-            raise ValueError("clusters: ProtoOT has one set of prototypes; give one number")
+        self.check_one_k("ProtoOT has one set of prototypes")
         if isinstance(self.clusters, str) and self.cross_marginal == "as-released":
             raise ValueError(
                 f"clusters {self.clusters!r} may differ between the domains, so that cross_marginal "

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ucir.clustering import Clusters
-from ucir.config import Count, Positive
+from ucir.config import Count, Positive, Share
 from ucir.losses.prototype import bank_discrimination, prototype_contrast
 from ucir.losses.universal import (
     batch_contrast,
@@ -51,10 +51,11 @@ from ucir.methods.base import (
     cluster_figures,
     several,
 )
+from ucir.methods.baselines import SingleEncoder, SingleEncoderParams
 from ucir.models.encoder import Encoder
 
 
-class UemParams(ClusteredParams):
+class UemParams(SingleEncoderParams, ClusteredParams):
     """``methods.uem.<dataset>``; the paper's run on Office-31 and Office-Home."""
 
     epochs: Count = 150
@@ -64,7 +65,7 @@ class UemParams(ClusteredParams):
     clusters: Annotated[tuple[int, ...] | Literal["elbow", "silhouette"], BeforeValidator(several)] = "elbow"
     """K, unknown to UEM: chosen for each domain by itself; or one number."""
     temperature: Positive = 0.07
-    bank_momentum: Annotated[float, Field(ge=0, le=1)] = 0.99
+    bank_momentum: Share = 0.99
     """beta of the bank."""
     instance_negatives: Literal["batch", "bank"] = "batch"
     reduction: Literal["mean", "sum"] = "mean"
@@ -91,12 +92,11 @@ class UemParams(ClusteredParams):
             raise ValueError(
                 f"matching_epochs {self.matching_epochs} leaves no epoch of {self.epochs} to the first phase"
             )
-        if not isinstance(self.clusters, str) and len(self.clusters) > 1:
-            raise ValueError("clusters: UEM merges one set of prototypes with another; give one number")
+        self.check_one_k("UEM merges one set of prototypes with another")
         return self
 
 
-class Uem(ClusteringMethod[UemParams]):
+class Uem(SingleEncoder[UemParams], ClusteringMethod[UemParams]):
     """First INCE + alpha (PNCE + SEL), then adversary + SPR + SN2M, all for both domains."""
 
     params_type = UemParams
@@ -139,10 +139,6 @@ class Uem(ClusteringMethod[UemParams]):
         if epoch < self.border:
             return self._semantic(epoch, batch)
         return self._matched(batch)
-
-    def after_step(self, batch: tuple[DomainBatch, DomainBatch]) -> None:
-        for bank, part in zip(self.banks, batch, strict=True):
-            bank.blend(part.slot_B, part.q_BD, self.params.bank_momentum)
 
     def _semantic(self, epoch: int, batch: tuple[DomainBatch, DomainBatch]) -> dict[str, Term]:
         p = self.params
@@ -207,13 +203,11 @@ class Uem(ClusteringMethod[UemParams]):
     def optimizer(self, encoder: Encoder) -> torch.optim.Optimizer:
         """SGD over the encoder and the domain classifier, which every worker trains alike."""
         p = self.params
-        last = encoder.head[-1]
-        assert isinstance(last, nn.Linear)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             width = p.adversary_width
-            layers = nn.Linear(last.out_features, width), nn.ReLU(), nn.Linear(width, 1)
-            self.discriminator = nn.Sequential(*layers).to(last.weight.device)
+            layers = nn.Linear(encoder.feature_dim, width), nn.ReLU(), nn.Linear(width, 1)
+            self.discriminator = nn.Sequential(*layers).to(encoder.device)
         groups: list[dict[str, Any]] = [
             {"params": list(encoder.parameters())},
             {"params": list(self.discriminator.parameters()), "lr_scale": p.adversary_lr},

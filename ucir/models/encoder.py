@@ -55,6 +55,20 @@ class Encoder(nn.Module):
         return torch.cat([F.normalize(out.float(), dim=1), before], dim=1) if pooled == "both" else before
 
     @property
+    def feature_dim(self) -> int:
+        """Length of the head's output."""
+        return cast(nn.Linear, self.head[-1]).out_features
+
+    @property
+    def pooled_dim(self) -> int:
+        """Length of what goes into the head."""
+        return cast(nn.Linear, self.head[0]).in_features
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @property
     def head(self) -> nn.Sequential:
         """The two-layer head."""
         return cast(nn.Sequential, self.net.fc)

@@ -14,9 +14,9 @@ from markupsafe import Markup
 
 from ucir import tracking
 from ucir.config import DatasetParams, Params, SettingParams
-from ucir.data.pack import open_domain, read_index, read_info
+from ucir.data.pack import read_info
 from ucir.data.splits import directions, label_spaces, tail_ratio, trainings
-from ucir.evaluation import BEST, LAST, PRETRAINED, UNTRAINED, load_features
+from ucir.evaluation import BEST, LAST, PRETRAINED, UNTRAINED, load_features, scored_images
 from ucir.reports import figures
 from ucir.reports.reference import AVERAGE, PrintedCell, printed_for
 from ucir.reports.table import (
@@ -196,9 +196,7 @@ def _pictures(
     start = load_features(results / PRETRAINED / "evaluate" / "all.npz")
     for pair in pairs:
         name = "-".join(pair)
-        index = {d: spaces.scored(read_index(pack, d), role) for role, d in enumerate(pair)}
-        images = {d: open_domain(pack, d, own) for d, own in index.items()}
-        labels = {d: [p.label for p in own] for d, own in index.items()}
+        images, labels = scored_images(pack, pair, spaces)
         features = {PRETRAINED: {d: start[d][images[d].row_N] for d in pair}}
         for method in methods:
             stored = results / method / "evaluate" / f"{name}-s{seed}.npz"

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ucir.config import ViewParams
 from ucir.data.augment import eval_views
@@ -23,12 +23,12 @@ def extract_features(
     images: tuple[DomainImages, ...],
     view: ViewParams,
     device: torch.device,
-    pooled: bool = False,
+    pooled: bool | Literal["both"] = False,
     phase: bool = False,
 ) -> tuple[Tensor, ...]:
     """Unit features (N, D) of each domain, float32, on ``device``; each worker computes its share.
 
-    With ``pooled`` they are those before the head, with ``phase`` of the pictures' phase alone.
+    ``pooled`` is the encoder's; with ``phase`` they are of the pictures' phase alone.
     """
     was_training = encoder.training
     encoder.eval()
@@ -42,7 +42,7 @@ def _domain_features(
     domain: DomainImages,
     view: ViewParams,
     device: torch.device,
-    pooled: bool,
+    pooled: bool | Literal["both"],
     phase: bool,
 ) -> Tensor:
     workers = world_size()
@@ -54,7 +54,7 @@ def _domain_features(
         size = torch.from_numpy(domain.size_N2[rows])
         views = eval_views(pixels, size, view.side, view.eval_crop)
         parts.append(encoder(phase_views(views) if phase else views, pooled))
-    layer = cast(nn.Linear, encoder.head[0 if pooled else -1])
-    feature_dim = layer.in_features if pooled else layer.out_features
-    own = torch.cat(parts) if parts else torch.empty(0, feature_dim, device=device)
+    head, before = encoder.feature_dim, encoder.pooled_dim
+    length = {False: head, True: before, "both": head + before}[pooled]
+    own = torch.cat(parts) if parts else torch.empty(0, length, device=device)
     return gather_uneven_rows(own, [bounds[w + 1] - bounds[w] for w in range(workers)])

@@ -161,14 +161,14 @@ class PairTraining:
         A spectral method is shown those of their phase, by the query encoder, as well.
         """
         if encoder is None and self.method.spectral:
-            head, pooled = (
-                extract_features(self.query, self.images, self.view, self.device, before, phase=True)
-                for before in (False, True)
+            found = extract_features(self.query, self.images, self.view, self.device, "both", phase=True)
+            (head_a, pooled_a), (head_b, pooled_b) = (
+                x.tensor_split([self.query.feature_dim], 1) for x in found
             )
-            self.method.see_phases(PhaseFeatures((head[0], head[1]), (pooled[0], pooled[1])))
+            self.method.see_phases(PhaseFeatures((head_a, head_b), (pooled_a, pooled_b)))
         encoder = encoder or self.key or self.query
-        first, second = extract_features(encoder, self.images, self.view, self.device)
-        return first, second
+        a, b = extract_features(encoder, self.images, self.view, self.device)
+        return a, b
 
     def freeze(self) -> None:
         """Take a copy of the encoder that nothing changes any more."""

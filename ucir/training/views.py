@@ -46,7 +46,9 @@ def render_step(
     shuffle = torch.randperm(count, generator=generator)
 
     def rendered(draw: ViewDraw, rows: Tensor) -> Tensor:
-        x = render_views(_pixels(images, slots, rows % images_seen), draw[rows % images_seen], view.side)
+        seen = rows % images_seen
+        stored = _pixels(images, seen >= len(slots[0]), torch.cat(slots)[seen])
+        x = render_views(stored, draw[seen], view.side)
         return _spectral(x, images, method, generator, rows, images_seen) if method.spectral else x
 
     query = rendered(query_draw, torch.arange(count)[own_rows(count)])
@@ -72,20 +74,15 @@ def _spectral(
         out[~mixed] = phase_views(x[~mixed])
     if mixed.any():
         own = rows[mixed] - images_seen
-        stored = torch.empty(len(own), *images[0].stored_MSS3.shape[1:], dtype=torch.uint8)
-        for domain, first in ((0, 0), (1, len(images[0]))):
-            here = (partner[own] >= len(images[0])) == bool(domain)
-            stored[here] = torch.from_numpy(images[domain].pixels((partner[own][here] - first).numpy()))
+        second = partner[own] >= len(images[0])
+        stored = _pixels(images, second, partner[own] - len(images[0]) * second)
         out[mixed] = mixed_views(x[mixed], whole_views(stored, x.shape[-1]), draw[own])
     return out
 
 
-def _pixels(images: tuple[DomainImages, DomainImages], slots: tuple[Tensor, Tensor], rows: Tensor) -> Tensor:
-    """Stored pictures of the given rows of the batch [first domain; second domain], uint8."""
-    half = len(slots[0])
-    out = torch.empty(len(rows), *images[0].stored_MSS3.shape[1:], dtype=torch.uint8)
-    for domain in (0, 1):
-        mine = ((rows >= half) == bool(domain)).nonzero().flatten()
-        slot = slots[domain][rows[mine] - domain * half]
-        out[mine] = torch.from_numpy(images[domain].pixels(slot.numpy()))
+def _pixels(images: tuple[DomainImages, DomainImages], second_B: Tensor, slot_B: Tensor) -> Tensor:
+    """Stored pictures, uint8: of the second domain where ``second_B``, else of the first."""
+    out = torch.empty(len(slot_B), *images[0].stored_MSS3.shape[1:], dtype=torch.uint8)
+    for domain, here_B in zip(images, (~second_B, second_B), strict=True):
+        out[here_B] = torch.from_numpy(domain.pixels(slot_B[here_B].numpy()))
     return out
