@@ -167,8 +167,8 @@ class PairTraining:
             )
             self.method.see_phases(PhaseFeatures((head_a, head_b), (pooled_a, pooled_b)))
         encoder = encoder or self.key or self.query
-        a, b = extract_features(encoder, self.images, self.view, self.device)
-        return a, b
+        first, second = extract_features(encoder, self.images, self.view, self.device)
+        return first, second
 
     def freeze(self) -> None:
         """Take a copy of the encoder that nothing changes any more."""
