@@ -16,7 +16,7 @@ from ucir.cluster.plan import Pace, describe_hours, describe_runs, measure_pace,
 from ucir.cluster.runs import plan_runs
 from ucir.config import Params, load_params
 from ucir.data.splits import directions
-from ucir.methods import method_params
+from ucir.methods import METHODS
 from ucir.reports.reference import printed_cells
 from ucir.reports.table import MEAN
 
@@ -121,9 +121,10 @@ def test_a_plan_knows_what_is_done(prepared: Path, store: str) -> None:
     assert "disk: about" in after
 
 
-def test_a_machine_is_measured_without_any_picture(prepared: Path) -> None:
+@pytest.mark.parametrize("method", ["ucdir", "uem"])  # one phase, two phases
+def test_a_machine_is_measured_without_any_picture(prepared: Path, method: str) -> None:
     params = load_params()
-    wanted = method_params(params, "ucdir", "shapes")
-    pace = measure_pace(params.datasets["shapes"], wanted, "ucdir", torch.device("cpu"))
+    wanted = METHODS[method].params_type(**{"epochs": 4, "batch_size": 8, "clusters": 3})
+    pace = measure_pace(params.datasets["shapes"], wanted, method, torch.device("cpu"))
     assert 0 < pace.image < pace.step
     assert pace.epoch(wanted, (80, 40)) == pytest.approx(10 * pace.step + 120 * pace.image)

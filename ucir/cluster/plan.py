@@ -82,7 +82,7 @@ def measure_pace(block: DatasetParams, params: MethodParams, method: str, device
             )
         features = run.features()
         run.method.start(features)
-        run.method.start_epoch(params.epochs - 1, features)
+        run.start_epoch(params.epochs - 1, features)
         run.train_epoch(params.epochs - 1, max_steps=1)  # warm-up
         return run
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -174,6 +175,13 @@ class PairTraining:
         """Take a copy of the encoder that nothing changes any more."""
         self.frozen = copy.deepcopy(self.query).requires_grad_(False).eval()
 
+    def start_epoch(self, epoch: int, features: tuple[Tensor, Tensor]) -> dict[str, float]:
+        """What comes before an epoch's first step; returns the method's figures."""
+        frozen_from = self.method.frozen_from
+        if self.frozen is None and frozen_from is not None and epoch >= frozen_from:
+            self.freeze()
+        return self.method.start_epoch(epoch, features)
+
     def check_finite(self, epoch: int, features: tuple[Tensor, Tensor]) -> None:
         """An epoch's last step may have spoilt the weights without a loss to show it.
 
@@ -290,6 +298,18 @@ class PairTraining:
 
 def train(training: PairTraining, reporter: Reporter) -> None:
     """Train to the last epoch, from the start or from the reporter's state."""
+    for _ in epochs(training, reporter):
+        pass
+
+
+def epochs(training: PairTraining, reporter: Reporter) -> Iterator[int]:
+    """Train, pausing after each epoch that is done and reported; yields its number.
+
+    Several trainings can so advance side by side. Epochs of the reporter's state are not repeated.
+
+    Raises:
+        NotFiniteError: a loss or a feature is not finite; the reporter has been told.
+    """
     state = reporter.load_state()
     if state is None:
         first_epoch = 0
@@ -301,9 +321,7 @@ def train(training: PairTraining, reporter: Reporter) -> None:
         features = training.features()
     for epoch in range(first_epoch, training.method.params.epochs):
         began = time.perf_counter()
-        if epoch == training.method.frozen_from:
-            training.freeze()
-        figures = training.method.start_epoch(epoch, features)
+        figures = training.start_epoch(epoch, features)
         try:
             losses = training.train_epoch(epoch)
             trained = time.perf_counter()
@@ -324,6 +342,7 @@ def train(training: PairTraining, reporter: Reporter) -> None:
         }
         state = {"epoch": epoch, **training.state_dict()}
         reporter.end_epoch(EpochReport(epoch, metrics, asked, encoder, state))
+        yield epoch
 
 
 def total_loss(terms: dict[str, Term]) -> Tensor:
