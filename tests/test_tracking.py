@@ -70,3 +70,49 @@ def test_processes_may_meet_at_a_fresh_store(tmp_path: Path) -> None:
     running = [subprocess.Popen(command) for _ in range(3)]
     assert [process.wait() for process in running] == [0, 0, 0]
     assert MlflowClient(uri).search_experiments()
+
+
+def test_a_store_that_is_away_costs_nothing_and_misses_nothing(
+    store: str, project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from mlflow.exceptions import MlflowException
+
+    real = tracking._client
+
+    def away(uri: str) -> None:
+        raise MlflowException("API request failed: connection refused")
+
+    history = [{"epoch": float(e), "val/P_at_50": 10.0 * e} for e in range(4)]
+    early = a_run(store, "early")
+    early.log_history(history[:1])
+    monkeypatch.setattr(tracking, "_client", away)
+    monkeypatch.setattr(tracking, "_silent_until", {})
+    late = a_run(store, "late")
+    for run in (early, late):
+        with tracking.status_of(run):
+            run.log_history(history[:2])
+            run.log_history(history)
+            run.log_scores({"P_at_50": 30.0})
+    assert capsys.readouterr().out.count("does not answer") == 1
+
+    monkeypatch.setattr(tracking, "_client", real)
+    tracking.init_store(store)  # still silent: nothing is sent, nothing lost
+    assert len(list((project / "runs/mlflow-unsent").glob("*.json"))) == 2
+    monkeypatch.setattr(tracking, "_silent_until", {})
+    tracking.init_store(store)
+    tracking.init_store(store)
+    assert not list((project / "runs/mlflow-unsent").iterdir())
+    client = MlflowClient(store)
+    for run in (early, a_run(store, "late")):
+        assert run.run_id is not None
+        points = client.get_metric_history(run.run_id, "val/P_at_50")
+        assert [(p.step, p.value) for p in points] == [(0, 0.0), (1, 10.0), (2, 20.0), (3, 30.0)]
+        assert client.get_run(run.run_id).data.metrics["P_at_50"] == 30.0
+        assert client.get_run(run.run_id).info.status == "FINISHED"
+    (experiment,) = client.search_experiments(filter_string="name = 'ucir/x'")
+    assert len(client.search_runs([experiment.experiment_id])) == 2
+
+
+def test_what_we_say_wrongly_is_an_error(store: str) -> None:
+    with pytest.raises(Exception, match="Invalid value"):
+        a_run(store).log_scores({"P@50": 1.0})

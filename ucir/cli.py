@@ -222,6 +222,59 @@ def train(
     typer.echo("Next: `uv run dvc repro` for the whole study with its report")
 
 
+@app.command()
+def tune(
+    name: Annotated[
+        str | None, typer.Argument(help="A sweep under `sweeps` of params.yaml; none = list them.")
+    ] = None,
+    overrides: Overrides = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check the sweep and tell how much work it is; start nothing.")
+    ] = False,
+) -> None:
+    """Search a method's params on Ray Tune: temperatures, K, loss weights, any key of its block.
+
+    
+      sweeps:
+        mine:
+          dataset: digits
+          method: ucdir
+          trials: 20
+          search: random            # grid, tpe
+          scheduler: asha           # fifo, median
+          objective: mutual_neighbours
+          scope: shared             # or per_pair
+          space:
+            temperature: {loguniform: [0.05, 0.5]}
+            clusters: [10, 20, 40]
+
+    A trial trains all pairs with one setting; its score is the mean of the objective over them. The
+    objective needs no labels unless it is `oracle` (P@K). The same command goes on where a killed one
+    stopped; trials are runs like any other and never repeated. What was found lies in
+    results/sweeps/NAME: best.yaml (look at it, then copy it into params.yaml), trials.csv, criteria.csv.
+    """
+    params = load_params(overrides=list(overrides or []))
+    if name is None:
+        for sweep, block in params.sweeps.items():
+            keys = ", ".join(block.space)
+            typer.echo(f"{sweep}: {block.method} on {block.dataset}, {block.trials} trials over {keys}")
+        typer.echo("Next: `uv run ucir tune NAME`, or write your own under `sweeps` (`ucir tune --help`)")
+        return
+    from ucir.cluster.sweep import describe_result, describe_sweep, tune_all, write_result
+    from ucir.paths import RESULTS, check_writable
+
+    typer.echo(describe_sweep(params, name))
+    if dry_run:
+        return
+    out = RESULTS / "sweeps" / name
+    check_writable(out)
+    found = tune_all(params, name)
+    write_result(found, params, name, out)
+    for one in found:
+        typer.echo(describe_result(one))
+    typer.echo(f"Next: look at {out}/best.yaml and put its block into params.yaml; then `uv run dvc repro`")
+
+
 def _dataset_block(dataset: str) -> DatasetParams:
     params = load_params(raw=without_study())
     if dataset not in params.datasets:

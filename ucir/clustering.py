@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, cast
 
 import faiss
 import numpy as np
@@ -34,6 +35,7 @@ def kmeans(
     max_points: int,
     spherical: bool = False,
     initial_KD: Tensor | None = None,
+    together: bool = True,
 ) -> Clusters:
     """K-means with Euclidean distance on faiss, as the official code runs it (UCDIR ``run_kmeans``).
 
@@ -48,6 +50,7 @@ def kmeans(
         max_points: iterate on a subsample of at most this many points per centroid.
         spherical: normalise the centroids in each iteration, as PCS does.
         initial_KD: where to begin, instead of at features drawn by ``seed``.
+        together: all workers ask for it and get the first one's; else this process asks alone.
 
     Raises:
         UserError: more clusters than features.
@@ -55,7 +58,7 @@ def kmeans(
     if k > len(features_ND):
         raise UserError(f"{k} clusters for {len(features_ND)} images: clusters must not exceed them")
     found = None
-    if rank() == 0:
+    if rank() == 0 or not together:
         points = np.ascontiguousarray(features_ND.float().cpu().numpy())
         clustering = faiss.Clustering(points.shape[1], k)
         clustering.niter = iterations
@@ -72,7 +75,7 @@ def kmeans(
         _, label = index.search(points, 1)
         centroid = faiss.vector_float_to_array(clustering.centroids).reshape(k, -1)
         found = label[:, 0].astype(np.int64), centroid.copy()
-    label, centroid = broadcast_from_first(found)
+    label, centroid = broadcast_from_first(found) if together else cast(tuple[Any, Any], found)
     label_N = torch.from_numpy(label).to(features_ND.device)
     centroid_KD = F.normalize(torch.from_numpy(centroid).to(features_ND.device), dim=1)
     return Clusters(label_N, centroid_KD, torch.bincount(label_N, minlength=k))

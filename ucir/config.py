@@ -252,6 +252,13 @@ class SourceParams(Block):
     source: str
 
 
+class SweepStage(Block):
+    """What the tune stage depends on: the data set and the methods block of a sweep."""
+
+    dataset: Name
+    block: str
+
+
 class StudyParams(Block):
     """What `uv run dvc repro` runs; written by `uv run ucir study NAME`."""
 
@@ -262,6 +269,7 @@ class StudyParams(Block):
     """Those of ``datasets`` that are drawn here."""
     settings: dict[str, SettingParams]
     runs: dict[str, RunParams]
+    sweeps: dict[str, SweepStage] = Field(default_factory=dict)
 
 
 class StudyPart(Block):
@@ -282,6 +290,8 @@ class StudyRecipe(Block):
     """A study to choose from: one part, or several by name."""
 
     seeds: Seeds
+    sweeps: tuple[str, ...] = ()
+    """Those of ``sweeps`` that `dvc repro` runs as well."""
     parts: Annotated[dict[str, StudyPart], Field(min_length=1)]
 
     @model_validator(mode="before")
@@ -295,16 +305,95 @@ class StudyRecipe(Block):
         }
 
 
+class Dimension(Block):
+    """What a sweep tries for one key. Written as a list, it is ``choice``."""
+
+    choice: Annotated[tuple[Any, ...], Field(min_length=1)] | None = None
+    uniform: tuple[float, float] | None = None
+    loguniform: tuple[Positive, Positive] | None = None
+    integer: tuple[int, int] | None = None
+    """Both ends included."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _a_list_is_a_choice(cls, given: Any) -> Any:
+        return {"choice": given} if isinstance(given, (list, tuple)) else given
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Self:
+        given = [name for name in type(self).model_fields if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                "give a list of values, or one of uniform: [low, high], loguniform: [low, high] and "
+                "integer: [low, high]"
+            )
+        if given[0] != "choice":
+            low, high = getattr(self, given[0])
+            if low >= high:
+                raise ValueError(f"{given[0]}: the first value must be below the second")
+        return self
+
+    @property
+    def ends(self) -> tuple[Any, ...]:
+        """All values of a choice, the lowest and the highest of a range."""
+        return self.choice or self.uniform or self.loguniform or self.integer or ()
+
+
+class SweepParams(SettingParams):
+    """``sweeps.<name>``: what `ucir tune` searches."""
+
+    setting: Setting = "closed"
+    method: Annotated[str, Field(pattern=r"^[a-z0-9-]+$")]
+    seeds: Seeds = (0,)
+    space: Annotated[dict[str, Dimension], Field(min_length=1)]
+    """Key of params.yaml by its path, ``methods.<method>.<dataset>.lr``, or just ``lr``: what is tried."""
+    trials: Count = 20
+    """Settings to try; a grid tries all."""
+    search: Literal["random", "grid", "tpe"] = "random"
+    """tpe = Optuna's tree-structured Parzen estimator."""
+    scheduler: Literal["fifo", "asha", "median"] = "asha"
+    """When a trial is given up: never; among the worse of those that came as far; below their median."""
+    grace: Count = 4
+    """Epochs that every trial has."""
+    reduction: Annotated[int, Field(ge=2)] = 3
+    """asha: one in so many goes on at each rung."""
+    objective: str = "mutual_neighbours"
+    """A label-free criterion of :mod:`ucir.retrieval.criteria`, or ``oracle``: P@K, which reads labels."""
+    scope: Literal["shared", "per_pair"] = "shared"
+    """One setting for all pairs, scored by the mean over them; or a search for each."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Of the search."""
+
+    @model_validator(mode="after")
+    def _a_grid_has_values(self) -> Self:
+        ranges = [key for key, dimension in self.space.items() if dimension.choice is None]
+        if self.search == "grid" and ranges:
+            raise ValueError(f"search: a grid needs lists of values, but {', '.join(ranges)} has a range")
+        return self
+
+
 class ClusterParams(Block):
     """How runs are spread; changes speed, never results, so that no stage depends on it."""
 
     num_workers: Annotated[int, Field(ge=0)] = 0
-    """Workers of one training. 0 = in this process, without a cluster; 2 or more train with DDP."""
+    """Workers of one training. 0 = in this process, without a cluster; 1 = each training on one worker of
+    the cluster, as many at once as it holds; 2 or more train with DDP."""
     use_gpu: bool | None = None
     """None = when there is one."""
     cpus_per_worker: Positive = 1
+    gpus_per_worker: Positive = 1
+    """Where GPUs are used. Below 1, several trainings share one: with ``num_workers`` 1 and in sweeps."""
     max_failures: Annotated[int, Field(ge=0)] = 2
     """Restarts of a training whose worker died."""
+
+    @model_validator(mode="after")
+    def _a_gpu_has_one_worker_of_a_training(self) -> Self:
+        if self.num_workers > 1 and self.gpus_per_worker % 1:
+            raise ValueError(
+                "gpus_per_worker: two workers of one training cannot share a GPU (NCCL refuses it): set "
+                "num_workers to 1, and trainings share GPUs"
+            )
+        return self
 
 
 class Params(Block):
@@ -315,6 +404,9 @@ class Params(Block):
     datasets: dict[Name, DatasetParams]
     methods: dict[str, dict[Name, dict[str, Any]]]
     """Method, then data set; validated by the method's own params class."""
+    sweeps: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")], SweepParams] = Field(
+        default_factory=dict
+    )
     cluster: ClusterParams = ClusterParams()
 
     @model_validator(mode="after")

@@ -86,7 +86,16 @@ def study_block(params: Params, name: str) -> tuple[dict[str, Any], list[str]]:
         raise UserError(
             f"studies.{name}: none of its methods is built yet: {', '.join(dict.fromkeys(missing))}"
         )
-    used = dict.fromkeys(run["dataset"] for run in runs.values())
+    sweeps = {}
+    for sweep_name in params.studies[name].sweeps:
+        if sweep_name not in params.sweeps:
+            raise UserError(
+                f"studies.{name}: sweep {sweep_name!r} is unknown; {nearest(sweep_name, params.sweeps)}"
+            )
+        sweep = params.sweeps[sweep_name]
+        method_params(params, sweep.method, sweep.dataset)
+        sweeps[sweep_name] = {"dataset": sweep.dataset, "block": params_block(sweep.method)}
+    used = dict.fromkeys(part["dataset"] for part in (*runs.values(), *sweeps.values()))
     sources = {dataset: {"source": params.datasets[dataset].source} for dataset in used}
     block = {
         "name": name,
@@ -95,6 +104,7 @@ def study_block(params: Params, name: str) -> tuple[dict[str, Any], list[str]]:
         "samples": {d: source for d, source in sources.items() if params.datasets[d].sample},
         "settings": {key: _given(setting) for key, setting in settings.items()},
         "runs": {key: _given(run) for key, run in runs.items()},
+        "sweeps": sweeps,
     }
     return block, list(dict.fromkeys(missing))
 

@@ -8,20 +8,30 @@ neither runs nor points. Store: ``MLFLOW_TRACKING_URI``, else ``sqlite:///mlflow
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import os
 import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from ucir.paths import RUNS
 
 # before mlflow is imported: it reports usage to its makers and warns of a missing git otherwise
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+# its own patience is minutes; ours is `TrackedRun.unsent`
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
 
 KEY_TAG = "run_key"
+UNSENT = RUNS / "mlflow-unsent"
+SILENCE = 60.0
+"""Seconds for which a store that did not answer is left alone: asking takes time that training has not."""
+_silent_until: dict[str, float] = {}
 
 
 def tracking_uri() -> str:
@@ -34,8 +44,12 @@ def tracking_uri() -> str:
 
 
 def init_store(uri: str) -> None:
-    """Create a local store once, before any worker: parallel first contact would corrupt it."""
+    """Create a local store once, before any worker: parallel first contact would corrupt it.
+
+    And send it what could not be sent before.
+    """
     if not uri.startswith("sqlite:///"):
+        send_unsent(uri)
         return
     import fcntl
 
@@ -45,22 +59,116 @@ def init_store(uri: str) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not database.exists():
             _client(uri).search_experiments(max_results=1)
+    send_unsent(uri)
 
 
-@dataclass(frozen=True)
+@dataclass
 class TrackedRun:
-    """A run of the store, to be written by one process at a time."""
+    """A run of the store, to be written by one process at a time.
+
+    Where the store cannot be reached, training goes on: what is to be said is kept in ``unsent`` and sent by
+    the next contact, of this process or of a later command (:func:`send_unsent`).
+    """
 
     uri: str
-    run_id: str
+    experiment: str
+    name: str
+    key: str
+    tags: dict[str, str]
+    params: dict[str, Any]
+    unsent: Path
+    """Folder; absolute, since workers run elsewhere."""
+    run_id: str | None = None
+    """None until the store has been reached."""
     finished: bool = False
     """It was, when it was found: its times are left as they are."""
 
     def log_history(self, history: Sequence[Mapping[str, float]]) -> None:
         """Add the epochs that the store does not have yet. Each entry has ``epoch`` and its metrics."""
+        self._send({"history": [dict(entry) for entry in history]})
+
+    def log_scores(self, scores: Mapping[str, float]) -> None:
+        """Final scores, one value each; logged once even when the command is repeated."""
+        self._send({"scores": dict(scores)})
+
+    def log_artifact(self, path: Path) -> None:
+        """Add a file."""
+        self._send({"artifacts": [str(path.resolve())]})
+
+    def set_status(self, status: str) -> None:
+        """RUNNING, or how it ended."""
+        self._send({"status": status})
+
+    def find(self) -> bool:
+        """Find the run by its key, or make it; whether the store could be reached."""
+        return self._send({})
+
+    def _send(self, told: dict[str, Any]) -> bool:
+        """Deliver, with what was kept before; or keep."""
+        kept = self.unsent / f"{self.key}.json"
+        if kept.exists():
+            before = json.loads(kept.read_text("utf-8"))["told"]
+            told = {**before, **told, "artifacts": [*before.get("artifacts", []), *told.get("artifacts", [])]}
+        if time.monotonic() >= _silent_until.get(self.uri, 0.0):
+            try:
+                self._deliver(told)
+            except Exception as error:
+                if not _is_down(error):
+                    raise
+                _silent_until[self.uri] = time.monotonic() + SILENCE
+                reason = str(error).splitlines()[0][:200]
+                print(
+                    f"MLflow at {self.uri} does not answer ({reason}): work goes on, and what belongs there "
+                    f"is kept in {self.unsent} and sent later",
+                    flush=True,
+                )
+            else:
+                kept.unlink(missing_ok=True)
+                return True
+        if any(told.values()):
+            self.unsent.mkdir(parents=True, exist_ok=True)
+            own = {**asdict(self), "unsent": str(self.unsent), "run_id": None}
+            unfinished = kept.with_suffix(f".{os.getpid()}")
+            unfinished.write_text(json.dumps({"run": own, "told": told}), encoding="utf-8")
+            unfinished.replace(kept)
+        return False
+
+    def _deliver(self, told: Mapping[str, Any]) -> None:
+        client = _client(self.uri)
+        if self.run_id is None:
+            self._find_or_create(client)
+        if told.get("history"):
+            self._deliver_history(client, told["history"])
+        if told.get("scores"):
+            self._deliver_scores(client, told["scores"])
+        for artifact in dict.fromkeys(told.get("artifacts", [])):
+            if Path(artifact).exists():  # by now it may have been written anew elsewhere
+                client.log_artifact(self.run_id, artifact)
+        status = told.get("status")
+        if status == "RUNNING":
+            client.update_run(self.run_id, status=status)
+        elif status and not self.finished:
+            client.set_terminated(self.run_id, status)
+
+    def _find_or_create(self, client: Any) -> None:
+        from mlflow.entities import Param
+
+        found = client.get_experiment_by_name(self.experiment)
+        experiment_id = found.experiment_id if found else client.create_experiment(self.experiment)
+        runs = client.search_runs([experiment_id], f"tags.{KEY_TAG} = '{self.key}'", max_results=1)
+        if runs:
+            self.run_id, self.finished = runs[0].info.run_id, runs[0].info.status == "FINISHED"
+            return
+        # tags at once: a run that is cut off before it has its key would never be found again
+        tags = {**self.tags, KEY_TAG: self.key, "git_sha": git_sha()}
+        run = client.create_run(experiment_id, run_name=self.name, tags=tags)
+        params = [Param(name, str(value)) for name, value in self.params.items()]
+        client.log_batch(run.info.run_id, params=params)
+        self.run_id = run.info.run_id
+
+    def _deliver_history(self, client: Any, history: Sequence[Mapping[str, float]]) -> None:
         from mlflow.entities import Metric
 
-        client = _client(self.uri)
         logged = client.get_metric_history(self.run_id, "epoch")
         last = max((point.step for point in logged), default=-1)
         now = int(time.time() * 1000)
@@ -72,11 +180,9 @@ class TrackedRun:
                 ]
                 client.log_batch(self.run_id, metrics=points)
 
-    def log_scores(self, scores: Mapping[str, float]) -> None:
-        """Final scores, one value each; logged once even when the command is repeated."""
+    def _deliver_scores(self, client: Any, scores: Mapping[str, float]) -> None:
         from mlflow.entities import Metric
 
-        client = _client(self.uri)
         known = client.get_run(self.run_id).data.metrics
         now = int(time.time() * 1000)
         points = [
@@ -86,9 +192,6 @@ class TrackedRun:
         ]
         if points:
             client.log_batch(self.run_id, metrics=points)
-
-    def log_artifact(self, path: Path) -> None:
-        _client(self.uri).log_artifact(self.run_id, str(path))
 
 
 def tracked_run(
@@ -109,21 +212,27 @@ def tracked_run(
         tags: to filter and group by.
         params: what one would put on an axis; written once.
     """
-    from mlflow.entities import Param, RunTag
+    run = TrackedRun(uri, experiment, name, key, dict(tags), dict(params), UNSENT.resolve())
+    run.find()
+    return run
 
-    client = _client(uri)
-    found = client.get_experiment_by_name(experiment)
-    experiment_id = found.experiment_id if found else client.create_experiment(experiment)
-    runs = client.search_runs([experiment_id], f"tags.{KEY_TAG} = '{key}'", max_results=1)
-    if runs:
-        return TrackedRun(uri, runs[0].info.run_id, runs[0].info.status == "FINISHED")
-    run = client.create_run(experiment_id, run_name=name)
-    client.log_batch(
-        run.info.run_id,
-        params=[Param(key, str(value)) for key, value in params.items()],
-        tags=[RunTag(k, v) for k, v in {**tags, KEY_TAG: key, "git_sha": git_sha()}.items()],
-    )
-    return TrackedRun(uri, run.info.run_id)
+
+def send_unsent(uri: str) -> None:
+    """Send what earlier commands could not, if the store answers now."""
+    for kept in sorted(UNSENT.resolve().glob("*.json")):
+        run = json.loads(kept.read_text("utf-8"))["run"]
+        if run["uri"] == uri and not TrackedRun(**{**run, "unsent": Path(run["unsent"])}).find():
+            return
+
+
+def _is_down(error: Exception) -> bool:
+    """Whether it is the store's fault: unreachable, refusing, failing; not a mistake in what we say."""
+    from mlflow.exceptions import MlflowException
+    from requests import RequestException
+
+    if isinstance(error, MlflowException):
+        return str(error.error_code) != "INVALID_PARAMETER_VALUE"
+    return isinstance(error, (RequestException, OSError))
 
 
 def experiment_url(uri: str) -> str:
@@ -160,13 +269,13 @@ def status_of(run: TrackedRun) -> Iterator[None]:
     if run.finished:
         yield
         return
-    _client(run.uri).update_run(run.run_id, status="RUNNING")
+    run.set_status("RUNNING")
     try:
         yield
     except KeyboardInterrupt:
-        _client(run.uri).set_terminated(run.run_id, "KILLED")
+        run.set_status("KILLED")
         raise
     except BaseException:
-        _client(run.uri).set_terminated(run.run_id, "FAILED")
+        run.set_status("FAILED")
         raise
-    _client(run.uri).set_terminated(run.run_id, "FINISHED")
+    run.set_status("FINISHED")

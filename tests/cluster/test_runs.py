@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import fcntl
+import os
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from mlflow import MlflowClient
 
-from ucir.cluster.launch import train_all
+from ucir.cluster.launch import at_once, train_all
 from ucir.cluster.plan import describe
 from ucir.cluster.runs import Run, materialise, open_pair, plan_runs
-from ucir.config import ClusterParams, load_params
+from ucir.config import ClusterParams, checked, load_params
 from ucir.devices import choose_device
 from ucir.errors import UserError
 from ucir.models.checkpoints import load_state, save_encoder
@@ -174,6 +178,65 @@ def test_runs_are_trained_tracked_and_never_repeated(
         for metric in ("train/loss_total", "val/P_at_2", "val/mAP_at_All"):
             points = client.get_metric_history(run.info.run_id, metric)
             assert [point.step for point in points] == [0, 1, 2, 3]
+
+
+def test_what_does_not_fit_the_cluster_is_refused_with_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 8.0, "GPU": 2.0})
+    gpu = {"use_gpu": True, "cpus_per_worker": 2}
+    assert at_once(ClusterParams(num_workers=1, use_gpu=False), "a training") == 8
+    assert at_once(ClusterParams(num_workers=3, use_gpu=False, cpus_per_worker=2), "a training") == 1
+    assert at_once(ClusterParams(num_workers=1, **gpu, gpus_per_worker=0.5), "a training") == 4
+    with pytest.raises(UserError, match=r"a training asks the cluster for 10 CPU where it has 8 and 5 GPU"):
+        at_once(ClusterParams(num_workers=5, **gpu), "a training")
+    halves = {"num_workers": 2, "gpus_per_worker": 0.5}
+    with pytest.raises(UserError, match="gpus_per_worker: two workers of one training cannot share a GPU"):
+        checked(ClusterParams, halves, "params.yaml", "cluster")
+
+
+@pytest.mark.slow
+def test_many_runs_at_once_outlive_a_killed_worker_and_a_spoilt_run(prepared: Path, store: str) -> None:
+    """On Ray, one worker each: the killed one goes on from its last epoch, the spoilt one fails alone."""
+    good = plan(methods__ucdir__shapes__epochs=60)
+    spoilt = plan(methods__ucdir__shapes__lr=1e30)[:1]
+
+    def kill_one() -> None:
+        state = good[0].folder / "state.pt"
+        while not state.exists():
+            time.sleep(0.02)
+        for process in psutil.process_iter(["cmdline"]):
+            if any(str(good[0].folder / "lock") == file.path for file in open_files(process)):
+                process.kill()
+                killed.append(len(good[0].history()))
+
+    killed: list[int] = []
+    killer = threading.Thread(target=kill_one, daemon=True)
+    killer.start()
+    with pytest.raises(UserError, match=r"1 of 3 runs failed: ucdir art-photo s0 .NotFinite.*fault.json"):
+        train_all([*good, *spoilt], ClusterParams(num_workers=1))
+    killer.join()
+    assert len(killed) == 1
+    assert 0 < killed[0] < 60
+    assert [len(run.history()) for run in good] == [60, 60]
+    assert not spoilt[0].done
+    alone = Run(**{**good[0].__dict__, "folder": prepared / "runs/alone", "key": "alone"})
+    train_all([alone], ClusterParams())
+    one, two = (load_state(run.folder / "last.pt")["state_dict"] for run in (good[0], alone))
+    assert all(torch.equal(one[key], two[key]) for key in one)
+    client = MlflowClient(store)
+    (experiment,) = client.search_experiments(filter_string="name = 'ucir/shapes'")
+    tracked = client.search_runs([experiment.experiment_id], f"tags.run_key = '{good[0].key}'")
+    points = client.get_metric_history(tracked[0].info.run_id, "epoch")
+    assert [point.step for point in points] == list(range(60)), "a point twice, or one missing"
+
+
+def open_files(process: psutil.Process) -> list[Any]:
+    """Of a process that may be gone by now."""
+    try:
+        return process.open_files() if process.pid != os.getpid() else []
+    except psutil.Error:
+        return []
 
 
 @pytest.mark.slow

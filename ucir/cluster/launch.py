@@ -1,13 +1,17 @@
-"""Launch runs through Ray Train: in this process, or on workers with DDP; the same loop either way."""
+"""Launch runs: one after the other in this process, or on a cluster, each on one worker or with DDP.
+
+The loop is the same everywhere, and so is what it keeps: `Run.folder`, which every machine must see under
+the same path.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
-import logging
 import os
 import time
-from collections.abc import Callable
-from typing import IO, Any
+from collections.abc import Callable, Iterator
+from typing import Any
 
 # before ray is imported. uv: workers use this interpreter as it is. Paths: ours are absolute.
 # The health check's period bounds how fast a worker's report passes through.
@@ -15,12 +19,15 @@ os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
 os.environ.setdefault("RAY_AUTH_MODE", "disabled" if "RAY_ADDRESS" not in os.environ else "")
+os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # of Tune: with it, silence is not silent
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
+
+import torch
 
 from ucir import tracking
 from ucir.cluster.runs import Run, RunReporter, open_pair
 from ucir.config import ClusterParams
-from ucir.devices import wants_gpu
+from ucir.devices import choose_device, wants_gpu
 from ucir.errors import UserError
 from ucir.methods import METHODS
 from ucir.progress import Progress
@@ -28,37 +35,42 @@ from ucir.training.loop import PairTraining, train
 
 
 def train_all(runs: list[Run], cluster: ClusterParams) -> None:
-    """Train what is not yet done, run after run; one that fails does not stop the others.
+    """Train what is not yet done; one run that fails does not stop the others.
 
     Every run is tracked in MLflow, resumes from its folder, and leaves ``last.pt`` and ``best.pt`` there.
+    With ``num_workers`` 0 they train one after the other in this process; else on the cluster, as many at
+    once as it holds.
 
     Raises:
-        UserError: some runs failed; names each with its reason and the command that goes on.
+        UserError: one run does not fit the cluster; some runs failed: names each with its reason and the
+            command that goes on.
     """
     uri = tracking.tracking_uri()
     tracking.init_store(uri)
-    failed: dict[str, str] = {}
     open_runs = [run for run in runs if not run.done]
     for run in runs:
         if run.done:
             print(f"{run.name}: finished before ({run.folder.name})")
             _track(run, uri)
-    epochs = sum(run.params.epochs for run in open_runs)
-    with Progress("train", epochs, "epoch") as progress:
+    if not open_runs:
+        return
+    concurrent = 0
+    if cluster.num_workers:
+        connect(cluster, uri)
+        concurrent = at_once(cluster, "a training")
+    with Progress("train", sum(run.params.epochs for run in open_runs), "epoch") as progress:
         for run in open_runs:
-            try:
-                with _lock(run):
-                    _train_one(run, cluster, uri, progress)
-            except UserError:
-                raise
-            except KeyboardInterrupt:
-                progress.message("stopped: the same command goes on after the last finished epoch")
-                raise
-            except Exception as error:
-                failed[run.name] = f"{type(error).__name__}: {error}".splitlines()[0]
-                if (fault := run.folder / "fault.json").exists():
-                    failed[run.name] += f"; its inputs are described in {fault}"
-                progress.message(f"{run.name} failed: {failed[run.name]}")
+            if resumed := len(run.history()):
+                progress.message(f"{run.name}: resumes after epoch {resumed} of {run.params.epochs}")
+                progress.skip(resumed)
+        try:
+            if concurrent:
+                failed = _fan_out(open_runs, cluster, uri, concurrent, progress)
+            else:
+                failed = _one_by_one(open_runs, cluster, uri, progress)
+        except KeyboardInterrupt:
+            progress.message("stopped: the same command goes on after the last finished epoch")
+            raise
     if failed:
         told = "; ".join(f"{name} ({reason})" for name, reason in failed.items())
         raise UserError(
@@ -67,30 +79,91 @@ def train_all(runs: list[Run], cluster: ClusterParams) -> None:
         )
 
 
-def _train_one(run: Run, cluster: ClusterParams, uri: str, progress: Progress) -> None:
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
+def _one_by_one(runs: list[Run], cluster: ClusterParams, uri: str, progress: Progress) -> dict[str, str]:
+    """In this process. Returns what failed, and why."""
+    failed: dict[str, str] = {}
+    for run in runs:
+        try:
+            _train_here(run, _tracked_run(run, uri), choose_device(cluster), progress.advance)
+        except Exception as error:
+            failed[run.name] = _reason(run, error)
+            progress.message(f"{run.name} failed: {failed[run.name]}")
+    return failed
+
+
+def _fan_out(
+    runs: list[Run], cluster: ClusterParams, uri: str, concurrent: int, progress: Progress
+) -> dict[str, str]:
+    """On the cluster. Returns what failed, and why."""
+    import ray
+    from ray.util.queue import Queue
+
+    lines = Queue(actor_options={"num_cpus": 0})
+    alone = cluster.num_workers == 1
+    # a task whose machine dies is started again, and goes on from the run's folder
+    asked = _per_worker(cluster) if alone else {"CPU": 0}  # Ray Train asks for its workers itself
+    task = ray.remote(_train_alone if alone else _train_on_workers).options(
+        max_retries=cluster.max_failures, num_cpus=asked["CPU"], num_gpus=asked.get("GPU", 0)
+    )
+    waiting = list(runs)
+    active: dict[Any, Run] = {}
+    failed: dict[str, str] = {}
+
+    def show() -> None:
+        while not lines.empty():
+            progress.advance(*lines.get())
+
+    try:
+        while waiting or active:
+            # one-worker tasks queue in Ray, where an autoscaler sees them; trainings of several would each
+            # hold a part of what they need
+            while waiting and (alone or len(active) < concurrent):
+                run = waiting.pop(0)
+                active[task.remote(run, cluster, _tracked_run(run, uri), lines)] = run
+            ready, _ = ray.wait(list(active), timeout=1)
+            show()
+            for reference in ready:
+                run = active.pop(reference)
+                try:
+                    ray.get(reference)
+                except Exception as error:
+                    cause = getattr(error, "cause", None)
+                    failed[run.name] = _reason(run, cause if isinstance(cause, Exception) else error)
+                    progress.message(f"{run.name} failed: {failed[run.name]}")
+    finally:
+        for reference in active:
+            ray.cancel(reference, force=alone)
+    show()
+    return failed
+
+
+def _train_here(
+    run: Run, tracked: tracking.TrackedRun, device: torch.device, advance: Callable[[int, str], None]
+) -> None:
+    """Train one run in this process."""
+
+    def after_epoch(history: list[dict[str, float]]) -> None:
+        tracked.log_history(history)
+        advance(1, _told(run, history[-1]))
+
+    with lock_run(run), tracking.status_of(tracked):
+        train(new_training(run, device), RunReporter(run, True, after_epoch))
+
+
+def _train_alone(run: Run, cluster: ClusterParams, tracked: tracking.TrackedRun, lines: Any) -> None:
+    """A task of the cluster: one run on one worker."""
+    _train_here(run, tracked, choose_device(cluster), lambda steps, note: lines.put((steps, note)))
+
+
+def _train_on_workers(run: Run, cluster: ClusterParams, tracked: tracking.TrackedRun, lines: Any) -> None:
+    """A task of the cluster: one run on several workers, which Ray Train holds together."""
+    from ray.train import FailureConfig, RunConfig
     from ray.train.torch import TorchTrainer
 
-    resumed = len(run.history())
-    if resumed:
-        progress.message(f"{run.name}: resumes after epoch {resumed} of {run.params.epochs}")
-        progress.skip(resumed)
-    tracked = _tracked_run(run, uri)
-    in_process = cluster.num_workers == 0
-    config: dict[str, Any] = {"run": run, "tracked": tracked}
-    if in_process:
-        logging.getLogger("ray.train").setLevel(logging.WARNING)  # it announces local mode every time
-        config["on_epoch"] = lambda history: progress.advance(1, _told(run, history[-1]))
-    else:
-        _connect(cluster)
     trainer = TorchTrainer(
-        worker_main,
-        train_loop_config=config,
-        scaling_config=ScalingConfig(
-            num_workers=cluster.num_workers,
-            use_gpu=wants_gpu(cluster),
-            resources_per_worker={"CPU": cluster.cpus_per_worker},
-        ),
+        _worker_main,
+        train_loop_config={"run": run, "tracked": tracked, "lines": lines},
+        scaling_config=scaling(cluster),
         run_config=RunConfig(
             # a name of its own each time: Ray takes a finished run's name for nothing to do, and
             # resuming is the run folder's business
@@ -99,61 +172,120 @@ def _train_one(run: Run, cluster: ClusterParams, uri: str, progress: Progress) -
             failure_config=FailureConfig(max_failures=cluster.max_failures),
         ),
     )
-    with tracking.status_of(tracked):
+    with lock_run(run), tracking.status_of(tracked):
         trainer.fit()
-    if not in_process:
-        progress.advance(run.params.epochs - resumed, _told(run, run.history()[-1]))
 
 
-def _lock(run: Run) -> IO[str]:
-    """Hold the run's folder for this process; closing the file gives it back, and so does a kill."""
-    run.folder.mkdir(parents=True, exist_ok=True)
-    lock = (run.folder / "lock").open("w")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.close()
-        raise UserError(f"{run.name}: another process is training it in {run.folder}") from None
-    return lock
-
-
-def worker_main(config: dict[str, Any]) -> None:
+def _worker_main(config: dict[str, Any]) -> None:
     """What each worker runs; Ray has set up the process group and the device."""
     from ray import train as ray_train
     from ray.train.torch import get_device
 
     run: Run = config["run"]
-    context = ray_train.get_context()
     tracked: tracking.TrackedRun = config["tracked"]
-    on_epoch: Callable[[list[dict[str, float]]], None] | None = config.get("on_epoch")
 
     def after_epoch(history: list[dict[str, float]]) -> None:
         tracked.log_history(history)
-        if on_epoch is not None:
-            on_epoch(history)
-        else:
-            print(_told(run, history[-1]), flush=True)
+        config["lines"].put((1, _told(run, history[-1])))
 
+    first = ray_train.get_context().get_world_rank() == 0
+    train(new_training(run, get_device()), RunReporter(run, first, after_epoch))
+
+
+def new_training(run: Run, device: torch.device) -> PairTraining:
+    """Everything that changes while a run is trained, as at its start."""
     method = METHODS[run.method](run.params, run.seed)
-    training = PairTraining(open_pair(run), run.view, run.encoder, run.start, method, get_device())
-    train(training, RunReporter(run, context.get_world_rank() == 0, after_epoch))
+    return PairTraining(open_pair(run), run.view, run.encoder, run.start, method, device)
 
 
-def _connect(cluster: ClusterParams) -> None:
-    """Join the cluster at RAY_ADDRESS, or start one on this machine that holds the workers."""
+@contextlib.contextmanager
+def lock_run(run: Run, wait: bool = False) -> Iterator[None]:
+    """Hold the run's folder for this process; a kill gives it back, too.
+
+    Raises:
+        UserError: another process holds it, and we do not ``wait``.
+    """
+    run.folder.mkdir(parents=True, exist_ok=True)
+    with (run.folder / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            raise UserError(f"{run.name}: another process is training it in {run.folder}") from None
+        yield
+
+
+def connect(cluster: ClusterParams, uri: str) -> None:
+    """Join the cluster at RAY_ADDRESS, or start one on this machine that holds the workers.
+
+    Prints where to look meanwhile.
+    """
     import ray
 
     if ray.is_initialized():
         return
     if "RAY_ADDRESS" in os.environ:
-        ray.init()
-        return
-    needed = cluster.num_workers * cluster.cpus_per_worker
-    ray.init(
-        num_cpus=max(int(needed + 0.999), os.cpu_count() or 1),
-        object_store_memory=200 * 1024**2,
-        include_dashboard=True,
-    )
+        context = ray.init()
+    else:
+        needed = cluster.num_workers * cluster.cpus_per_worker
+        context = ray.init(
+            num_cpus=max(int(needed + 0.999), os.cpu_count() or 1),
+            object_store_memory=200 * 1024**2,
+            include_dashboard=True,
+        )
+    there = ray.cluster_resources()
+    held = ", ".join(f"{there[name]:g} {name}" for name in ("CPU", "GPU") if name in there)
+    dashboard = f"http://{context.dashboard_url}" if context.dashboard_url else "off"
+    print(f"cluster: {held}; dashboard: {dashboard}; runs: {tracking.experiment_url(uri)}", flush=True)
+
+
+def per_run(cluster: ClusterParams) -> dict[str, float]:
+    """What one training takes of the cluster."""
+    workers = max(1, cluster.num_workers)
+    return {name: workers * count for name, count in _per_worker(cluster).items()}
+
+
+def scaling(cluster: ClusterParams) -> Any:
+    """The workers of one training, for Ray Train."""
+    from ray.train import ScalingConfig
+
+    asked = _per_worker(cluster)
+    return ScalingConfig(num_workers=cluster.num_workers, use_gpu="GPU" in asked, resources_per_worker=asked)
+
+
+def _per_worker(cluster: ClusterParams) -> dict[str, float]:
+    gpus = {"GPU": cluster.gpus_per_worker} if wants_gpu(cluster) else {}
+    return {"CPU": cluster.cpus_per_worker, **gpus}
+
+
+def at_once(cluster: ClusterParams, what: str) -> int:
+    """How many trainings the cluster holds at once.
+
+    Raises:
+        UserError: not one; says what is asked for and what there is.
+    """
+    import ray
+
+    there = ray.cluster_resources()
+    asked = per_run(cluster)
+    short = [
+        f"{count:g} {name} where it has {there.get(name, 0):g}"
+        for name, count in asked.items()
+        if count > there.get(name, 0)
+    ]
+    if short:
+        raise UserError(
+            f"{what} asks the cluster for {' and '.join(short)} ({max(1, cluster.num_workers)} workers x "
+            f"{cluster.cpus_per_worker:g} CPU): set cluster.num_workers, cpus_per_worker or gpus_per_worker "
+            "in params.yaml, or start more machines"
+        )
+    return min(int(there[name] / count + 1e-9) for name, count in asked.items())
+
+
+def _reason(run: Run, error: Exception) -> str:
+    told = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+    if (fault := run.folder / "fault.json").exists():
+        told += f"; its inputs are described in {fault}"
+    return told
 
 
 def _tracked_run(run: Run, uri: str) -> tracking.TrackedRun:

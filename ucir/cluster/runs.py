@@ -35,6 +35,7 @@ from ucir.methods.base import MethodParams
 from ucir.models.checkpoints import load_encoder, load_state, save_atomically, save_encoder
 from ucir.models.encoder import new_encoder
 from ucir.paths import PACKS, RUNS, STARTS, check_writable
+from ucir.retrieval.criteria import criteria
 from ucir.retrieval.metrics import retrieval_scores
 from ucir.training.loop import EpochReport
 
@@ -221,7 +222,8 @@ class RunReporter:
     def end_epoch(self, report: EpochReport) -> None:
         if not self.writes:
             return
-        entry = {"epoch": float(report.epoch), **report.metrics, **self._scores(report)}
+        quality = {f"quality/{name}": value for name, value in criteria(*report.features).items()}
+        entry = {"epoch": float(report.epoch), **report.metrics, **quality, **self._scores(report)}
         selector = f"val/P_at_{self.run.cutoffs[0]}"
         if selector in entry and all(entry[selector] > earlier[selector] for earlier in self.history):
             save_encoder(report.encoder, self.run.folder / "best.pt")
@@ -237,7 +239,9 @@ class RunReporter:
             own = {"run_key": self.run.key, "label_spaces": spaces, "history": self.history}
             told = {**self.run.tags(), **own}
             text = json.dumps(told, indent=1)
-            (self.run.folder / "done.json").write_text(text + "\n", encoding="utf-8")
+            unfinished = self.run.folder / "done.unfinished"  # a kill must not leave half of it
+            unfinished.write_text(text + "\n", encoding="utf-8")
+            unfinished.replace(self.run.folder / "done.json")
             state.unlink(missing_ok=True)
 
     def fault(self, details: dict[str, Any]) -> None:

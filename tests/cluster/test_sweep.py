@@ -1,0 +1,244 @@
+"""Sweeps: spaces, trials, what is found; and Ray Tune itself, killed and gone on with."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from mlflow import MlflowClient
+
+from tests.conftest import tiny_params, write_params
+from ucir import tracking
+from ucir.cluster.launch import train_all
+from ucir.cluster.runs import RunReporter, plan_runs
+from ucir.cluster.sweep import (
+    SweepResult,
+    Trial,
+    TrialTask,
+    check_sweep,
+    describe_sweep,
+    plan_settings,
+    write_result,
+)
+from ucir.config import ClusterParams, Params, load_params
+from ucir.errors import UserError
+from ucir.retrieval.criteria import CRITERIA
+from ucir.training.loop import EpochReport, NotFiniteError, PairTraining
+
+SPACE = {"temperature": {"loguniform": [0.05, 0.5]}, "clusters": [2, 3]}
+
+
+def with_sweep(folder: Path, **changes: Any) -> Params:
+    """The tiny project's params with a sweep ``try``."""
+    block = {"dataset": "shapes", "method": "ucdir", "trials": 4, "space": SPACE, **changes}
+    write_params(folder, {**tiny_params("images"), "sweeps": {"try": block}})
+    return load_params()
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"space": {"temprature": [0.1]}}, "temprature: did you mean 'temperature'"),
+        ({"space": {"temperature": [0.1, -1]}}, "sweeps.try.space: temperature: .*greater than 0"),
+        ({"space": {"temperature": {"uniform": [0.2, 0.1]}}}, "the first value must be below the second"),
+        ({"space": {"temperature": {"uniform": [0.1, 0.2], "choice": [1]}}}, "give a list of values, or one"),
+        ({"space": {"clusters": [2, 300]}}, "clusters = 300 exceeds the 22 images of domain art"),
+        ({"space": {"datasets.shapes.view.side": [16, 20]}}, "packs and start weights are made before them"),
+        ({"space": {"lr": {"uniform": [0.1, 0.2]}}, "search": "grid"}, "a grid needs lists of values"),
+        ({"objective": "mutual_neighbors"}, "did you mean 'mutual_neighbours'"),
+        ({"method": "ucdirr"}, "did you mean 'ucdir'"),
+        ({"schedular": "asha"}, "did you mean 'scheduler'"),
+    ],
+)
+def test_a_sweep_with_a_fault_starts_nothing(changes: dict[str, Any], told: str, prepared: Path) -> None:
+    with pytest.raises(UserError, match=told):
+        check_sweep(with_sweep(prepared, **changes), "try")
+    assert not (prepared / "runs/sweeps").exists()
+
+
+def test_keys_may_be_given_by_their_path(prepared: Path) -> None:
+    params = with_sweep(prepared, space={"methods.ucdir.shapes.lr": [0.01, 0.02]}, search="grid")
+    _, space = check_sweep(params, "try")
+    assert list(space) == ["lr"]
+    assert "2 settings of lr" in describe_sweep(params, "try")
+    with pytest.raises(UserError, match="sweep 'tri' is unknown; did you mean 'try'"):
+        check_sweep(params, "tri")
+
+
+def run_trial(params: Params, store: str, values: dict[str, Any], name: str = "t0") -> list[dict[str, Any]]:
+    """One trial in this process; what it reported."""
+    parent = tracking.tracked_run(store, "ucir/sweeps/x", "sweep", "sweep-k", {}, {})
+    sweep = params.sweeps["try"]
+    task = TrialTask(params, sweep, params.datasets["shapes"].pairs, parent, "k", str(Path.cwd()))
+    told: list[dict[str, Any]] = []
+    task.run(values, name, torch.device("cpu"), True, told.append)
+    return told
+
+
+def test_a_trial_reports_the_mean_over_pairs_and_is_an_ordinary_training(prepared: Path, store: str) -> None:
+    params = with_sweep(prepared)
+    told = run_trial(params, store, {"temperature": 0.3})
+    assert [entry["epoch"] for entry in told] == [1, 2, 3, 4]
+    runs = plan_settings(params, params.sweeps["try"], {"temperature": 0.3})
+    for epoch, entry in enumerate(told):
+        for name in CRITERIA:
+            mean = sum(run.history()[epoch][f"quality/{name}"] for run in runs) / len(runs)
+            assert entry[f"scores_{name}"] == pytest.approx(mean)
+        assert entry["score"] == entry["scores_mutual_neighbours"]
+        oracle = sum(run.history()[epoch]["val/P_at_2"] for run in runs) / len(runs)
+        assert entry["scores_oracle"] == pytest.approx(oracle)
+    overridden = load_params(overrides=["methods.ucdir.shapes.temperature=0.3"])
+    same = plan_runs(overridden, "shapes", "closed", "ucdir")
+    assert [run.key for run in same] == [run.key for run in runs]
+    assert all(run.done for run in same)
+    before = [(run.folder / "done.json").stat().st_mtime_ns for run in runs]
+    assert run_trial(params, store, {"temperature": 0.3}, "t1") == told  # from what is there
+    assert [(run.folder / "done.json").stat().st_mtime_ns for run in runs] == before
+    alone = [run.__class__(**{**run.__dict__, "folder": prepared / "runs" / run.slug}) for run in runs]
+    train_all(alone, ClusterParams())
+    for one, other in zip(runs, alone, strict=True):
+        assert [e["train/loss_total"] for e in one.history()] == [
+            e["train/loss_total"] for e in other.history()
+        ]
+
+
+def test_a_killed_trial_goes_on_where_its_pairs_were(
+    prepared: Path, store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = with_sweep(prepared)
+    undisturbed = run_trial(with_sweep(prepared, seeds=[0]), store, {"temperature": 0.2})
+    (prepared / "runs").rename(prepared / "elsewhere")
+    original = RunReporter.end_epoch
+    ended: list[str] = []
+
+    def killed(self: RunReporter, report: EpochReport) -> None:
+        original(self, report)
+        ended.append(self.run.slug)
+        if len(ended) == 5:  # the first pair is an epoch ahead
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(RunReporter, "end_epoch", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run_trial(params, store, {"temperature": 0.2})
+    told = run_trial(params, store, {"temperature": 0.2})
+    assert len(ended) == 8
+    assert told == undisturbed
+
+
+def test_a_setting_whose_loss_is_no_number_is_the_worst_and_the_rest_goes_on(
+    prepared: Path, store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = with_sweep(prepared)
+
+    def spoilt(self: PairTraining, epoch: int, max_steps: int | None = None) -> dict[str, float]:
+        if epoch == 2:
+            raise NotFiniteError("epoch 2, step 0: a loss is not finite")
+        return original(self, epoch, max_steps)
+
+    original = PairTraining.train_epoch
+    monkeypatch.setattr(PairTraining, "train_epoch", spoilt)
+    told = run_trial(params, store, {"temperature": 0.2})
+    assert [entry["score"] for entry in told][-1] == -1.0
+    assert "not finite" in told[-1]["fault"]
+    assert len(told) == 3
+
+
+def a_result(oracle: list[float], cycle: list[float]) -> SweepResult:
+    trials = [
+        Trial(
+            {"lr": 0.1 * number},
+            4,
+            "finished",
+            {**dict.fromkeys(CRITERIA, 0.5), "cluster_cycle": c, "loss": -c, "oracle": o},
+        )
+        for number, (o, c) in enumerate(zip(oracle, cycle, strict=True))
+    ]
+    stopped = Trial({"lr": 9.0}, 1, "stopped", {**trials[0].scores, "cluster_cycle": 1.0, "oracle": 99.0})
+    return SweepResult("try", ("art-photo",), "cluster_cycle", [*trials, stopped])
+
+
+def test_criteria_are_ranked_by_how_well_they_find_what_labels_would_choose(prepared: Path) -> None:
+    rows = {row["criterion"]: row for row in a_result([10, 30, 20, 40], [0.1, 0.4, 0.2, 0.3]).ranked()}
+    assert rows["cluster_cycle"]["spearman"] == pytest.approx(0.8)
+    assert rows["cluster_cycle"]["regret"] == pytest.approx(10)
+    assert rows["loss"]["spearman"] == pytest.approx(0.8)  # less is more
+    assert rows["silhouette"]["spearman"] == 0.0  # says nothing
+    assert a_result([10, 30], [0.1, 0.4]).ranked() == []
+
+
+def test_what_is_found_is_a_block_for_params_yaml(prepared: Path) -> None:
+    params = with_sweep(prepared, objective="cluster_cycle")
+    found = a_result([10, 30, 20, 40], [0.1, 0.4, 0.2, 0.3])
+    assert found.best.values == {"lr": 0.1}
+    write_result([found], params, "try", prepared / "out")
+    block = yaml.safe_load((prepared / "out/best.yaml").read_text())["methods"]["ucdir"]["shapes"]
+    assert block == {**tiny_params("images")["methods"]["ucdir"]["shapes"], "lr": 0.1}
+    with (prepared / "out/trials.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["state"] for row in rows] == ["finished"] * 4 + ["stopped"]
+    assert rows[1]["oracle"] == "30"
+    with pytest.raises(UserError, match="no trial came to its end: failed: why"):
+        _ = SweepResult("x", (), "rank", [Trial({}, 1, "failed: why", {})]).best
+
+
+TUNE = """
+import json, ray
+from ucir.cluster.sweep import tune_all
+from ucir.config import load_params
+(found,) = tune_all(load_params(), "try")
+import time
+for _ in range(40):
+    if ray.available_resources().get("CPU") == ray.cluster_resources()["CPU"]:
+        break
+    time.sleep(0.5)
+print("RESULT", json.dumps({
+    "states": [t.state for t in found.trials],
+    "free": ray.available_resources().get("CPU"), "all": ray.cluster_resources()["CPU"],
+}))
+"""
+
+
+@pytest.mark.slow
+def test_a_sweep_is_killed_and_goes_on_and_gives_everything_back(prepared: Path, store: str) -> None:
+    with_sweep(prepared, trials=5, grace=1, reduction=2)
+    command = [sys.executable, "-c", TUNE]
+    first = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    give_up = time.monotonic() + 120
+    while not list(prepared.glob("runs/shapes-*/done.json")) and time.monotonic() < give_up:
+        time.sleep(0.2)
+    os.killpg(first.pid, signal.SIGKILL)
+    first.wait()
+    time.sleep(3)  # trials notice a moment later that nobody is there any more
+    finished = {p: p.stat().st_mtime_ns for p in prepared.glob("runs/shapes-*/done.json")}
+    assert finished
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert "goes on" in done.stdout
+    told = json.loads(done.stdout.rsplit("RESULT ", 1)[1])
+    assert len(told["states"]) == 5
+    assert "finished" in told["states"]
+    assert told["free"] == told["all"]
+    assert {path: path.stat().st_mtime_ns for path in finished} == finished, "a finished run was repeated"
+    client = MlflowClient(store)
+    (experiment,) = client.search_experiments(filter_string="name = 'ucir/sweeps/shapes-ucdir'")
+    tracked = client.search_runs([experiment.experiment_id])
+    (parent,) = [run for run in tracked if run.data.tags["stage"] == "sweep"]
+    children = [run for run in tracked if run.data.tags["stage"] == "trial"]
+    assert {run.data.tags["mlflow.parentRunId"] for run in children} == {parent.info.run_id}
+    assert parent.info.status == "FINISHED"
+    assert len(children) >= 5
+    for run in children:
+        points = client.get_metric_history(run.info.run_id, "mutual_neighbours")
+        assert [p.step for p in points] == list(range(len(points)))

@@ -1,0 +1,116 @@
+"""Label-free criteria: how good two domains' features are for retrieval, told from the features alone.
+
+All are between 0 and 1 or close to it, and meant so that more is better. How well each of them finds the
+settings that P@K would choose is measured by `ucir tune`; none of them is a retrieval score. They are taken
+over at most ``MOST`` images of each domain.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from sklearn.metrics import adjusted_rand_score, silhouette_score
+from torch import Tensor
+
+from ucir.clustering import kmeans
+from ucir.transport import plan_rows, potential
+
+MOST = 1000
+NEIGHBOURS = 10
+DENSITY_TEMPERATURE = 0.05
+EPSILON = 0.05
+ITERATIONS = 30
+
+CRITERIA = {
+    "mutual_neighbours": "images that are their nearest cross-domain neighbour's nearest neighbour, share",
+    "cluster_cycle": "images whose nearest neighbour's nearest neighbour is of their own cluster, share",
+    "transport": "1 - cost of the entropic plan between the domains / mean cost",
+    "mixing": f"images of the other domain among the {NEIGHBOURS} nearest of both, share of a fair mixture's",
+    "silhouette": "silhouette of K-means over both domains",
+    "stability": "adjusted Rand index of two such K-means with different seeds",
+    "density": "soft neighbourhood density (Saito et al., ICCV 2021, section 3.2), share of its maximum",
+    "rank": "effective rank (RankMe: Garrido et al., ICML 2023, eq. 1), share of the dimensions",
+}
+"""Name and meaning of each; MLflow and reports show them as ``quality/<name>``."""
+
+
+def criteria(first_ND: Tensor, second_ND: Tensor) -> dict[str, float]:
+    """Every criterion of :data:`CRITERIA`.
+
+    The clusterings use K = sqrt(images / 2) (Mardia 1979), whatever K a method trains with, so that
+    trainings with different K can be compared.
+
+    Args:
+        first_ND, second_ND: unit features of the two domains, float32; at least 2 images each.
+    """
+    first, second = (_some(x.detach().float().cpu()) for x in (first_ND, second_ND))
+    both = torch.cat([first, second])
+    own = torch.arange(len(both)) < len(first)
+    k = max(2, round(math.sqrt(len(both) / 2)))
+    labels = [
+        kmeans(both, k, iterations=20, restarts=1, seed=seed, max_points=MOST, together=False).label_N.numpy()
+        for seed in (0, 1)
+    ]
+    similarity = first @ second.T
+    there, back = similarity.argmax(dim=1), similarity.argmax(dim=0)
+    label_a, label_b = np.split(labels[0], [len(first)])
+    cycle = np.concatenate([label_a == label_a[back[there]], label_b == label_b[there[back]]])
+    mutual = float((back[there] == torch.arange(len(first))).sum())
+    within = both @ both.T
+    within.fill_diagonal_(-math.inf)
+    return {
+        "mutual_neighbours": mutual / min(len(first), len(second)),
+        "cluster_cycle": float(cycle.mean()),
+        "transport": _transport(first, second),
+        "mixing": _mixing(within, own),
+        "silhouette": _silhouette(both, labels[0]),
+        "stability": float(adjusted_rand_score(*labels)),
+        "density": _density(within),
+        "rank": _rank(both),
+    }
+
+
+def _some(x_ND: Tensor) -> Tensor:
+    """At most ``MOST`` rows, evenly spread: slots are in the order of content hashes, which is no order."""
+    return x_ND[torch.linspace(0, len(x_ND) - 1, min(len(x_ND), MOST)).long()]
+
+
+def _transport(first_ND: Tensor, second_MD: Tensor) -> float:
+    """Of the plan with equal shares; 0 where all costs are 0."""
+    cost_NM = 1 - first_ND @ second_MD.T
+    if not cost_NM.mean() > 0:
+        return 0.0
+    shares_M = torch.full((len(second_MD),), 1 / len(second_MD))
+    g_M = potential(first_ND, second_MD, shares_M, EPSILON, ITERATIONS, normalised=False)
+    plan_NM = plan_rows(first_ND, second_MD, g_M, EPSILON, normalised=False) / len(first_ND)
+    return float(1 - (plan_NM * cost_NM).sum() / cost_NM.mean())
+
+
+def _mixing(within_NN: Tensor, own_N: Tensor) -> float:
+    """1 where neighbours are of the other domain as often as chance has it."""
+    nearest = within_NN.topk(min(NEIGHBOURS, len(own_N) - 1), dim=1).indices
+    other = (own_N[nearest] != own_N[:, None]).float().mean(dim=1)
+    share_N = torch.where(own_N, (~own_N).float().mean(), own_N.float().mean())
+    return float((other / share_N).mean())
+
+
+def _silhouette(x_ND: Tensor, label_N: np.ndarray) -> float:
+    """0 where it is not defined: one cluster, or one image in each."""
+    if not 1 < len(np.unique(label_N)) < len(label_N):
+        return 0.0
+    return float(silhouette_score(x_ND.numpy(), label_N))
+
+
+def _density(within_NN: Tensor) -> float:
+    """Mean entropy of the softmax over an image's similarities to all others."""
+    probability = torch.softmax(within_NN / DENSITY_TEMPERATURE, dim=1)
+    entropy = torch.special.entr(probability).sum(dim=1).mean()
+    return float(entropy) / math.log(len(within_NN) - 1)
+
+
+def _rank(x_ND: Tensor) -> float:
+    singular = torch.linalg.svdvals(x_ND)
+    share = singular / singular.sum() + 1e-7
+    return float(torch.exp(torch.special.entr(share).sum())) / x_ND.shape[1]
