@@ -383,6 +383,8 @@ class ClusterParams(Block):
     cpus_per_worker: Positive = 1
     gpus_per_worker: Positive = 1
     """Where GPUs are used. Below 1, several trainings share one: with ``num_workers`` 1 and in sweeps."""
+    at_once: Count | None = None
+    """Trainings at a time. None = as many as the cluster holds now; to be set where it grows on demand."""
     max_failures: Annotated[int, Field(ge=0)] = 2
     """Restarts of a training whose worker died."""
 

@@ -188,6 +188,7 @@ def test_what_does_not_fit_the_cluster_is_refused_with_arithmetic(monkeypatch: p
     assert at_once(ClusterParams(num_workers=1, use_gpu=False), "a training") == 8
     assert at_once(ClusterParams(num_workers=3, use_gpu=False, cpus_per_worker=2), "a training") == 1
     assert at_once(ClusterParams(num_workers=1, **gpu, gpus_per_worker=0.5), "a training") == 4
+    assert at_once(ClusterParams(num_workers=9, at_once=3), "a training") == 3  # it may grow
     with pytest.raises(UserError, match=r"a training asks the cluster for 10 CPU where it has 8 and 5 GPU"):
         at_once(ClusterParams(num_workers=5, **gpu), "a training")
     halves = {"num_workers": 2, "gpus_per_worker": 0.5}

@@ -258,13 +258,15 @@ def _per_worker(cluster: ClusterParams) -> dict[str, float]:
 
 
 def at_once(cluster: ClusterParams, what: str) -> int:
-    """How many trainings the cluster holds at once.
+    """How many trainings the cluster holds at once, or ``at_once``: more machines may come.
 
     Raises:
         UserError: not one; says what is asked for and what there is.
     """
     import ray
 
+    if cluster.at_once:
+        return cluster.at_once
     there = ray.cluster_resources()
     asked = per_run(cluster)
     short = [
@@ -276,7 +278,7 @@ def at_once(cluster: ClusterParams, what: str) -> int:
         raise UserError(
             f"{what} asks the cluster for {' and '.join(short)} ({max(1, cluster.num_workers)} workers x "
             f"{cluster.cpus_per_worker:g} CPU): set cluster.num_workers, cpus_per_worker or gpus_per_worker "
-            "in params.yaml, or start more machines"
+            "in params.yaml, or start more machines; on a cluster that grows when work waits, set at_once"
         )
     return min(int(there[name] / count + 1e-9) for name, count in asked.items())
 
