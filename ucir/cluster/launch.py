@@ -97,13 +97,19 @@ def _fan_out(
     """On the cluster. Returns what failed, and why."""
     import ray
     from ray.util.queue import Queue
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    lines = Queue(actor_options={"num_cpus": 0})
+    # what holds runs together lives beside this process: it must not go down with a worker's machine
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    lines = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
     alone = cluster.num_workers == 1
     # a task whose machine dies is started again, and goes on from the run's folder
     asked = _per_worker(cluster) if alone else {"CPU": 0}  # Ray Train asks for its workers itself
     task = ray.remote(_train_alone if alone else _train_on_workers).options(
-        max_retries=cluster.max_failures, num_cpus=asked["CPU"], num_gpus=asked.get("GPU", 0)
+        max_retries=cluster.max_failures,
+        num_cpus=asked["CPU"],
+        num_gpus=asked.get("GPU", 0),
+        scheduling_strategy="DEFAULT" if alone else here,
     )
     waiting = list(runs)
     active: dict[Any, Run] = {}
@@ -157,7 +163,7 @@ def _train_alone(run: Run, cluster: ClusterParams, tracked: tracking.TrackedRun,
 
 def _train_on_workers(run: Run, cluster: ClusterParams, tracked: tracking.TrackedRun, lines: Any) -> None:
     """A task of the cluster: one run on several workers, which Ray Train holds together."""
-    from ray.train import FailureConfig, RunConfig
+    from ray.train import RunConfig
     from ray.train.torch import TorchTrainer
 
     trainer = TorchTrainer(
@@ -169,7 +175,7 @@ def _train_on_workers(run: Run, cluster: ClusterParams, tracked: tracking.Tracke
             # resuming is the run folder's business
             name=f"ray-{time.time_ns()}",
             storage_path=str(run.folder),
-            failure_config=FailureConfig(max_failures=cluster.max_failures),
+            failure_config=restarts(cluster),
         ),
     )
     with lock_run(run), tracking.status_of(tracked):
@@ -250,6 +256,14 @@ def scaling(cluster: ClusterParams) -> Any:
 
     asked = _per_worker(cluster)
     return ScalingConfig(num_workers=cluster.num_workers, use_gpu="GPU" in asked, resources_per_worker=asked)
+
+
+def restarts(cluster: ClusterParams) -> Any:
+    """How often Ray Train starts the workers anew; a machine may also die while they find each other."""
+    from ray.train import FailureConfig
+
+    most = cluster.max_failures
+    return FailureConfig(max_failures=most, controller_failure_limit=most)
 
 
 def _per_worker(cluster: ClusterParams) -> dict[str, float]:

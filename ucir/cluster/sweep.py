@@ -26,7 +26,7 @@ from scipy.stats import spearmanr
 from ucir import tracking
 
 # sets Ray's environment: before ray itself
-from ucir.cluster.launch import at_once, connect, lock_run, new_training, per_run, scaling
+from ucir.cluster.launch import at_once, connect, lock_run, new_training, per_run, restarts, scaling
 from ucir.cluster.runs import Run, RunReporter, plan_runs
 from ucir.config import PARAMS_FILE, ClusterParams, Dimension, Params, SweepParams, checked
 from ucir.devices import choose_device
@@ -290,7 +290,7 @@ class TrialTask:
 
     def _on_workers(self, values: dict[str, Any], trial: str) -> None:
         """Nested: this trial waits while Ray Train's workers train, and passes their reports on."""
-        from ray.train import FailureConfig, RunConfig
+        from ray.train import RunConfig
         from ray.train.torch import TorchTrainer
         from ray.tune.integration.ray_train import TuneReportCallback
 
@@ -303,7 +303,7 @@ class TrialTask:
                 name=f"{self.key}-{trial}",
                 storage_path=str((RUNS / "sweeps" / "workers").resolve()),
                 callbacks=[TuneReportCallback()],
-                failure_config=FailureConfig(max_failures=cluster.max_failures),
+                failure_config=restarts(cluster),
             ),
         )
         trainer.fit()
