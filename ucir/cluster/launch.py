@@ -234,6 +234,7 @@ def connect(cluster: ClusterParams, uri: str) -> None:
     else:
         needed = cluster.num_workers * cluster.cpus_per_worker
         context = ray.init(
+            "local",  # not whatever else may run here
             num_cpus=max(int(needed + 0.999), os.cpu_count() or 1),
             object_store_memory=200 * 1024**2,
             include_dashboard=True,
