@@ -211,9 +211,7 @@ def _tune(
         task(values)
 
     trainable = tune.with_resources(trial, _per_trial(params.cluster))
-    longest = max(
-        run.params.epochs for end in _ends(space) for run in plan_settings(params, sweep, end, pairs)
-    )
+    longest = max(space["epochs"].ends) if "epochs" in space else runs[0].params.epochs
     folder = (RUNS / "sweeps").resolve() / f"{title}-{key}"
     logging.getLogger("ray.tune").setLevel(logging.WARNING)
     with Progress(f"tune {title}", count * longest, "epoch") as progress, tracking.status_of(parent):
@@ -405,10 +403,6 @@ def _reported(scores: Mapping[str, float], score: float) -> dict[str, float]:
 def _per_trial(cluster: ClusterParams) -> dict[str, float]:
     """Ray Train asks for a trial's workers itself; the trial that waits for them takes next to nothing."""
     return per_run(cluster) if cluster.num_workers < 2 else {"CPU": 0.001}
-
-
-def _ends(space: Mapping[str, Dimension]) -> list[dict[str, Any]]:
-    return [{field: value} for field, dimension in space.items() for value in dimension.ends]
 
 
 def _short(value: Any) -> str:
