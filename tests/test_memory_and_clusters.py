@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import socket
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import distributed as dist
+from torch.multiprocessing import spawn
 from torch.nn.functional import normalize
 
 from ucir.clustering import kmeans
+from ucir.distributed import all_reduce_sum, gather_largest, world_size
 from ucir.errors import UserError
 from ucir.memory import Bank
 
@@ -61,3 +68,52 @@ def test_empty_clusters_keep_their_place() -> None:
 def test_more_clusters_than_images_are_refused() -> None:
     with pytest.raises(UserError, match="9 clusters for 8 images"):
         run(blobs(4, 2), 9)
+
+
+def _shares(rank: int, world: int, port: int, out: str) -> None:
+    """What a worker's bank answers, and how many rows it holds."""
+    torch.set_num_threads(1)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    dist.init_process_group("gloo", rank=rank, world_size=world)
+    torch.save(_answers(), f"{out}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def _answers() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    bank = Bank(normalize(torch.randn(23, 6, generator=generator), dim=1))
+    q = normalize(torch.randn(7, 6, generator=generator), dim=1).requires_grad_(True)
+    slot = torch.tensor([0, 5, 5, 11, 12, 17, 22])
+    label = torch.arange(23) % 4
+    bank.write(slot[2:4], q.detach()[2:4])
+    bank.blend(slot[4:6], q.detach()[4:6], 0.3)
+    total = bank.log_total(q, 0.01, slot, (q * q.detach().flip(0)).sum(dim=1) / 0.01)
+    largest = gather_largest(q @ bank.own_ND.T, 20)
+    (total.sum() + largest.square().sum()).backward()
+    assert q.grad is not None
+    return {
+        "rows held": torch.tensor(len(bank.own_ND)),
+        "bank": bank.features_ND,
+        "rows": bank.rows(slot),
+        "sums": bank.sums(label, 4),
+        "nearest": bank.nearest(q.detach(), slot),
+        "total": total.detach(),
+        "largest": largest.detach(),
+        # every worker's loss is the whole one: their gradients add up to as many times it
+        "gradient": all_reduce_sum(q.grad) / world_size(),
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 3])
+def test_a_bank_that_workers_share_answers_like_a_whole_one(world: int, tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    spawn(_shares, (world, port, str(tmp_path)), nprocs=world)
+    alone = _answers()
+    found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(world)]
+    assert sum(int(one.pop("rows held")) for one in found) == int(alone.pop("rows held")) == 23
+    for one in found:
+        for name, value in alone.items():
+            assert torch.allclose(one[name], value, atol=2e-6, rtol=2e-5), name

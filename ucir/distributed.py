@@ -53,6 +53,32 @@ def gather_uneven_rows(x: Tensor, counts: list[int]) -> Tensor:
     return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
 
+def log_sum_over_workers(logits_BN: Tensor) -> Tensor:
+    """log sum exp of each row, (B,), where every worker has some of its columns; differentiable."""
+    own_B = torch.logsumexp(logits_BN, dim=1)
+    if world_size() == 1:
+        return own_B
+    most_B = own_B.detach().clone()
+    dist.all_reduce(most_B, dist.ReduceOp.MAX)
+    return most_B + all_reduce_sum(torch.exp(own_B - most_B)).log()
+
+
+def gather_largest(x_BN: Tensor, count: int) -> Tensor:
+    """The ``count`` largest of each row, (B, count), where every worker has some of its columns.
+
+    Fewer where there are not as many; differentiable.
+    """
+    if world_size() == 1:
+        return x_BN.topk(min(count, x_BN.shape[1]), dim=1).values
+    widths = torch.zeros(world_size(), dtype=torch.int64, device=x_BN.device)
+    widths[rank()] = x_BN.shape[1]
+    dist.all_reduce(widths)
+    most = min(count, int(widths.max()))
+    own = x_BN.topk(min(most, x_BN.shape[1]), dim=1).values
+    padded = torch.cat([own, own.new_full((len(own), most - own.shape[1]), float("-inf"))], dim=1)
+    return gather_rows(padded.T).T.topk(min(count, int(widths.sum())), dim=1).values
+
+
 def broadcast_from_first(value: Any) -> Any:
     """Rank 0's picklable value on all workers: one K-means, the same clusters everywhere."""
     if world_size() == 1:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ucir.distributed import all_reduce_sum, log_sum_over_workers
 from ucir.losses import full_precision
 
 CHUNK = 4096
@@ -62,6 +63,7 @@ def transport(
     iterations: int = 3,
     tolerance: float | None = None,
     normalised: bool = True,
+    shared: bool = False,
 ) -> Transport:
     """Potentials of the entropic plan, and what it makes of the features.
 
@@ -76,13 +78,14 @@ def transport(
         iterations: how many, 3 in ProtoOT's recipe; with a tolerance at most.
         tolerance: stop at this ``error``; looks at it after every iteration, which waits for the device.
         normalised: see :func:`similarity`.
+        shared: ``feature_ND`` is this worker's share of the features; K x D sums and K potentials travel.
 
     Raises:
         ValueError: sizes do not fit, no features, or a number out of its range.
         TransportError: the tolerance was not reached; the marginal is none, or the potentials are not
             finite where b > 0, which on a GPU is seen by ``error`` alone, so as not to wait for the device.
     """
-    kernel = _kernel(feature_ND, prototype_KD, regularisation, normalised)
+    kernel = _kernel(feature_ND, prototype_KD, regularisation, normalised, shared)
     g_K = _potential(kernel, marginal_K, iterations, tolerance)
     column_K, sum_KD = kernel.means(g_K)
     error = (column_K - marginal_K).abs().max()
@@ -103,9 +106,10 @@ def potential(
     regularisation: float,
     iterations: int = 3,
     normalised: bool = True,
+    shared: bool = False,
 ) -> Tensor:
     """:func:`transport`'s potentials alone, (K,): for half its work."""
-    kernel = _kernel(feature_ND, prototype_KD, regularisation, normalised)
+    kernel = _kernel(feature_ND, prototype_KD, regularisation, normalised, shared)
     return _potential(kernel, marginal_K, iterations, None)
 
 
@@ -142,11 +146,15 @@ class _Kernel(ABC):
     """What an iteration needs of the features: sums over the plan's rows softmax_k(S_ik / eps + g_k)."""
 
     def __init__(
-        self, feature_ND: Tensor, prototype_KD: Tensor, regularisation: float, normalised: bool
+        self, feature_ND: Tensor, prototype_KD: Tensor, regularisation: float, normalised: bool, shared: bool
     ) -> None:
         self.feature_ND, self.prototype_KD = feature_ND, prototype_KD
-        self.regularisation, self.normalised = regularisation, normalised
-        self.count = len(feature_ND)
+        self.regularisation, self.normalised, self.shared = regularisation, normalised, shared
+        self.count = int(self.total(torch.tensor(len(feature_ND), device=feature_ND.device)))
+
+    def total(self, x: Tensor) -> Tensor:
+        """Over the workers, where each has a share of the features."""
+        return all_reduce_sum(x) if self.shared else x
 
     @abstractmethod
     def first(self) -> Tensor:
@@ -166,17 +174,17 @@ class _Logarithmic(_Kernel):
 
     def chunks(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Features and S / eps, chunk by chunk."""
-        for first in range(0, self.count, CHUNK):
+        for first in range(0, len(self.feature_ND), CHUNK):
             part_BD = self.feature_ND[first : first + CHUNK]
             yield part_BD, similarity(part_BD, self.prototype_KD, self.normalised) / self.regularisation
 
     def first(self) -> Tensor:
-        parts = [torch.logsumexp(s_BK, dim=0) for _, s_BK in self.chunks()]
-        return torch.logsumexp(torch.stack(parts), dim=0)
+        parts = torch.stack([torch.logsumexp(s_BK, dim=0) for _, s_BK in self.chunks()], dim=1)
+        return log_sum_over_workers(parts) if self.shared else torch.logsumexp(parts, dim=1)
 
     def columns(self, g_K: Tensor) -> Tensor:
         parts = [torch.softmax(s_BK + g_K, dim=1).sum(dim=0) for _, s_BK in self.chunks()]
-        return torch.stack(parts).sum(dim=0) / self.count
+        return self.total(torch.stack(parts).sum(dim=0)) / self.count
 
     def means(self, g_K: Tensor) -> tuple[Tensor, Tensor]:
         column_K = torch.zeros_like(g_K)
@@ -185,7 +193,7 @@ class _Logarithmic(_Kernel):
             row_BK = torch.softmax(s_BK + g_K, dim=1)
             column_K += row_BK.sum(dim=0)
             sum_KD += row_BK.T @ full_precision(part_BD)
-        return column_K / self.count, sum_KD
+        return self.total(column_K) / self.count, self.total(sum_KD)
 
 
 class _Scaled(_Kernel):
@@ -201,9 +209,9 @@ class _Scaled(_Kernel):
         """Features and exp(S / eps)^T, (K, B), chunk by chunk."""
         prototype_KD = full_precision(self.prototype_KD)
         ones_K = prototype_KD.new_ones(len(prototype_KD))
-        scratch_KB = prototype_KD.new_empty(len(prototype_KD), min(CHUNK, self.count))
+        scratch_KB = prototype_KD.new_empty(len(prototype_KD), min(CHUNK, len(self.feature_ND)))
         room = KEPT // (CHUNK * prototype_KD.element_size() * len(prototype_KD))
-        for number, first in enumerate(range(0, self.count, CHUNK)):
+        for number, first in enumerate(range(0, len(self.feature_ND), CHUNK)):
             part_BD = full_precision(self.feature_ND[first : first + CHUNK])
             if number < len(self.kept):
                 yield part_BD, self.kept[number]
@@ -221,12 +229,12 @@ class _Scaled(_Kernel):
 
     def first(self) -> Tensor:
         self.kept = []
-        return torch.stack([e_KB.sum(dim=1) for _, e_KB in self.exponentials()]).sum(dim=0).log()
+        return self.total(torch.stack([e_KB.sum(dim=1) for _, e_KB in self.exponentials()]).sum(dim=0)).log()
 
     def columns(self, g_K: Tensor) -> Tensor:
         v_K = g_K.exp()
         rows = (e_KB @ (v_K @ e_KB).reciprocal_() for _, e_KB in self.exponentials())
-        return v_K * torch.stack(list(rows)).sum(dim=0) / self.count
+        return v_K * self.total(torch.stack(list(rows)).sum(dim=0)) / self.count
 
     def means(self, g_K: Tensor) -> tuple[Tensor, Tensor]:
         v_K = g_K.exp()
@@ -236,12 +244,14 @@ class _Scaled(_Kernel):
             e_KB *= (v_K @ e_KB).reciprocal_()  # their last use
             column_K += e_KB.sum(dim=1)
             sum_KD += e_KB @ part_BD
-        return v_K * column_K / self.count, v_K[:, None] * sum_KD
+        return v_K * self.total(column_K) / self.count, v_K[:, None] * self.total(sum_KD)
 
 
-def _kernel(feature_ND: Tensor, prototype_KD: Tensor, regularisation: float, normalised: bool) -> _Kernel:
+def _kernel(
+    feature_ND: Tensor, prototype_KD: Tensor, regularisation: float, normalised: bool, shared: bool
+) -> _Kernel:
     kind = _Scaled if regularisation >= SCALED_FROM else _Logarithmic
-    return kind(feature_ND, prototype_KD, regularisation, normalised)
+    return kind(feature_ND, prototype_KD, regularisation, normalised, shared)
 
 
 @torch.no_grad()

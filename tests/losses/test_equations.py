@@ -24,6 +24,7 @@ from ucir.losses.prototype import (
     self_matching,
 )
 from ucir.losses.transported import against_unmatched
+from ucir.memory import Bank
 
 B, N, D = 5, 9, 4
 SLOT = [3, 0, 8, 3, 5]  # one image twice
@@ -100,7 +101,7 @@ def test_instance_contrast(case: Case) -> None:
             values.append(-log_softmax([dot(q[i], k[i]) / t, *others])[0])
         return mean(values)
 
-    agree(lambda q: instance_contrast(q, k, torch.tensor(SLOT), bank, t), slow)
+    agree(lambda q: instance_contrast(q, k, torch.tensor(SLOT), Bank(bank), t), slow)
 
 
 def test_cluster_contrast_with_its_filter(case: Case) -> None:
@@ -119,7 +120,7 @@ def test_cluster_contrast_with_its_filter(case: Case) -> None:
         return mean(values) + 0 * q.sum()
 
     def fast(q: Tensor) -> Tensor:
-        value_B = cluster_contrast(q, own, bank, torch.tensor(label_N), len(centroid), t)
+        value_B = cluster_contrast(q, own, Bank(bank), torch.tensor(label_N), len(centroid), t)
         return mean_of_kept(value_B, confident(k, own, centroid, t, 0.2)) * (1 + 1e-8 / B)
 
     agree(fast, slow)
@@ -213,7 +214,7 @@ def test_bank_discrimination(case: Case) -> None:
             [-log_softmax([dot(x, row) / t for row in bank])[slot] for x, slot in zip(q, SLOT, strict=True)]
         )
 
-    agree(lambda q: bank_discrimination(q, torch.tensor(SLOT), bank, t), slow)
+    agree(lambda q: bank_discrimination(q, torch.tensor(SLOT), Bank(bank), t), slow)
 
 
 @pytest.mark.parametrize("nearest", [4, 700])
@@ -230,7 +231,7 @@ def test_neighbour_entropy(case: Case, nearest: int) -> None:
             values.append(-sum((a * (a + 1e-5).log() for a in p), torch.zeros(())))
         return mean(values)
 
-    agree(lambda q: neighbour_entropy(q, bank, t, nearest), slow)
+    agree(lambda q: neighbour_entropy(q, Bank(bank), t, nearest), slow)
 
 
 def test_matched_distance_of_soft_centroids(case: Case) -> None:

@@ -12,6 +12,7 @@ from torch.nn.functional import normalize
 from ucir.losses.assignment import distance_of_distance, self_entropy
 from ucir.losses.cluster import cluster_contrast, confident, mean_of_kept
 from ucir.losses.instance import instance_contrast, view_contrast
+from ucir.memory import Bank
 
 B, N, D, K = 6, 20, 5, 4
 SLOTS = [3, 0, 19, 7, 7, 11]  # one image twice
@@ -84,7 +85,7 @@ def distance_loop(q: Tensor, own: Tensor, other: Tensor, temperature: float) -> 
 @pytest.mark.parametrize("temperature", [0.2, 0.05])
 def test_instance_contrast_equals_the_equation(temperature: float) -> None:
     q, k, bank = unit(B, D, seed=0), unit(B, D, seed=1), unit(N, D, seed=2)
-    value = instance_contrast(q, k, torch.tensor(SLOTS), bank, temperature)
+    value = instance_contrast(q, k, torch.tensor(SLOTS), Bank(bank), temperature)
     assert float(value) == pytest.approx(instance_loop(q, k, SLOTS, bank, temperature), rel=1e-6)
 
 
@@ -93,8 +94,10 @@ def test_instance_contrast_takes_the_key_and_not_the_stale_bank_row() -> None:
     stale = bank.clone()
     stale[3] = unit(1, D, seed=9)
     slot = torch.tensor([3])
-    assert instance_contrast(q, k, slot, bank, 0.2) == instance_contrast(q, k, slot, stale, 0.2)
-    assert instance_contrast(q, k, slot, bank, 0.2) != instance_contrast(q, k, slot + 1, stale, 0.2)
+    assert instance_contrast(q, k, slot, Bank(bank), 0.2) == instance_contrast(q, k, slot, Bank(stale), 0.2)
+    assert instance_contrast(q, k, slot, Bank(bank), 0.2) != instance_contrast(
+        q, k, slot + 1, Bank(stale), 0.2
+    )
 
 
 @pytest.mark.parametrize("labels", ["mixed", "one cluster", "one each"])
@@ -106,7 +109,7 @@ def test_cluster_contrast_equals_the_equation(labels: str) -> None:
         "one each": (list(range(N)), N),
     }[labels]
     own = [label_N[slot] for slot in SLOTS]
-    value = cluster_contrast(q, torch.tensor(own), bank, torch.tensor(label_N), clusters, 0.2)
+    value = cluster_contrast(q, torch.tensor(own), Bank(bank), torch.tensor(label_N), clusters, 0.2)
     assert value.tolist() == pytest.approx(cluster_loop(q, own, bank, label_N, 0.2), rel=1e-6)
 
 
@@ -178,8 +181,8 @@ def losses_of(q: Tensor) -> dict[str, Tensor]:
     own, other = unit(K, D, seed=3).to(dtype), unit(K, D, seed=4).to(dtype)
     slots, label_N = torch.tensor(SLOTS), torch.arange(N) % K
     return {
-        "instance": instance_contrast(q, k, slots, bank, 0.2),
-        "cluster": cluster_contrast(q, label_N[slots], bank, label_N, K, 0.2).mean(),
+        "instance": instance_contrast(q, k, slots, Bank(bank), 0.2),
+        "cluster": cluster_contrast(q, label_N[slots], Bank(bank), label_N, K, 0.2).mean(),
         "entropy": self_entropy(q, own, 0.1),
         "distance": distance_of_distance(q, own, other, 0.1),
         "views": view_contrast(q, k, torch.zeros(B, dtype=torch.long), 0.1),

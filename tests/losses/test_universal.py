@@ -19,6 +19,7 @@ from ucir.losses.universal import (
     structure_change,
     switchable_match,
 )
+from ucir.memory import Bank
 
 PROTOTYPES = {
     "random": 0.7 * unit(4, D, seed=3),
@@ -123,7 +124,7 @@ def test_switchable_match(kind: str, t: float) -> None:
 
     agree(
         lambda q: switchable_match(
-            q, torch.tensor(target), torch.tensor(near), torch.tensor(reliable), prototypes, bank, t
+            q, torch.tensor(target), bank[near], torch.tensor(reliable), prototypes, Bank(bank), t
         ),
         slow,
     )
@@ -159,6 +160,6 @@ def test_gradcheck() -> None:
     assert torch.autograd.gradcheck(lambda x: structure_change(x, frozen), (q,))
     assert torch.autograd.gradcheck(lambda x: semantic_pull(x, prototypes, 0.07), (q,))
     assert torch.autograd.gradcheck(
-        lambda x: switchable_match(x, index, index, reliable, prototypes, bank, 0.07), (q,)
+        lambda x: switchable_match(x, index, bank[index], reliable, prototypes, Bank(bank), 0.07), (q,)
     )
     assert torch.autograd.gradcheck(lengths, (q,))

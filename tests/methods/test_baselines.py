@@ -14,6 +14,7 @@ from ucir.clustering import choose_clusters, concentration, kmeans, raw_centroid
 from ucir.config import EncoderParams
 from ucir.losses.instance import instance_contrast
 from ucir.losses.prototype import bank_discrimination, neighbour_entropy, prototype_contrast
+from ucir.memory import Bank
 from ucir.methods import METHODS, VARIANTS
 from ucir.methods.base import DomainBatch, Method, PhaseBatch, PhaseFeatures
 from ucir.methods.coda import Coda, CodaParams
@@ -161,7 +162,7 @@ def test_dgdirs_terms() -> None:
     ):
         weight, value = terms[f"{name}_a"]
         assert weight == 0.25
-        assert torch.allclose(value, instance_contrast(q, k, part.slot_B, banks[bank], 0.2))
+        assert torch.allclose(value, instance_contrast(q, k, part.slot_B, Bank(banks[bank]), 0.2))
     both = torch.cat([features(9), features(10, N - 5)])
     found = kmeans(both, 4, iterations=20, restarts=5, seed=0, max_points=2000)
     label_B = found.label_N[part.slot_B]
@@ -180,11 +181,11 @@ def test_id_and_cds_values() -> None:
     part = batch(2, False)
     terms = terms_at("id", 0)
     assert terms["instance_a"][0] == 0.5
-    expected = bank_discrimination(part.q_BD, part.slot_B, features(0), 0.07)
+    expected = bank_discrimination(part.q_BD, part.slot_B, Bank(features(0)), 0.07)
     assert torch.allclose(terms["instance_a"][1], expected)
     terms = terms_at("cds", 0)
     assert (terms["instance_b"][0], terms["matching_b"][0]) == (0.5, 1.0)
-    expected = neighbour_entropy(part.q_BD, features(1, N - 5), 0.1, 700)
+    expected = neighbour_entropy(part.q_BD, Bank(features(1, N - 5)), 0.1, 700)
     assert torch.allclose(terms["matching_a"][1], expected)
 
 
@@ -198,7 +199,7 @@ def test_protonce_writes_keys_and_uses_its_concentrations() -> None:
     bank[part.slot_B] = part.k_BD
     bank[5] = part.k_BD[2]
     assert torch.allclose(
-        terms["instance_a"].value, instance_contrast(part.q_BD, part.k_BD, part.slot_B, bank, 0.2)
+        terms["instance_a"].value, instance_contrast(part.q_BD, part.k_BD, part.slot_B, Bank(bank), 0.2)
     )
     values = []
     for number, k in enumerate((3, 5)):

@@ -14,6 +14,7 @@ from tests.methods.test_baselines import B, N, batch, features, make
 from ucir.config import EncoderParams
 from ucir.losses.prototype import bank_discrimination, prototype_contrast
 from ucir.losses.universal import batch_contrast, product_dissimilarity, semantic_pull, switchable_match
+from ucir.memory import Bank
 from ucir.methods.uem import Uem, UemParams
 from ucir.models.encoder import new_encoder
 
@@ -95,7 +96,7 @@ def test_the_first_phases_terms() -> None:
     assert torch.allclose(terms["prototype_a"].value, prototype_contrast(part.q_BD, label_B, structure, 0.07))
     assert torch.allclose(terms["semantic_a"].value, semantic_pull(part.q_BD, structure, 0.07))
     whole = terms_at(19, instance_negatives="bank")["instance_a"][1]
-    assert torch.allclose(whole, bank_discrimination(part.q_BD, part.slot_B, x[0], 0.07))
+    assert torch.allclose(whole, bank_discrimination(part.q_BD, part.slot_B, Bank(x[0]), 0.07))
 
 
 def test_the_second_phases_match_is_switched_by_the_structure() -> None:
@@ -116,10 +117,10 @@ def test_the_second_phases_match_is_switched_by_the_structure() -> None:
     expected = switchable_match(
         parts[0].q_BD,
         torch.tensor(target),
-        torch.tensor(near),
+        x[1][near],
         torch.tensor(reliable),
         normalize(other.prototype_CD, dim=1),
-        x[1],
+        Bank(x[1]),
         0.07,
     )
     assert torch.allclose(terms["matching_a"].value, expected)
@@ -127,7 +128,7 @@ def test_the_second_phases_match_is_switched_by_the_structure() -> None:
     plain.start_epoch(20, x)
     nearest_B = (parts[0].q_BD.detach() @ x[1].T).argmax(dim=1)
     found = plain.losses(20, parts)["matching_a"].value
-    assert torch.allclose(found, bank_discrimination(parts[0].q_BD, nearest_B, x[1], 0.07))
+    assert torch.allclose(found, bank_discrimination(parts[0].q_BD, nearest_B, Bank(x[1]), 0.07))
 
 
 def test_identical_domains_merge_wholly_and_without_merging_not_at_all() -> None:

@@ -268,7 +268,7 @@ def _worker(rank: int, world: int, port: int, pack: Path, start: Path, names: li
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("world", "names"), [(2, list(METHODS)), (4, ["ucdir"])])
+@pytest.mark.parametrize(("world", "names"), [(2, list(METHODS)), (4, ["ucdir", "protoot", "uem"])])
 def test_workers_change_speed_and_never_results(
     pack: Path, start: Path, tmp_path: Path, world: int, names: list[str]
 ) -> None:
@@ -285,6 +285,6 @@ def test_workers_change_speed_and_never_results(
             # CoDA's gradient on the tiny network is as small as float32's noise beside the others
             scale = max(0.01, *(float(gradient.norm()) for gradient in one["gradients"].values()))
             for name, gradient in one["gradients"].items():
-                assert float((many["gradients"][name] - gradient).norm()) < 1e-5 * scale, name
+                assert float((many["gradients"][name] - gradient).norm()) < 2e-5 * scale, name
             for x, y in zip(one["features"], many["features"], strict=True):
                 assert torch.allclose(x, y, atol=1e-5)

@@ -6,12 +6,13 @@ import torch
 from torch import Tensor
 
 from ucir.losses import full_precision
+from ucir.memory import Bank
 
 
 def cluster_contrast(
     q_BD: Tensor,
     label_B: Tensor,
-    bank_ND: Tensor,
+    bank: Bank,
     label_N: Tensor,
     clusters: int,
     temperature: float,
@@ -25,7 +26,7 @@ def cluster_contrast(
     Args:
         q_BD: unit features, with gradient.
         label_B, label_N: cluster of the batch's images and of the bank's rows, int64.
-        bank_ND: unit features, constant.
+        bank: constant.
         clusters: K.
         temperature: T > 0.
 
@@ -33,15 +34,19 @@ def cluster_contrast(
         (B,) one value per image; see :func:`confident` for which of them count.
     """
     q = full_precision(q_BD)
-    mean_KD = cluster_means(bank_ND, label_N, clusters)
-    log_total_B = torch.logsumexp(q @ bank_ND.T / temperature, dim=1)
-    return log_total_B - (q * mean_KD[label_B]).sum(dim=1) / temperature
+    mean_KD = bank.sums(label_N, clusters) / sizes(label_N, clusters)
+    return bank.log_total(q, temperature) - (q * mean_KD[label_B]).sum(dim=1) / temperature
 
 
 def cluster_means(feature_ND: Tensor, label_N: Tensor, clusters: int) -> Tensor:
     """Mean feature of each cluster, (K, D), not normalised; 0 for an empty one."""
     sum_KD = feature_ND.new_zeros(clusters, feature_ND.shape[1]).index_add_(0, label_N, feature_ND)
-    return sum_KD / torch.bincount(label_N, minlength=clusters).clamp(min=1)[:, None]
+    return sum_KD / sizes(label_N, clusters)
+
+
+def sizes(label_N: Tensor, clusters: int) -> Tensor:
+    """Members of each cluster, (K, 1), at least 1."""
+    return torch.bincount(label_N, minlength=clusters).clamp(min=1)[:, None]
 
 
 def confident(

@@ -7,11 +7,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ucir.losses import full_precision
+from ucir.memory import Bank
 
 
-def instance_contrast(
-    q_BD: Tensor, k_BD: Tensor, slot_B: Tensor, bank_ND: Tensor, temperature: float
-) -> Tensor:
+def instance_contrast(q_BD: Tensor, k_BD: Tensor, slot_B: Tensor, bank: Bank, temperature: float) -> Tensor:
     """InfoNCE of a view against its key and the bank of its own domain.
 
     UCDIR eq. 1: mean over i of -log( e(q_i k_i) / (e(q_i k_i) + sum_{a != i} e(q_i M_a)) ) with
@@ -22,17 +21,14 @@ def instance_contrast(
         q_BD: unit features of the query encoder, with gradient.
         k_BD: unit features of the key encoder.
         slot_B: rows of the bank that belong to the images.
-        bank_ND: unit features, constant.
+        bank: of the images' domain, constant.
         temperature: T > 0.
 
     Returns:
         Scalar, float32.
     """
-    q = full_precision(q_BD)
-    logits_BN = q @ bank_ND.T / temperature
-    positive_B1 = (q * k_BD).sum(dim=1, keepdim=True) / temperature
-    logits_BN = logits_BN.scatter(1, slot_B[:, None], positive_B1)
-    return F.cross_entropy(logits_BN, slot_B)
+    positive_B = (full_precision(q_BD) * k_BD).sum(dim=1) / temperature
+    return (bank.log_total(q_BD, temperature, slot_B, positive_B) - positive_B).mean()
 
 
 def view_contrast(first_BD: Tensor, second_BD: Tensor, domain_B: Tensor, temperature: float) -> Tensor:

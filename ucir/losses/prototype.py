@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ucir.distributed import gather_largest
 from ucir.losses import full_precision
+from ucir.memory import Bank
 
 
 def prototype_contrast(
@@ -29,7 +31,7 @@ def prototype_contrast(
     return F.cross_entropy(full_precision(q_BD) @ centroid_KD.T / temperature_K, label_B)
 
 
-def bank_discrimination(q_BD: Tensor, slot_B: Tensor, bank_ND: Tensor, temperature: float) -> Tensor:
+def bank_discrimination(q_BD: Tensor, slot_B: Tensor, bank: Bank, temperature: float) -> Tensor:
     """Which image of the bank is this? ID (Wu et al., CVPR 2018, eq. 2) with the full softmax.
 
     Mean over i of -log( exp(q_i v_i / T) / sum_a exp(q_i v_a / T) ), v the bank, i's own row the positive.
@@ -37,10 +39,11 @@ def bank_discrimination(q_BD: Tensor, slot_B: Tensor, bank_ND: Tensor, temperatu
     Args:
         q_BD: unit features, with gradient.
         slot_B: the images' rows of the bank.
-        bank_ND: unit features, constant.
+        bank: constant.
         temperature: T > 0.
     """
-    return F.cross_entropy(full_precision(q_BD) @ bank_ND.T / temperature, slot_B)
+    positive_B = (full_precision(q_BD) * bank.rows(slot_B)).sum(dim=1) / temperature
+    return (bank.log_total(q_BD, temperature) - positive_B).mean()
 
 
 def self_matching(q_BD: Tensor, row_BD: Tensor, weight_KD: Tensor, sharpening: float) -> Tensor:
@@ -71,7 +74,7 @@ def classifier_gap(q_BD: Tensor, own_KD: Tensor, other_KD: Tensor) -> Tensor:
     return (q @ own_KD.T - q @ other_KD.T).abs().sum(dim=1).mean()
 
 
-def neighbour_entropy(q_BD: Tensor, other_ND: Tensor, temperature: float, nearest: int) -> Tensor:
+def neighbour_entropy(q_BD: Tensor, other: Bank, temperature: float, nearest: int) -> Tensor:
     """Entropy of softmax(q_i v / T) over the ``nearest`` most similar rows of the other domain's bank.
 
     CDS's cross-domain matching (Kim et al., ICCV 2021, eq. 4): each image should look like few of the
@@ -79,14 +82,14 @@ def neighbour_entropy(q_BD: Tensor, other_ND: Tensor, temperature: float, neares
 
     Args:
         q_BD: unit features of one domain, with gradient.
-        other_ND: bank of the other domain, constant.
+        other: bank of the other domain, constant.
         temperature: T > 0.
         nearest: rows that count, 700 in the official code; all where there are fewer.
 
     Returns:
         Scalar: mean over the images.
     """
-    logits_BN = full_precision(q_BD) @ other_ND.T / temperature
-    top_BM = logits_BN.topk(min(nearest, logits_BN.shape[1]), dim=1).values
+    logits_BN = full_precision(q_BD) @ other.own_ND.T / temperature
+    top_BM = gather_largest(logits_BN, nearest)
     p_BM = torch.softmax(top_BM, dim=1)
     return -(p_BM * torch.log(p_BM + 1e-5)).sum(dim=1).mean()

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ucir.losses import full_precision
+from ucir.memory import Bank
 
 
 def lengths(x: Tensor) -> Tensor:
@@ -71,10 +72,10 @@ def domain_confusion(first_logit_B: Tensor, second_logit_B: Tensor) -> Tensor:
 def switchable_match(
     q_BD: Tensor,
     target_B: Tensor,
-    neighbour_B: Tensor,
+    neighbour_BD: Tensor,
     reliable_B: Tensor,
     prototype_CD: Tensor,
-    bank_ND: Tensor,
+    bank: Bank,
     temperature: float,
 ) -> Tensor:
     """Contrast of an image's counterparts in the other domain: SN2M, eq. 17, mean over the batch.
@@ -85,18 +86,17 @@ def switchable_match(
     Args:
         q_BD: unit features, with gradient.
         target_B: p~, rows of ``prototype_CD``, int64.
-        neighbour_B: m~, rows of ``bank_ND``, int64.
+        neighbour_BD: m~, rows of the bank.
         reliable_B: whether the nearest row belongs to p~, bool.
-        prototype_CD, bank_ND: constant.
+        prototype_CD, bank: constant.
         temperature: T > 0.
     """
     q = full_precision(q_BD)
     to_prototype_BC = q @ prototype_CD.T / temperature
-    to_bank_BN = q @ bank_ND.T / temperature
     own_B = to_prototype_BC.gather(1, target_B[:, None])[:, 0]
-    near_B = to_bank_BN.gather(1, neighbour_B[:, None])[:, 0]
+    near_B = (q * neighbour_BD).sum(dim=1) / temperature
     wanted_B = torch.where(reliable_B, torch.logaddexp(own_B, near_B), own_B)
-    total_B = torch.logsumexp(torch.cat([to_prototype_BC, to_bank_BN], dim=1), dim=1)
+    total_B = torch.logaddexp(torch.logsumexp(to_prototype_BC, dim=1), bank.log_total(q, temperature))
     return (total_B - wanted_B).mean()
 
 

@@ -70,7 +70,7 @@ class Id(SingleEncoder[IdParams]):
         return {
             f"instance_{side}": Term(
                 0.5,
-                bank_discrimination(part.q_BD, part.slot_B, bank.features_ND, self.params.temperature),
+                bank_discrimination(part.q_BD, part.slot_B, bank, self.params.temperature),
             )
             for side, bank, part in zip("ab", self.banks, batch, strict=True)
         }
@@ -133,9 +133,7 @@ class ProtoNce(ClusteringMethod[ProtoNceParams]):
         terms = {}
         for side, bank, part in zip("ab", self.banks, batch, strict=True):
             bank.write(part.slot_B, part.k_BD)
-            value = instance_contrast(
-                part.q_BD, part.k_BD, part.slot_B, bank.features_ND, self.params.temperature
-            )
+            value = instance_contrast(part.q_BD, part.k_BD, part.slot_B, bank, self.params.temperature)
             terms[f"instance_{side}"] = Term(0.5, value)
         if self.clusters is not None:
             for side, part, own, phis in zip("ab", batch, self.clusters, self.temperatures, strict=True):
@@ -169,10 +167,10 @@ class Cds(SingleEncoder[CdsParams]):
         p = self.params
         terms = {}
         for side, bank, other, part in zip("ab", self.banks, self.banks[::-1], batch, strict=True):
-            own = bank_discrimination(part.q_BD, part.slot_B, bank.features_ND, p.temperature)
+            own = bank_discrimination(part.q_BD, part.slot_B, bank, p.temperature)
             terms[f"instance_{side}"] = Term(0.5, own)
             if p.matching_weight > 0:
-                across = neighbour_entropy(part.q_BD, other.features_ND, p.temperature, p.nearest)
+                across = neighbour_entropy(part.q_BD, other, p.temperature, p.nearest)
                 terms[f"matching_{side}"] = Term(p.matching_weight, across)  # summed, not halved, as released
         return terms
 

@@ -74,7 +74,7 @@ class Coda(SingleEncoder[CodaParams]):
         terms = {}
         sides = zip("ab", self.banks, batch, ((first, second), (second, first)), strict=True)
         for side, bank, part, (own, other) in sides:
-            row_BD = bank.features_ND[part.slot_B]
+            row_BD = bank.rows(part.slot_B)
             matched = [self_matching(part.q_BD, row_BD, w_KD, p.sharpening) for w_KD in own]
             terms[f"self_matching_{side}"] = Term(1.0, torch.stack(matched).mean())
             if p.alignment_weight > 0:

@@ -99,7 +99,7 @@ class Dgdir(ClusteringMethod[DgdirParams]):
                 ("phase_to_mixed", phase.q_BD, part.k_BD, self.phase_banks[number]),
                 ("mixed_to_phase", part.q_BD, phase.k_BD, self.banks[number]),
             ):
-                value = instance_contrast(q_BD, k_BD, part.slot_B, bank.features_ND, p.temperature)
+                value = instance_contrast(q_BD, k_BD, part.slot_B, bank, p.temperature)
                 terms[f"{name}_{side}"] = Term(0.25, value)  # 0.5, of the mean over both domains
             if self.centroid_KD is not None:
                 label_B = self.label_N[number][part.slot_B]

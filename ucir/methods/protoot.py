@@ -106,8 +106,10 @@ class ProtoOt(ClusteringMethod[ProtoOtParams]):
         told = cluster_figures(clusters)
         p = self.params
         if p.assignment == "transport":
-            for side, x, prototype, b in zip("ab", banks, self.prototypes, self.marginals, strict=True):
-                plan = transport(x, prototype, b, p.regularisation, p.iterations)
+            for side, bank, prototype, b in zip(
+                "ab", self.banks, self.prototypes, self.marginals, strict=True
+            ):
+                plan = transport(bank.own_ND, prototype, b, p.regularisation, p.iterations, shared=True)
                 told[f"transport/error_{side}"] = float(plan.error)
         return told
 
@@ -166,17 +168,18 @@ class ProtoOt(ClusteringMethod[ProtoOtParams]):
         A renewed prototype is its matched mean of the whole bank, or stays where it is if nothing matches.
         """
         p = self.params
-        x_ND = bank.features_ND
         if p.assignment == "transport":
-            given = (x_ND, prototype_KD, marginal_K, p.regularisation, p.iterations)
+            given = (bank.own_ND, prototype_KD, marginal_K, p.regularisation, p.iterations)
             mean_KD = prototype_KD
             if renew:
-                plan = transport(*given)
+                plan = transport(*given, shared=True)
                 potential_K, mean_KD = plan.potential_K, plan.mean_KD
             else:
-                potential_K = potential(*given)
-            label_B = plan_rows(x_ND[slot_B], prototype_KD, potential_K, p.regularisation).argmax(dim=1)
+                potential_K = potential(*given, shared=True)
+            row_BD = bank.rows(slot_B)
+            label_B = plan_rows(row_BD, prototype_KD, potential_K, p.regularisation).argmax(dim=1)
         else:
+            x_ND = bank.features_ND
             s_NK = similarity(x_ND, prototype_KD)
             if p.assignment == "kmeans":
                 weight_NK = F.one_hot(s_NK.argmax(dim=1), len(prototype_KD)).to(x_ND.dtype)

@@ -116,7 +116,7 @@ class UcdirFamily(ClusteringMethod[U]):
             bank.write(part.slot_B, part.k_BD)  # before the losses, as in builder.py
         terms = {}
         for side, bank, part in zip("ab", self.banks, batch, strict=True):
-            value = instance_contrast(part.q_BD, part.k_BD, part.slot_B, bank.features_ND, p.temperature)
+            value = instance_contrast(part.q_BD, part.k_BD, part.slot_B, bank, p.temperature)
             terms[f"instance_{side}"] = Term(0.5, value)
         weight = self.cluster_weight_at(epoch)
         if weight > 0:
@@ -154,9 +154,7 @@ class Ucdir(UcdirFamily[UcdirParams]):
         p = self.params
         label_B = clusters.label_N[part.slot_B]
         count = len(clusters.size_K)
-        value_B = cluster_contrast(
-            part.q_BD, label_B, bank.features_ND, clusters.label_N, count, p.temperature
-        )
+        value_B = cluster_contrast(part.q_BD, label_B, bank, clusters.label_N, count, p.temperature)
         keep_B = confident(part.k_BD, label_B, clusters.centroid_KD, p.temperature, p.confidence)
         return mean_of_kept(value_B, keep_B)
 

@@ -148,9 +148,9 @@ class Uem(SingleEncoder[UemParams], ClusteringMethod[UemParams]):
             q_BD, prototype_CD = part.q_BD, F.normalize(self.structures[number].prototype_CD, dim=1)
             count = len(q_BD) if p.reduction == "sum" else 1
             if p.instance_negatives == "batch":
-                instance = batch_contrast(q_BD, bank.features_ND[part.slot_B], p.temperature)
+                instance = batch_contrast(q_BD, bank.rows(part.slot_B), p.temperature)
             else:
-                instance = bank_discrimination(q_BD, part.slot_B, bank.features_ND, p.temperature)
+                instance = bank_discrimination(q_BD, part.slot_B, bank, p.temperature)
             terms[f"instance_{side}"] = Term(count, instance)
             label_B = self.labels[number][part.slot_B]
             contrast = prototype_contrast(q_BD, label_B, prototype_CD, p.temperature)
@@ -182,21 +182,20 @@ class Uem(SingleEncoder[UemParams], ClusteringMethod[UemParams]):
         """Eqs. 15 to 17 for a batch of domain ``own``."""
         p = self.params
         assert self.structures is not None
-        bank_ND, other = other_bank.features_ND, self.structures[1 - own]
+        other, fixed_BD = self.structures[1 - own], q_BD.detach()
         if p.matching == "nearest":
-            near_B = (q_BD.detach() @ bank_ND.T).argmax(dim=1)
-            return bank_discrimination(q_BD, near_B, bank_ND, p.temperature)
-        fixed_BD = q_BD.detach()
+            near_B = other_bank.closest(fixed_BD, lambda x, row_ND: -(x @ row_ND.T))
+            return bank_discrimination(q_BD, near_B, other_bank, p.temperature)
         target_B = other.other_L[product_dissimilarity(fixed_BD, self.centres[own]).argmin(dim=1)]
-        near_B = product_dissimilarity(fixed_BD, bank_ND).argmin(dim=1)
-        near_prototype_B = product_dissimilarity(bank_ND[near_B], other.prototype_CD).argmin(dim=1)
+        near_BD = other_bank.rows(other_bank.closest(fixed_BD, product_dissimilarity))
+        near_prototype_B = product_dissimilarity(near_BD, other.prototype_CD).argmin(dim=1)
         return switchable_match(
             q_BD,
             target_B,
-            near_B,
+            near_BD,
             near_prototype_B == target_B,
             F.normalize(other.prototype_CD, dim=1),
-            bank_ND,
+            other_bank,
             p.temperature,
         )
 
