@@ -1,0 +1,106 @@
+"""The bank's share of a training step at 1, 2 and 4 workers: time, memory, bytes that travel.
+
+    uv run python -m tests.benchmarks.bank [rows, default 1000000] [steps, default 5]
+
+UCDIR's instance- and cluster-wise contrast of one domain (B = 64, D = 128, K = 65), forward and backward,
+then the write, in processes of this machine joined by gloo, one thread each; medians of the steps, of the
+slowest worker. Bytes are counted where they are handed to gloo and compared with the formula.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, multiprocessing
+from torch import distributed as dist
+from torch.nn import functional as F
+
+from ucir.losses.cluster import cluster_contrast
+from ucir.losses.instance import instance_contrast
+from ucir.memory import Bank
+
+B, D, K, T = 64, 128, 65, 0.2
+
+
+def formula(world: int) -> int:
+    """Bytes that a worker hands over in a step.
+
+    A total over the bank is a maximum and a sum, and a sum again for the gradient: 3 B floats; there are two.
+    The clusters' sums are K x D floats.
+    """
+    return 0 if world == 1 else 4 * (2 * 3 * B + K * D)
+
+
+def counted(sent: list[int], name: str) -> None:
+    original: Callable[..., Any] = getattr(dist, name)
+
+    def call(tensor: Tensor, *arguments: Any, **given: Any) -> Any:
+        sent[0] += tensor.numel() * tensor.element_size()
+        return original(tensor, *arguments, **given)
+
+    setattr(dist, name, call)
+
+
+def worker(rank: int, world: int, port: int, rows: int, steps: int, out: str) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    if world > 1:
+        dist.init_process_group("gloo", rank=rank, world_size=world)
+    sent = [0]
+    counted(sent, "all_reduce")
+    generator = torch.Generator().manual_seed(0)
+    bank = Bank(torch.empty(rows, 0))  # its rows are drawn where they lie: nobody ever holds all of them
+    own = bank.own.stop - bank.own.start
+    bank.own_ND = F.normalize(torch.randn(own, D, generator=torch.Generator().manual_seed(rank)), dim=1)
+    label_N = torch.randint(K, (rows,), generator=generator)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    times, travelled = [], []
+    for _ in range(steps + 1):
+        q = F.normalize(torch.randn(B, D, generator=generator), dim=1).requires_grad_(True)
+        k = F.normalize(torch.randn(B, D, generator=generator), dim=1)
+        slot = torch.randint(rows, (B,), generator=generator)
+        sent[0], began = 0, time.perf_counter()
+        loss = instance_contrast(q, k, slot, bank, T)
+        loss = loss + cluster_contrast(q, label_N[slot], bank, label_N, K, T).mean()
+        loss.backward()  # type: ignore[no-untyped-call]
+        bank.write(slot, k)
+        times.append(time.perf_counter() - began)
+        travelled.append(sent[0])
+    extra = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    held = bank.own_ND.numel() * 4
+    torch.save((float(np.median(times[1:])), held, extra * 1024, travelled[-1]), f"{out}/{rank}")
+    if world > 1:
+        dist.destroy_process_group()
+
+
+def main() -> None:
+    rows, steps = (int(x) for x in (*sys.argv[1:], *("1000000", "5")[len(sys.argv) - 1 :]))
+    alone = 0.0
+    for world in (1, 2, 4):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        with tempfile.TemporaryDirectory() as out:
+            multiprocessing.spawn(worker, (world, port, rows, steps, out), nprocs=world)
+            found = [torch.load(f"{out}/{rank}") for rank in range(world)]
+        seconds, held, extra, travelled = (max(values) for values in zip(*found, strict=True))
+        alone = alone or seconds
+        print(
+            f"{rows} rows, {world} workers: {1000 * seconds:.0f} ms a step ({alone / seconds:.2f} x one's "
+            f"speed), {held / 2**20:.0f} MiB of rows and {extra / 2**20:.0f} MiB more a worker, "
+            f"{travelled} bytes a step and worker, formula {formula(world)}",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
