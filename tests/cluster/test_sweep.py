@@ -239,6 +239,9 @@ def test_a_sweep_is_killed_and_goes_on_and_gives_everything_back(prepared: Path,
     assert {run.data.tags["mlflow.parentRunId"] for run in children} == {parent.info.run_id}
     assert parent.info.status == "FINISHED"
     assert len(children) >= 5
+    states = [run.info.status for run in children]
+    assert states.count("FINISHED") == told["states"].count("finished")
+    assert states.count("KILLED") == told["states"].count("stopped")
     for run in children:
         points = client.get_metric_history(run.info.run_id, "mutual_neighbours")
         assert [p.step for p in points] == list(range(len(points)))

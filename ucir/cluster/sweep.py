@@ -243,18 +243,10 @@ def _tune(
         grid = tuner.fit()
     trials = []
     for result in grid:
-        values = dict(result.config or {})
-        if result.error is not None:
-            why = str(result.error).strip().splitlines()[-1]
-            trials.append(Trial(values, 0, f"failed: {why}", {}))
-            continue
-        metrics = result.metrics or {}
-        came, asked = int(metrics.get("epoch", 0)), int(metrics.get("epochs", longest))
-        state = f"failed: {metrics['fault']}" if metrics.get("fault") else "finished"
-        if state == "finished" and came < asked:
-            state = "stopped"
-        scores = {k.removeprefix("scores_"): v for k, v in metrics.items() if k.startswith("scores_")}
-        trials.append(Trial(values, came, state, scores))
+        trials.append(_ended(result, longest))
+        if trial_id := (result.metrics or {}).get("trial_id"):
+            status = {"finished": "FINISHED", "stopped": "KILLED"}.get(trials[-1].state, "FAILED")
+            task.track(trials[-1].values, trial_id).set_status(status)
     found = SweepResult(title, pairs, sweep.objective, trials)
     best = {f"best/{metric}": value for metric, value in found.best.scores.items()}
     ranks = {
@@ -264,6 +256,19 @@ def _tune(
     }
     parent.log_scores({**best, **ranks, "trials": float(len(trials))})
     return found
+
+
+def _ended(result: Any, longest: int) -> Trial:
+    """A trial as Ray Tune remembers it."""
+    values, metrics = dict(result.config or {}), result.metrics or {}
+    if result.error is not None:
+        return Trial(values, 0, f"failed: {str(result.error).strip().splitlines()[-1]}", {})
+    came, asked = int(metrics.get("epoch", 0)), int(metrics.get("epochs", longest))
+    state = "finished" if came == asked else "stopped"
+    if metrics.get("fault"):
+        state = f"failed: {metrics['fault']}"
+    scores = {k.removeprefix("scores_"): v for k, v in metrics.items() if k.startswith("scores_")}
+    return Trial(values, came, state, scores)
 
 
 @dataclass(frozen=True)
@@ -321,7 +326,7 @@ class TrialTask:
             if writes:  # two trials may have drawn the same setting: the second waits, then finds it done
                 for run in sorted(runs, key=lambda run: run.key):
                     held.enter_context(lock_run(run, wait=True))
-            tracked = self._track(values, trial) if writes else None
+            tracked = self.track(values, trial) if writes else None
             histories = [list(run.history()) for run in runs]
             done = [len(history) for history in histories]
             reporters = [RunReporter(run, writes) for run in runs]
@@ -357,7 +362,8 @@ class TrialTask:
                     raise UserError("objective: oracle: the pictures have no labels; take another")
                 report({**_reported(told[-1], score), "epoch": epoch + 1, "epochs": asked})
 
-    def _track(self, values: dict[str, Any], trial: str) -> tracking.TrackedRun:
+    def track(self, values: dict[str, Any], trial: str) -> tracking.TrackedRun:
+        """The trial's run in MLflow, below the sweep's."""
         tags = {"stage": "trial", "method": self.sweep.method, "sweep": self.key}
         if self.parent.run_id:
             tags["mlflow.parentRunId"] = self.parent.run_id
@@ -487,7 +493,7 @@ def write_result(found: list[SweepResult], params: Params, name: str, out: Path)
     scores = list(dict.fromkeys(key for one in found for trial in one.trials for key in trial.scores))
     with (out / "trials.csv").open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
-        table.writerow(["sweep", "state", "epochs", *fields, *scores])
+        table.writerow(["sweep", "state", "epochs_done", *fields, *scores])
         for one in found:
             for trial in one.trials:
                 values = [trial.values.get(key, "") for key in fields]
