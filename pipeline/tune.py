@@ -4,21 +4,13 @@ from __future__ import annotations
 
 import sys
 
-from ucir.cluster.sweep import describe_result, tune_all, write_result
+from ucir.cluster.sweep import run_sweep
 from ucir.errors import run_main
-from ucir.paths import RESULTS, check_writable
 from ucir.study import load_study
 
 
 def main() -> None:
-    name = sys.argv[1]
-    params = load_study()
-    out = RESULTS / "sweeps" / name
-    check_writable(out)
-    found = tune_all(params, name)
-    write_result(found, params, name, out)
-    for one in found:
-        print(describe_result(one))
+    out = run_sweep(load_study(), sys.argv[1])
     print(f"tune: {out}/best.yaml holds the block to look at and to put into params.yaml")
 
 

@@ -242,11 +242,18 @@ def tune(
           trials: 20
           search: random            # grid, tpe
           scheduler: asha           # fifo, median
-          objective: mutual_neighbours
+          grace: 4                  # epochs that every trial has
+          epochs: 10                # of a trial, instead of the method's
+          pairs: [printed-street]   # instead of the data set's
+          objective: OBJECTIVE      # or another criterion, or oracle
           scope: shared             # or per_pair
           space:
             temperature: {loguniform: [0.05, 0.5]}
+            cluster_weight: {uniform: [0, 2]}
+            batch_size: {integer: [32, 64]}
             clusters: [10, 20, 40]
+
+    Criteria: mutual_neighbours, cluster_cycle, transport, mixing, silhouette, stability, density, rank.
 
     A trial trains all pairs with one setting; its score is the mean of the objective over them. The
     objective needs no labels unless it is `oracle` (P@K). The same command goes on where a killed one
@@ -260,19 +267,12 @@ def tune(
             typer.echo(f"{sweep}: {block.method} on {block.dataset}, {block.trials} trials over {keys}")
         typer.echo("Next: `uv run ucir tune NAME`, or write your own under `sweeps` (`ucir tune --help`)")
         return
-    from ucir.cluster.sweep import describe_result, describe_sweep, tune_all, write_result
-    from ucir.paths import RESULTS, check_writable
+    from ucir.cluster.sweep import describe_sweep, run_sweep
 
     typer.echo(describe_sweep(params, name))
-    if dry_run:
-        return
-    out = RESULTS / "sweeps" / name
-    check_writable(out)
-    found = tune_all(params, name)
-    write_result(found, params, name, out)
-    for one in found:
-        typer.echo(describe_result(one))
-    typer.echo(f"Next: look at {out}/best.yaml and put its block into params.yaml; then `uv run dvc repro`")
+    if not dry_run:
+        out = run_sweep(params, name)
+        typer.echo(f"Next: look at {out}/best.yaml, put its block into params.yaml, then `uv run dvc repro`")
 
 
 def _dataset_block(dataset: str) -> DatasetParams:

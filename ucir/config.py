@@ -317,6 +317,8 @@ class Dimension(Block):
     @model_validator(mode="before")
     @classmethod
     def _a_list_is_a_choice(cls, given: Any) -> Any:
+        if isinstance(given, (int, float, str)):
+            raise ValueError(f"{given!r} is one value: write a list of values to try, as [{given}, ...]")
         return {"choice": given} if isinstance(given, (list, tuple)) else given
 
     @model_validator(mode="after")
@@ -347,6 +349,8 @@ class SweepParams(SettingParams):
     seeds: Seeds = (0,)
     space: Annotated[dict[str, Dimension], Field(min_length=1)]
     """Key of params.yaml by its path, ``methods.<method>.<dataset>.lr``, or just ``lr``: what is tried."""
+    epochs: Count | None = None
+    """Of every trial; None = the method's. The order of settings shows early."""
     trials: Count = 20
     """Settings to try; a grid tries all."""
     search: Literal["random", "grid", "tpe"] = "random"
@@ -368,7 +372,10 @@ class SweepParams(SettingParams):
     def _a_grid_has_values(self) -> Self:
         ranges = [key for key, dimension in self.space.items() if dimension.choice is None]
         if self.search == "grid" and ranges:
-            raise ValueError(f"search: a grid needs lists of values, but {', '.join(ranges)} has a range")
+            raise ValueError(
+                f"search: a grid needs lists of values, but {', '.join(ranges)} has a range: give a list, as "
+                "lr: [0.01, 0.1], or take search: random"
+            )
         return self
 
 

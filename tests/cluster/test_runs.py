@@ -14,7 +14,7 @@ import pytest
 import torch
 from mlflow import MlflowClient
 
-from ucir.cluster.launch import at_once, train_all
+from ucir.cluster.launch import at_once, connect, train_all
 from ucir.cluster.plan import describe
 from ucir.cluster.runs import Run, materialise, open_pair, plan_runs
 from ucir.config import ClusterParams, checked, load_params
@@ -178,6 +178,12 @@ def test_runs_are_trained_tracked_and_never_repeated(
         for metric in ("train/loss_total", "val/P_at_2", "val/mAP_at_All"):
             points = client.get_metric_history(run.info.run_id, metric)
             assert [point.step for point in points] == [0, 1, 2, 3]
+
+
+def test_a_cluster_that_does_not_answer_is_named(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    with pytest.raises(UserError, match=r"RAY_ADDRESS=127.0.0.1:1: no Ray cluster answers there"):
+        connect(ClusterParams(num_workers=1), "sqlite:///x.db")
 
 
 def test_what_does_not_fit_the_cluster_is_refused_with_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:

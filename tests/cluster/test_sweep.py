@@ -55,6 +55,8 @@ def with_sweep(folder: Path, **changes: Any) -> Params:
         ({"space": {"clusters": [2, 300]}}, "clusters = 300 exceeds the 22 images of domain art"),
         ({"space": {"datasets.shapes.view.side": [16, 20]}}, "packs and start weights are made before them"),
         ({"space": {"lr": {"uniform": [0.1, 0.2]}}, "search": "grid"}, "a grid needs lists of values"),
+        ({"space": {"lr": 0.1}}, "0.1 is one value: write a list"),
+        ({"pairs": ["art-film"]}, "^the domains are|params.yaml.*art-film|pair 'art-film'"),
         ({"objective": "mutual_neighbors"}, "did you mean 'mutual_neighbours'"),
         ({"method": "ucdirr"}, "did you mean 'ucdir'"),
         ({"schedular": "asha"}, "did you mean 'scheduler'"),
@@ -64,6 +66,15 @@ def test_a_sweep_with_a_fault_starts_nothing(changes: dict[str, Any], told: str,
     with pytest.raises(UserError, match=told):
         check_sweep(with_sweep(prepared, **changes), "try")
     assert not (prepared / "runs/sweeps").exists()
+
+
+def test_epochs_of_the_trials_stay_out_of_what_is_found(prepared: Path) -> None:
+    params = with_sweep(prepared, epochs=2)
+    runs = plan_settings(params, params.sweeps["try"], {"lr": 0.02})
+    assert {(run.params.epochs, run.params.lr) for run in runs} == {(2, 0.02)}
+    write_result([a_result([10, 30, 20], [0.1, 0.4, 0.2])], params, "try", prepared / "out")
+    block = yaml.safe_load((prepared / "out/best.yaml").read_text())["methods"]["ucdir"]["shapes"]
+    assert block["epochs"] == 4
 
 
 def test_keys_may_be_given_by_their_path(prepared: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import socket
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -153,6 +154,7 @@ def _train_here(
         advance(1, _told(run, history[-1]))
 
     with lock_run(run), tracking.status_of(tracked):
+        advance(0, f"{run.name} begins")
         train(new_training(run, device), RunReporter(run, True, after_epoch))
 
 
@@ -229,7 +231,8 @@ def connect(cluster: ClusterParams, uri: str) -> None:
 
     if ray.is_initialized():
         return
-    if "RAY_ADDRESS" in os.environ:
+    if address := os.environ.get("RAY_ADDRESS"):
+        _check_answers(address)
         context = ray.init()
     else:
         needed = cluster.num_workers * cluster.cpus_per_worker
@@ -243,6 +246,24 @@ def connect(cluster: ClusterParams, uri: str) -> None:
     held = ", ".join(f"{there[name]:g} {name}" for name in ("CPU", "GPU") if name in there)
     dashboard = f"http://{context.dashboard_url}" if context.dashboard_url else "off"
     print(f"cluster: {held}; dashboard: {dashboard}; runs: {tracking.experiment_url(uri)}", flush=True)
+
+
+def _check_answers(address: str) -> None:
+    """Ray itself tries for minutes.
+
+    Raises:
+        UserError: nothing listens at a ``host:port``.
+    """
+    host, _, port = address.rpartition(":")
+    if not (host and port.isdigit()) or "/" in host:
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except OSError as error:
+        raise UserError(
+            f"RAY_ADDRESS={address}: no Ray cluster answers there ({error}): start one with `ray start "
+            "--head`, correct the variable, or unset it to use this machine alone"
+        ) from None
 
 
 def per_run(cluster: ClusterParams) -> dict[str, float]:

@@ -32,7 +32,7 @@ from ucir.config import PARAMS_FILE, ClusterParams, Dimension, Params, SweepPara
 from ucir.devices import choose_device
 from ucir.errors import UserError, nearest
 from ucir.methods import method_params, params_block
-from ucir.paths import RUNS, check_writable
+from ucir.paths import RESULTS, RUNS, check_writable
 from ucir.progress import Progress
 from ucir.retrieval.criteria import CRITERIA
 from ucir.training.loop import NotFiniteError, epochs
@@ -113,13 +113,17 @@ def check_sweep(params: Params, name: str) -> tuple[SweepParams, dict[str, Dimen
         raise UserError(f"sweep {name!r} is unknown; {nearest(name, params.sweeps)}")
     sweep = params.sweeps[name]
     where = f"{PARAMS_FILE}: sweeps.{name}"
-    base = method_params(params, sweep.method, sweep.dataset)
+    try:
+        base = method_params(params, sweep.method, sweep.dataset)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
     known = (*CRITERIA, ORACLE)
     if sweep.objective not in known:
         raise UserError(
             f"{where}.objective: {sweep.objective!r} is unknown; {nearest(sweep.objective, known)}"
         )
     prefix = f"methods.{params_block(sweep.method)}.{sweep.dataset}."
+    plan_settings(params, sweep, {})
     space = {}
     for key, dimension in sweep.space.items():
         field = key.removeprefix(prefix)
@@ -144,7 +148,8 @@ def plan_settings(
 ) -> list[Run]:
     """The runs of one setting. Raises as :func:`ucir.cluster.runs.plan_runs`."""
     raw = params.model_dump()
-    raw["methods"][params_block(sweep.method)][sweep.dataset].update(values)
+    shortened = {} if sweep.epochs is None else {"epochs": sweep.epochs}
+    raw["methods"][params_block(sweep.method)][sweep.dataset].update({**shortened, **values})
     changed = checked(Params, raw, PARAMS_FILE)
     return plan_runs(changed, sweep.dataset, sweep.setting, sweep.method, pairs or sweep.pairs, sweep.seeds)
 
@@ -164,6 +169,21 @@ def describe_sweep(params: Params, name: str) -> str:
 
 def _count(sweep: SweepParams, space: Mapping[str, Dimension]) -> int:
     return math.prod(len(d.ends) for d in space.values()) if sweep.search == "grid" else sweep.trials
+
+
+def run_sweep(params: Params, name: str) -> Path:
+    """Run a sweep, or go on with it, write down and print what it found; returns the folder.
+
+    Raises:
+        UserError: as :func:`tune_all`; the folder cannot be written.
+    """
+    out = RESULTS / "sweeps" / name
+    check_writable(out)
+    found = tune_all(params, name)
+    write_result(found, params, name, out)
+    for one in found:
+        print(describe_result(one))
+    return out
 
 
 def tune_all(params: Params, name: str) -> list[SweepResult]:
