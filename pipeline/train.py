@@ -1,4 +1,4 @@
-"""DVC stage `train@<dataset>-<setting>-<method>`: all pairs and seeds, on Ray Train."""
+"""DVC stage `train@<dataset>-<setting>-<method>`: all pairs and seeds, here or on a cluster."""
 
 from __future__ import annotations
 

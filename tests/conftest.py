@@ -101,6 +101,7 @@ def tiny_params(source: str) -> dict[str, Any]:
             "samples": {},
             "settings": {"shapes-closed": SHAPES},
             "runs": {"shapes-closed-ucdir": {**SHAPES, "method": "ucdir", "block": "ucdir"}},
+            "sweeps": {},
         },
         "studies": {
             "tiny": {"datasets": ["shapes"], "settings": ["closed"], "methods": ["ucdir"], "seeds": [0]}
