@@ -238,7 +238,7 @@ def connect(cluster: ClusterParams, uri: str) -> None:
         needed = cluster.num_workers * cluster.cpus_per_worker
         context = ray.init(
             "local",  # not whatever else may run here
-            num_cpus=max(int(needed + 0.999), os.cpu_count() or 1),
+            num_cpus=max(int(needed) + 1, os.cpu_count() or 1),  # and room for who waits for them
             object_store_memory=200 * 1024**2,
             include_dashboard=True,
         )
@@ -293,8 +293,13 @@ def _per_worker(cluster: ClusterParams) -> dict[str, float]:
     return {"CPU": cluster.cpus_per_worker, **gpus}
 
 
-def at_once(cluster: ClusterParams, what: str) -> int:
+def at_once(cluster: ClusterParams, what: str, beside: float = 0.0) -> int:
     """How many trainings the cluster holds at once, or ``at_once``: more machines may come.
+
+    Args:
+        cluster: what each asks for.
+        what: for messages.
+        beside: CPUs of whoever waits for a training's workers.
 
     Raises:
         UserError: not one; says what is asked for and what there is.
@@ -305,6 +310,7 @@ def at_once(cluster: ClusterParams, what: str) -> int:
         return cluster.at_once
     there = ray.cluster_resources()
     asked = per_run(cluster)
+    asked["CPU"] += beside
     short = [
         f"{count:g} {name} where it has {there.get(name, 0):g}"
         for name, count in asked.items()

@@ -41,6 +41,8 @@ from ray import tune  # isort: skip
 from ray.tune import Callback  # isort: skip
 
 ORACLE = "oracle"
+WAITING = 0.01
+"""CPUs of a trial that waits for its own workers; Ray wants something."""
 WORST = -1.0
 """Score of a setting whose loss became NaN: no criterion is lower."""
 
@@ -223,7 +225,8 @@ def _tune(
         },
     )
     connect(params.cluster, uri)
-    concurrent = at_once(params.cluster, f"a trial of the sweep {name}")
+    waiting = WAITING if params.cluster.num_workers >= 2 else 0.0
+    concurrent = at_once(params.cluster, f"a trial of the sweep {name}", waiting)
     count = _count(sweep, space)
     task = TrialTask(params, sweep, pairs, parent, key, str(Path.cwd()))
 
@@ -428,7 +431,7 @@ def _reported(scores: Mapping[str, float], score: float) -> dict[str, float]:
 
 def _per_trial(cluster: ClusterParams) -> dict[str, float]:
     """Ray Train asks for a trial's workers itself; the trial that waits for them takes next to nothing."""
-    return per_run(cluster) if cluster.num_workers < 2 else {"CPU": 0.001}
+    return per_run(cluster) if cluster.num_workers < 2 else {"CPU": WAITING}
 
 
 def _short(value: Any) -> str:
