@@ -68,7 +68,7 @@ def test_kubernetes_takes_it(file: Path) -> None:
             mounts = {
                 mount["mountPath"] for mount in group["template"]["spec"]["containers"][0]["volumeMounts"]
             }
-            assert {"/work", "/dev/shm"} <= mounts
+            assert {"/project", "/dev/shm"} <= mounts
         assert spec["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
         assert all(group["minReplicas"] >= 1 for group in groups[1:]), "a run must fit what is there at first"
 
