@@ -15,7 +15,7 @@ from torch.multiprocessing import spawn
 from torch.nn.functional import normalize
 
 from ucir.clustering import kmeans
-from ucir.distributed import all_reduce_sum, gather_largest, world_size
+from ucir.distributed import all_reduce_sum, world_size
 from ucir.errors import UserError
 from ucir.memory import Bank
 
@@ -88,7 +88,7 @@ def _answers() -> dict[str, torch.Tensor]:
     bank.write(slot[2:4], q.detach()[2:4])
     bank.blend(slot[4:6], q.detach()[4:6], 0.3)
     total = bank.log_total(q, 0.01, slot, (q * q.detach().flip(0)).sum(dim=1) / 0.01)
-    largest = gather_largest(q @ bank.own_ND.T, 20)
+    largest = bank.largest(q, 20)
     (total.sum() + largest.square().sum()).backward()
     assert q.grad is not None
     return {

@@ -234,7 +234,7 @@ def tune(
 ) -> None:
     """Search a method's params on Ray Tune: temperatures, K, loss weights, any key of its block.
 
-    
+    \b
       sweeps:
         mine:
           dataset: digits

@@ -63,20 +63,17 @@ def log_sum_over_workers(logits_BN: Tensor) -> Tensor:
     return most_B + all_reduce_sum(torch.exp(own_B - most_B)).log()
 
 
-def gather_largest(x_BN: Tensor, count: int) -> Tensor:
-    """The ``count`` largest of each row, (B, count), where every worker has some of its columns.
+def gather_largest(x_BN: Tensor, count: int, widths: list[int]) -> Tensor:
+    """The ``count`` largest of each row, (B, count), where worker w has ``widths[w]`` of its columns.
 
     Fewer where there are not as many; differentiable.
     """
-    if world_size() == 1:
-        return x_BN.topk(min(count, x_BN.shape[1]), dim=1).values
-    widths = torch.zeros(world_size(), dtype=torch.int64, device=x_BN.device)
-    widths[rank()] = x_BN.shape[1]
-    dist.all_reduce(widths)
-    most = min(count, int(widths.max()))
+    most = min(count, max(widths))
     own = x_BN.topk(min(most, x_BN.shape[1]), dim=1).values
+    if world_size() == 1:
+        return own
     padded = torch.cat([own, own.new_full((len(own), most - own.shape[1]), float("-inf"))], dim=1)
-    return gather_rows(padded.T).T.topk(min(count, int(widths.sum())), dim=1).values
+    return gather_rows(padded.T).T.topk(min(count, sum(widths)), dim=1).values
 
 
 def broadcast_from_first(value: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch.nn import functional as F
 
 from ucir.distributed import (
     all_reduce_sum,
+    gather_largest,
     gather_uneven_rows,
     log_sum_over_workers,
     rank,
@@ -32,17 +34,16 @@ class Bank:
 
     def __init__(self, features_ND: Tensor) -> None:
         self.count = len(features_ND)
-        self._bounds = [self.count * worker // world_size() for worker in range(world_size() + 1)]
-        self.own = slice(self._bounds[rank()], self._bounds[rank() + 1])
+        bounds = [self.count * worker // world_size() for worker in range(world_size() + 1)]
+        self._widths = [end - first for first, end in pairwise(bounds)]
+        self.own = slice(bounds[rank()], bounds[rank() + 1])
         self.own_ND = features_ND[self.own].clone()
         """This worker's rows."""
 
     @property
     def features_ND(self) -> Tensor:
         """All rows, gathered; for the start of an epoch, not for its steps."""
-        return gather_uneven_rows(
-            self.own_ND, [end - first for first, end in zip(self._bounds, self._bounds[1:], strict=False)]
-        )
+        return gather_uneven_rows(self.own_ND, self._widths)
 
     def _mine(self, slot_B: Tensor) -> tuple[Tensor, Tensor]:
         """Which of the slots are this worker's, and their rows in ``own_ND`` (0 for the others)."""
@@ -76,6 +77,11 @@ class Bank:
             there[mine_B, place_B[mine_B]] = True
             logits_BN = torch.where(there, instead_B[:, None], logits_BN)
         return log_sum_over_workers(logits_BN)
+
+    def largest(self, q_BD: Tensor, count: int) -> Tensor:
+        """The ``count`` largest similarities to rows, (B, count), with gradient to q; all where there are
+        fewer."""
+        return gather_largest(full_precision(q_BD) @ self.own_ND.T, count, self._widths)
 
     @torch.no_grad()
     def sums(self, label_N: Tensor, clusters: int) -> Tensor:

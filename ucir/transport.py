@@ -63,7 +63,7 @@ def transport(
     iterations: int = 3,
     tolerance: float | None = None,
     normalised: bool = True,
-    shared: bool = False,
+    count: int | None = None,
 ) -> Transport:
     """Potentials of the entropic plan, and what it makes of the features.
 
@@ -78,14 +78,15 @@ def transport(
         iterations: how many, 3 in ProtoOT's recipe; with a tolerance at most.
         tolerance: stop at this ``error``; looks at it after every iteration, which waits for the device.
         normalised: see :func:`similarity`.
-        shared: ``feature_ND`` is this worker's share of the features; K x D sums and K potentials travel.
+        count: of all features, where ``feature_ND`` is this worker's share: then K x D sums and K
+            potentials travel.
 
     Raises:
         ValueError: sizes do not fit, no features, or a number out of its range.
         TransportError: the tolerance was not reached; the marginal is none, or the potentials are not
             finite where b > 0, which on a GPU is seen by ``error`` alone, so as not to wait for the device.
     """
-    kernel = _kernel(feature_ND, prototype_KD, regularisation, normalised, shared)
+    kernel = _kernel(feature_ND, prototype_KD, regularisation, normalised, count)
     g_K = _potential(kernel, marginal_K, iterations, tolerance)
     column_K, sum_KD = kernel.means(g_K)
     error = (column_K - marginal_K).abs().max()
@@ -106,10 +107,10 @@ def potential(
     regularisation: float,
     iterations: int = 3,
     normalised: bool = True,
-    shared: bool = False,
+    count: int | None = None,
 ) -> Tensor:
     """:func:`transport`'s potentials alone, (K,): for half its work."""
-    kernel = _kernel(feature_ND, prototype_KD, regularisation, normalised, shared)
+    kernel = _kernel(feature_ND, prototype_KD, regularisation, normalised, count)
     return _potential(kernel, marginal_K, iterations, None)
 
 
@@ -146,11 +147,17 @@ class _Kernel(ABC):
     """What an iteration needs of the features: sums over the plan's rows softmax_k(S_ik / eps + g_k)."""
 
     def __init__(
-        self, feature_ND: Tensor, prototype_KD: Tensor, regularisation: float, normalised: bool, shared: bool
+        self,
+        feature_ND: Tensor,
+        prototype_KD: Tensor,
+        regularisation: float,
+        normalised: bool,
+        count: int | None,
     ) -> None:
         self.feature_ND, self.prototype_KD = feature_ND, prototype_KD
-        self.regularisation, self.normalised, self.shared = regularisation, normalised, shared
-        self.count = int(self.total(torch.tensor(len(feature_ND), device=feature_ND.device)))
+        self.regularisation, self.normalised = regularisation, normalised
+        self.shared = count is not None
+        self.count = len(feature_ND) if count is None else count
 
     def total(self, x: Tensor) -> Tensor:
         """Over the workers, where each has a share of the features."""
@@ -248,10 +255,10 @@ class _Scaled(_Kernel):
 
 
 def _kernel(
-    feature_ND: Tensor, prototype_KD: Tensor, regularisation: float, normalised: bool, shared: bool
+    feature_ND: Tensor, prototype_KD: Tensor, regularisation: float, normalised: bool, count: int | None
 ) -> _Kernel:
     kind = _Scaled if regularisation >= SCALED_FROM else _Logarithmic
-    return kind(feature_ND, prototype_KD, regularisation, normalised, shared)
+    return kind(feature_ND, prototype_KD, regularisation, normalised, count)
 
 
 @torch.no_grad()

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ucir.distributed import gather_largest
 from ucir.losses import full_precision
 from ucir.memory import Bank
 
@@ -89,7 +88,5 @@ def neighbour_entropy(q_BD: Tensor, other: Bank, temperature: float, nearest: in
     Returns:
         Scalar: mean over the images.
     """
-    logits_BN = full_precision(q_BD) @ other.own_ND.T / temperature
-    top_BM = gather_largest(logits_BN, nearest)
-    p_BM = torch.softmax(top_BM, dim=1)
+    p_BM = torch.softmax(other.largest(q_BD, nearest) / temperature, dim=1)
     return -(p_BM * torch.log(p_BM + 1e-5)).sum(dim=1).mean()

@@ -109,7 +109,7 @@ class ProtoOt(ClusteringMethod[ProtoOtParams]):
             for side, bank, prototype, b in zip(
                 "ab", self.banks, self.prototypes, self.marginals, strict=True
             ):
-                plan = transport(bank.own_ND, prototype, b, p.regularisation, p.iterations, shared=True)
+                plan = transport(bank.own_ND, prototype, b, p.regularisation, p.iterations, count=bank.count)
                 told[f"transport/error_{side}"] = float(plan.error)
         return told
 
@@ -172,10 +172,10 @@ class ProtoOt(ClusteringMethod[ProtoOtParams]):
             given = (bank.own_ND, prototype_KD, marginal_K, p.regularisation, p.iterations)
             mean_KD = prototype_KD
             if renew:
-                plan = transport(*given, shared=True)
+                plan = transport(*given, count=bank.count)
                 potential_K, mean_KD = plan.potential_K, plan.mean_KD
             else:
-                potential_K = potential(*given, shared=True)
+                potential_K = potential(*given, count=bank.count)
             row_BD = bank.rows(slot_B)
             label_B = plan_rows(row_BD, prototype_KD, potential_K, p.regularisation).argmax(dim=1)
         else:
