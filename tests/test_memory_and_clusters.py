@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,10 +15,10 @@ from torch import distributed as dist
 from torch.multiprocessing import spawn
 from torch.nn.functional import normalize
 
-from ucir.clustering import kmeans
+from ucir.clustering import choose_clusters, concentration, kmeans, raw_centroids
 from ucir.distributed import all_reduce_sum, world_size
 from ucir.errors import UserError
-from ucir.memory import Bank
+from ucir.memory import Bank, Features, JointFeatures
 
 
 @given(slots=st.lists(st.integers(0, 9), min_size=1, max_size=12))
@@ -99,9 +100,30 @@ def _answers() -> dict[str, torch.Tensor]:
         "nearest": bank.nearest(q.detach(), slot),
         "total": total.detach(),
         "largest": largest.detach(),
+        "clustered": _clustered(bank),
         # every worker's loss is the whole one: their gradients add up to as many times it
         "gradient": all_reduce_sum(q.grad) / world_size(),
     }
+
+
+def _clustered(bank: Bank) -> torch.Tensor:
+    """K-means in all its variants, and what is made of it: labels, centroids, K, concentration, means."""
+    options: dict[str, Any] = {"iterations": 6, "restarts": 3, "seed": 2, "max_points": 2000}
+    other = Features(torch.flip(bank.own_ND, (1,)), bank.count)
+    found = [
+        kmeans(bank, 4, **options),
+        kmeans(bank, 4, **options, spherical=True),
+        kmeans(bank, 4, **options, initial_KD=torch.eye(6)[:4]),
+        kmeans(bank, 4, **{**options, "max_points": 3}),
+        kmeans(bank, 23, **options),
+        kmeans(JointFeatures(bank, other), 5, **options),
+        kmeans(Features(bank.own_ND[:, :1].ceil(), bank.count), 5, **options),  # two places: empty clusters
+    ]
+    chosen = [float(choose_clusters(bank, how, 0)) for how in ("elbow", "silhouette")]
+    first, last = found[0], found[0].centroid_KD
+    parts = [x.flatten().float() for c in found for x in (c.label_N, c.size_K, c.centroid_KD)]
+    parts += [concentration(bank, first.label_N, last), raw_centroids(bank, first).flatten(), bank.mean()]
+    return torch.cat([*parts, torch.tensor(chosen)])
 
 
 @pytest.mark.slow

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import faiss
 import numpy as np
@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ucir.distributed import broadcast_from_first, rank
 from ucir.errors import UserError
-from ucir.losses.cluster import cluster_means
+from ucir.losses.cluster import sizes
+from ucir.memory import Features, features_of
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Clusters:
 
 
 def kmeans(
-    features_ND: Tensor,
+    features: Tensor | Features,
     k: int,
     *,
     iterations: int,
@@ -35,7 +35,6 @@ def kmeans(
     max_points: int,
     spherical: bool = False,
     initial_KD: Tensor | None = None,
-    together: bool = True,
 ) -> Clusters:
     """K-means with Euclidean distance on faiss, as the official code runs it (UCDIR ``run_kmeans``).
 
@@ -43,51 +42,130 @@ def kmeans(
     the centroids are L2-normalised afterwards, for the losses.
 
     Args:
-        features_ND: unit features, float32.
+        features: unit features, float32; a tensor's by this process alone.
         k: number of clusters.
         iterations, restarts: faiss ``niter`` and ``nredo``; the best of the restarts is kept.
         seed: of the initial centroids; equal seeds give equal clusters.
         max_points: iterate on a subsample of at most this many points per centroid.
         spherical: normalise the centroids in each iteration, as PCS does.
         initial_KD: where to begin, instead of at features drawn by ``seed``.
-        together: all workers ask for it and get the first one's; else this process asks alone.
 
     Raises:
         UserError: more clusters than features.
     """
-    if k > len(features_ND):
-        raise UserError(f"{k} clusters for {len(features_ND)} images: clusters must not exceed them")
-    found = None
-    if rank() == 0 or not together:
-        points = np.ascontiguousarray(features_ND.float().cpu().numpy())
-        clustering = faiss.Clustering(points.shape[1], k)
-        clustering.niter = iterations
-        clustering.nredo = restarts
-        clustering.seed = seed
-        clustering.spherical = spherical
-        clustering.max_points_per_centroid = max_points
-        clustering.min_points_per_centroid = 1
+    features = features_of(features)
+    if k > len(features):
+        raise UserError(f"{k} clusters for {len(features)} images: clusters must not exceed them")
+    points = _numpy(features.own_ND)
+    clustering = faiss.Clustering(points.shape[1], k)
+    clustering.niter = iterations
+    clustering.nredo = restarts
+    clustering.seed = seed
+    clustering.spherical = spherical
+    clustering.max_points_per_centroid = max_points
+    clustering.min_points_per_centroid = 1
+    index = faiss.IndexFlatL2(points.shape[1])
+    if features.workers > 1:
+        index.add(_centroids_of_shares(features, clustering, initial_KD))
+    else:
         if initial_KD is not None:
-            given = np.ascontiguousarray(initial_KD.float().cpu().numpy())
-            faiss.copy_array_to_vector(given.ravel(), clustering.centroids)
-        index = faiss.IndexFlatL2(points.shape[1])
+            faiss.copy_array_to_vector(_numpy(initial_KD).ravel(), clustering.centroids)
         clustering.train(points, index)
-        _, label = index.search(points, 1)
-        centroid = faiss.vector_float_to_array(clustering.centroids).reshape(k, -1)
-        found = label[:, 0].astype(np.int64), centroid.copy()
-    label, centroid = broadcast_from_first(found) if together else cast(tuple[Any, Any], found)
-    label_N = torch.from_numpy(label).to(features_ND.device)
-    centroid_KD = F.normalize(torch.from_numpy(centroid).to(features_ND.device), dim=1)
+    _, label = index.search(points, 1)
+    device = features.own_ND.device
+    label_N = features.gather(torch.from_numpy(label[:, 0].astype(np.int64)).to(device))
+    centroid_KD = F.normalize(torch.from_numpy(index.reconstruct_n(0, k)).to(device), dim=1)
     return Clusters(label_N, centroid_KD, torch.bincount(label_N, minlength=k))
 
 
-def concentration(features_ND: Tensor, label_N: Tensor, centre_KD: Tensor, smooth: float = 10.0) -> Tensor:
+def _centroids_of_shares(features: Features, clustering: Any, initial_KD: Tensor | None) -> Any:
+    """faiss's ``Clustering.train`` where nobody has all features: the same draws, the same steps, the same
+    answer but for rounding. An iteration hands K x (D + 1) sums over.
+
+    Args:
+        features: the shares.
+        clustering: a ``faiss.Clustering`` with its options.
+        initial_KD: as of :func:`kmeans`.
+
+    Returns:
+        (K, D) float32 array, alike on every worker.
+    """
+    k, count, most = clustering.k, len(features), clustering.k * clustering.max_points_per_centroid
+    device = features.own_ND.device
+    drawn_N = torch.arange(count)
+    if count > most:
+        drawn_N = _faiss_order(count, clustering.seed)[:most]
+        count = most
+    drawn_N = drawn_N.to(device)
+    mine_N, place_N = features.place(drawn_N)
+    own = features.own_ND[place_N[mine_N]]
+    points = _numpy(own)
+    if count == k:
+        return _numpy(features.rows(drawn_N))
+    best, least = None, float("inf")
+    for restart in range(clustering.nredo):
+        order_N = _faiss_order(count, clustering.seed + 1 + restart * 15486557).to(device)
+        centroid = _numpy(features.rows(drawn_N[order_N[:k]]))
+        if initial_KD is not None:
+            centroid[: len(initial_KD)] = _numpy(initial_KD)
+        if clustering.spherical:
+            faiss.normalize_L2(centroid)
+        cost = 0.0
+        for _ in range(clustering.niter):
+            index = faiss.IndexFlatL2(points.shape[1])
+            index.add(centroid)
+            distance, label = index.search(points, 1)
+            label_N = torch.from_numpy(label[:, 0]).to(device)
+            # with the members' number as one more column, and the cost as one more row
+            sums = torch.zeros(k + 1, own.shape[1] + 1, dtype=torch.float64, device=device)
+            sums[:k].index_add_(0, label_N, F.pad(own.double(), (0, 1), value=1.0))
+            sums[k, 0] = float(distance.sum(dtype=np.float64))
+            total = features.total(sums).cpu().numpy()
+            cost, members = float(total[k, 0]), total[:k, -1]
+            centroid = np.ascontiguousarray(total[:k, :-1] / np.maximum(members, 1)[:, None], np.float32)
+            _split_clusters(centroid, members, count)
+            if clustering.spherical:
+                faiss.normalize_L2(centroid)
+        if cost < least:
+            best, least = centroid, cost
+    return best
+
+
+def _split_clusters(centroid_KD: Any, member_K: Any, count: int) -> None:
+    """Give each empty cluster a half of a large one, in place: faiss's ``split_clusters``."""
+    k, dim = centroid_KD.shape
+    random = faiss.RandomGenerator(1234)  # type: ignore[attr-defined]
+    shift = np.where(np.arange(dim) % 2 == 0, 1 / 1024, -1 / 1024).astype(np.float32)
+    for empty in np.flatnonzero(member_K == 0):
+        large = 0
+        while random.rand_float() >= (member_K[large] - 1) / (count - k):
+            large = (large + 1) % k
+        centroid_KD[empty] = centroid_KD[large] * (1 + shift)
+        centroid_KD[large] *= 1 - shift
+        member_K[empty] = member_K[large] // 2
+        member_K[large] -= member_K[empty]
+
+
+def _faiss_order(count: int, seed: int) -> Tensor:
+    """The permutation that faiss draws with a seed, int64."""
+    order = np.empty(count, np.int32)
+    faiss.rand_perm(faiss.swig_ptr(order), count, seed)  # type: ignore[attr-defined]
+    return torch.from_numpy(order.astype(np.int64))
+
+
+def _numpy(x: Tensor) -> Any:
+    return np.ascontiguousarray(x.float().cpu().numpy())
+
+
+def concentration(
+    features: Tensor | Features, label_N: Tensor, centre_KD: Tensor, smooth: float = 10.0
+) -> Tensor:
     """How spread each cluster is: mean distance of its members to its centre over log(size + smooth).
 
     PCL (Li et al., ICLR 2021) section 3.3, likewise PCS; 0 for a cluster with fewer than two members.
 
     Args:
-        features_ND: unit features.
+        features: unit features.
         label_N: their clusters.
         centre_KD: of the clusters.
         smooth: alpha.
@@ -95,19 +173,23 @@ def concentration(features_ND: Tensor, label_N: Tensor, centre_KD: Tensor, smoot
     Returns:
         (K,) float32, >= 0.
     """
-    distance_N = (features_ND - centre_KD[label_N]).norm(dim=1)
+    features = features_of(features)
+    own_N = label_N[features.own]
+    distance_N = (features.own_ND - centre_KD[own_N]).norm(dim=1)
     size_K = torch.bincount(label_N, minlength=len(centre_KD))
-    sum_K = distance_N.new_zeros(len(centre_KD)).index_add_(0, label_N, distance_N)
+    sum_K = features.total(distance_N.new_zeros(len(centre_KD)).index_add_(0, own_N, distance_N))
     phi_K = sum_K / size_K.clamp(min=1) / torch.log(size_K + smooth)
     return torch.where(size_K > 1, phi_K, torch.zeros_like(phi_K))
 
 
-def raw_centroids(features_ND: Tensor, clusters: Clusters) -> Tensor:
-    """Means of the clusters' members, (K, D), before they are normalised to prototypes."""
-    return cluster_means(features_ND, clusters.label_N, len(clusters.size_K))
+def raw_centroids(features: Tensor | Features, clusters: Clusters) -> Tensor:
+    """Means of the clusters' members, (K, D), before they are normalised to prototypes; 0 for an empty
+    one."""
+    count = len(clusters.size_K)
+    return features_of(features).sums(clusters.label_N, count) / sizes(clusters.label_N, count)
 
 
-def choose_clusters(features_ND: Tensor, how: str, seed: int, most: int = 100) -> int:
+def choose_clusters(features: Tensor | Features, how: str, seed: int, most: int = 100) -> int:
     """A number of clusters where nobody knows one.
 
     ``elbow``: the K whose inertia lies farthest below the chord from the first to the last candidate.
@@ -115,7 +197,7 @@ def choose_clusters(features_ND: Tensor, how: str, seed: int, most: int = 100) -
     Candidates grow by a quarter from 2 to ``most`` or a quarter of the images.
 
     Args:
-        features_ND: unit features.
+        features: unit features; a tensor's by this process alone.
         how: ``elbow`` or ``silhouette``.
         seed: of K-means and of the sample.
         most: the largest candidate.
@@ -123,28 +205,32 @@ def choose_clusters(features_ND: Tensor, how: str, seed: int, most: int = 100) -
     Raises:
         UserError: fewer than eight images.
     """
-    if len(features_ND) < 8:
-        raise UserError(f"{len(features_ND)} images are too few to choose a number of clusters from")
+    features = features_of(features)
+    if len(features) < 8:
+        raise UserError(f"{len(features)} images are too few to choose a number of clusters from")
     candidates = [2]
-    while (following := max(candidates[-1] + 1, candidates[-1] * 5 // 4)) <= min(most, len(features_ND) // 4):
+    while (following := max(candidates[-1] + 1, candidates[-1] * 5 // 4)) <= min(most, len(features) // 4):
         candidates.append(following)
-    found = [kmeans(features_ND, k, iterations=20, restarts=3, seed=seed, max_points=256) for k in candidates]
+    found = [kmeans(features, k, iterations=20, restarts=3, seed=seed, max_points=256) for k in candidates]
     if how == "silhouette":
         from sklearn.metrics import silhouette_score
 
-        points = features_ND.cpu().numpy()
-        scores = [
-            silhouette_score(points, label, sample_size=min(2000, len(points)), random_state=seed)
-            if len(set(label)) > 1
-            else -1.0
-            for label in (c.label_N.cpu().numpy() for c in found)
-        ]
+        drawn = np.random.default_rng(seed).permutation(len(features))[:2000]
+        drawn_S = torch.from_numpy(drawn).to(features.own_ND.device)
+        points = _numpy(features.rows(drawn_S))
+        labels = [c.label_N[drawn_S].cpu().numpy() for c in found]
+        scores = [silhouette_score(points, own) if len(set(own)) > 1 else -1.0 for own in labels]
         return candidates[int(np.argmax(scores))]
-    distances = [features_ND - raw_centroids(features_ND, c)[c.label_N] for c in found]
-    inertia = np.array([float(distance.square().sum()) for distance in distances])
+    inertia = np.array([_inertia(features, c) for c in found])
     across = (np.array(candidates) - candidates[0]) / max(1, candidates[-1] - candidates[0])
     down = (inertia - inertia[-1]) / max(1e-12, inertia[0] - inertia[-1])
     return candidates[int(np.argmax(1 - across - down))]
+
+
+def _inertia(features: Features, clusters: Clusters) -> float:
+    """Sum of squared distances to the clusters' means."""
+    away = features.own_ND - raw_centroids(features, clusters)[clusters.label_N[features.own]]
+    return float(features.total(away.square().sum()))
 
 
 def aligned_order(own_KD: Tensor, other_KD: Tensor) -> Tensor:

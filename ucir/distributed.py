@@ -7,6 +7,7 @@ DDP's average over workers is the gradient of that one loss. Methods never see h
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any, cast
 
 import torch
@@ -22,10 +23,15 @@ def rank() -> int:
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
+def shares(count: int) -> list[slice]:
+    """Each worker's rows of ``count``: consecutive, equally many or one more."""
+    bounds = [count * worker // world_size() for worker in range(world_size() + 1)]
+    return [slice(first, end) for first, end in pairwise(bounds)]
+
+
 def own_rows(count: int) -> slice:
-    """This worker's rows of a global batch of ``count`` (a multiple of the world size)."""
-    share = count // world_size()
-    return slice(rank() * share, (rank() + 1) * share)
+    """This worker's rows of ``count``."""
+    return shares(count)[rank()]
 
 
 def all_reduce_sum(x: Tensor) -> Tensor:
@@ -35,22 +41,32 @@ def all_reduce_sum(x: Tensor) -> Tensor:
     return cast(Tensor, _AllReduceSum.apply(x))
 
 
-def gather_rows(x: Tensor) -> Tensor:
-    """Rows of all workers, rank 0's first; differentiable. Every worker brings equally many."""
+def gather_rows(x: Tensor, count: int) -> Tensor:
+    """All ``count`` rows, of which each worker brings its own; differentiable."""
     if world_size() == 1:
         return x
-    return cast(Tensor, _GatherRows.apply(x))
+    return cast(Tensor, _GatherRows.apply(x, count))
 
 
-def gather_uneven_rows(x: Tensor, counts: list[int]) -> Tensor:
-    """Rows of all workers where worker r brings ``counts[r]``; no gradient."""
+def gather_to_first(x: Tensor, count: int) -> Tensor:
+    """All ``count`` rows on the first worker, none on the others; no gradient."""
     if world_size() == 1:
         return x
-    padded = x.new_zeros(max(counts), *x.shape[1:])
-    padded[: len(x)] = x
-    parts = [torch.empty_like(padded) for _ in counts]
-    dist.all_gather(parts, padded.contiguous())
-    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+    widths = [share.stop - share.start for share in shares(count)]
+    padded = _padded(x, max(widths))
+    parts = [torch.empty_like(padded) for _ in widths] if rank() == 0 else None
+    dist.gather(padded, parts)
+    return _joined(parts, count) if parts else x[:0]
+
+
+def _padded(x: Tensor, rows: int) -> Tensor:
+    """Collectives want equally many rows of everyone."""
+    missing = rows - len(x)
+    return (torch.cat([x, x.new_zeros(missing, *x.shape[1:])]) if missing else x).contiguous()
+
+
+def _joined(parts: list[Tensor], count: int) -> Tensor:
+    return torch.cat([part[: s.stop - s.start] for part, s in zip(parts, shares(count), strict=True)])
 
 
 def log_sum_over_workers(logits_BN: Tensor) -> Tensor:
@@ -73,21 +89,7 @@ def gather_largest(x_BN: Tensor, count: int, widths: list[int]) -> Tensor:
     if world_size() == 1:
         return own
     padded = torch.cat([own, own.new_full((len(own), most - own.shape[1]), float("-inf"))], dim=1)
-    return gather_rows(padded.T).T.topk(min(count, sum(widths)), dim=1).values
-
-
-def broadcast_from_first(value: Any) -> Any:
-    """Rank 0's picklable value on all workers: one K-means, the same clusters everywhere."""
-    if world_size() == 1:
-        return value
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
-
-
-def barrier() -> None:
-    if world_size() > 1:
-        dist.barrier()
+    return gather_rows(padded.T, most * world_size()).T.topk(min(count, sum(widths)), dim=1).values
 
 
 class _AllReduceSum(torch.autograd.Function):
@@ -110,14 +112,15 @@ class _GatherRows(torch.autograd.Function):
     """Backward: each worker gets the sum of the gradients of its rows."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.rows = own_rows(len(x) * world_size())
-        parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(world_size())]
-        dist.all_gather(parts, x.contiguous())
-        return torch.cat(parts)
+    def forward(ctx: Any, x: Tensor, count: int) -> Tensor:
+        ctx.rows = own_rows(count)
+        padded = _padded(x, -(-count // world_size()))
+        parts = [torch.empty_like(padded) for _ in range(world_size())]
+        dist.all_gather(parts, padded)
+        return _joined(parts, count)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         total = grads[0].clone(memory_format=torch.contiguous_format)
         dist.all_reduce(total)
-        return total[ctx.rows]
+        return total[ctx.rows], None

@@ -76,7 +76,7 @@ def encoder_features(
     load_encoder(encoder, checkpoint)
     pooled = block.evaluate.features == "pooled"
     found = extract_features(encoder.to(device), tuple(images), block.view, device, pooled)
-    return {domain.name: x.cpu() for domain, x in zip(images, found, strict=True)}
+    return {domain.name: x.own_ND.cpu() for domain, x in zip(images, found, strict=True)}
 
 
 def score_direction(

@@ -1,9 +1,8 @@
-"""The bank: one feature row per training image of a domain, shared out over the workers."""
+"""Features of all images of a domain, shared out over the workers: current ones, and the bank."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -12,53 +11,128 @@ from torch.nn import functional as F
 from ucir.distributed import (
     all_reduce_sum,
     gather_largest,
-    gather_uneven_rows,
+    gather_rows,
+    gather_to_first,
     log_sum_over_workers,
-    rank,
+    own_rows,
+    shares,
     world_size,
 )
 from ucir.losses import full_precision
 
 
-class Bank:
-    """Unit features of a domain's N images, row number = slot of the image (not a queue).
+class Features:
+    """Unit features of N images, row number = slot of the image.
 
-    Each of W workers holds N / W consecutive rows. Batches are the global ones, so a row that is written
-    needs no journey: its owner has it already. What a loss needs of the whole bank is a sum over workers.
-
-    Source: UCDIR ``builder.py`` ("queue"), ProtoOT likewise.
+    Each of W workers holds N / W consecutive rows; what is asked of all of them is a sum over workers.
 
     Args:
-        features_ND: all rows, on every worker.
+        own_ND: this worker's rows.
+        count: N, of all workers together. None = these are all, and this process asks alone.
     """
 
-    def __init__(self, features_ND: Tensor) -> None:
-        self.count = len(features_ND)
-        bounds = [self.count * worker // world_size() for worker in range(world_size() + 1)]
-        self._widths = [end - first for first, end in pairwise(bounds)]
-        self.own = slice(bounds[rank()], bounds[rank() + 1])
-        self.own_ND = features_ND[self.own].clone()
-        """This worker's rows."""
+    def __init__(self, own_ND: Tensor, count: int | None = None) -> None:
+        self.own_ND = own_ND
+        self.count = len(own_ND) if count is None else count
+        self.workers = 1 if count is None else world_size()
+        self.own: slice | Tensor = own_rows(self.count) if self.workers > 1 else slice(0, self.count)
+        """Slots of this worker's rows."""
+
+    def __len__(self) -> int:
+        """N."""
+        return self.count
+
+    def place(self, slot_B: Tensor) -> tuple[Tensor, Tensor]:
+        """Which of the slots are this worker's, and their rows in ``own_ND`` (0 for the others)."""
+        assert isinstance(self.own, slice)
+        mine_B = (slot_B >= self.own.start) & (slot_B < self.own.stop)
+        return mine_B, torch.where(mine_B, slot_B - self.own.start, torch.zeros_like(slot_B))
+
+    def total(self, x: Tensor) -> Tensor:
+        """Sum of every worker's ``x``."""
+        return all_reduce_sum(x) if self.workers > 1 else x
+
+    def gather(self, own_N: Tensor) -> Tensor:
+        """Of what each worker has for its rows, that of all rows; differentiable."""
+        return gather_rows(own_N, self.count) if self.workers > 1 else own_N
 
     @property
     def features_ND(self) -> Tensor:
-        """All rows, gathered; for the start of an epoch, not for its steps."""
-        return gather_uneven_rows(self.own_ND, self._widths)
+        """All rows, gathered on every worker: nothing that training asks for."""
+        return self.gather(self.own_ND)
 
-    def _mine(self, slot_B: Tensor) -> tuple[Tensor, Tensor]:
-        """Which of the slots are this worker's, and their rows in ``own_ND`` (0 for the others)."""
-        mine_B = (slot_B >= self.own.start) & (slot_B < self.own.stop)
-        return mine_B, torch.where(mine_B, slot_B - self.own.start, torch.zeros_like(slot_B))
+    def on_first(self) -> Tensor:
+        """All rows on the first worker, none on the others."""
+        return gather_to_first(self.own_ND, self.count) if self.workers > 1 else self.own_ND
 
     @torch.no_grad()
     def rows(self, slot_B: Tensor) -> Tensor:
         """The rows of the slots, (B, D), constant."""
-        if world_size() == 1:
+        if self.workers == 1:
             return self.own_ND[slot_B]
-        mine_B, place_B = self._mine(slot_B)
+        mine_B, place_B = self.place(slot_B)
         found = self.own_ND.new_zeros(len(slot_B), self.own_ND.shape[1])
         found[mine_B] = self.own_ND[place_B[mine_B]]
-        return all_reduce_sum(found)
+        return self.total(found)
+
+    @torch.no_grad()
+    def sums(self, label_N: Tensor, clusters: int) -> Tensor:
+        """Sum of the rows of each cluster, (K, D), where ``label_N`` says which is whose."""
+        sum_KD = self.own_ND.new_zeros(clusters, self.own_ND.shape[1])
+        return self.total(sum_KD.index_add_(0, label_N[self.own], self.own_ND))
+
+    @torch.no_grad()
+    def mean(self) -> Tensor:
+        """Mean row, (D,)."""
+        return self.total(self.own_ND.sum(dim=0)) / self.count
+
+
+class JointFeatures(Features):
+    """Features of two domains as one: the first's slots, then the second's."""
+
+    def __init__(self, *parts: Tensor | Features) -> None:
+        first, second = self.parts = features_of(parts[0]), features_of(parts[1])
+        super().__init__(torch.cat([first.own_ND, second.own_ND]))
+        self.count, self.workers = first.count + second.count, first.workers
+        slot_N = torch.arange(self.count, device=self.own_ND.device)
+        self.own = torch.cat([slot_N[first.own], slot_N[first.count :][second.own]])
+
+    def place(self, slot_B: Tensor) -> tuple[Tensor, Tensor]:
+        first, second = self.parts
+        in_first_B, first_B = first.place(slot_B)
+        in_second_B, second_B = second.place(slot_B - first.count)
+        place_B = torch.where(in_second_B, len(first.own_ND) + second_B, first_B)
+        return in_first_B | in_second_B, place_B
+
+    def gather(self, own_N: Tensor) -> Tensor:
+        first, second = self.parts
+        border = len(first.own_ND)
+        return torch.cat([first.gather(own_N[:border]), second.gather(own_N[border:])])
+
+
+def features_of(x: Tensor | Features) -> Features:
+    """A tensor as features that this process has, and asks, alone."""
+    return x if isinstance(x, Features) else Features(x)
+
+
+class Bank(Features):
+    """Features that training writes to (not a queue).
+
+    Batches are the global ones, so a row that is written needs no journey: its owner has it already.
+
+    Source: UCDIR ``builder.py`` ("queue"), ProtoOT likewise.
+
+    Args:
+        features: what it begins with; a tensor has all rows, on every worker.
+    """
+
+    own: slice
+
+    def __init__(self, features: Tensor | Features) -> None:
+        count = len(features)
+        own_ND = features.own_ND if isinstance(features, Features) else features[own_rows(count)]
+        super().__init__(own_ND.clone(), count)
+        self._widths = [share.stop - share.start for share in shares(count)]
 
     def log_total(
         self, q_BD: Tensor, temperature: float, slot_B: Tensor | None = None, instead_B: Tensor | None = None
@@ -72,7 +146,7 @@ class Bank:
         """
         logits_BN = full_precision(q_BD) @ self.own_ND.T / temperature
         if slot_B is not None and instead_B is not None:
-            mine_B, place_B = self._mine(slot_B)
+            mine_B, place_B = self.place(slot_B)
             there = torch.zeros_like(logits_BN, dtype=torch.bool)
             there[mine_B, place_B[mine_B]] = True
             logits_BN = torch.where(there, instead_B[:, None], logits_BN)
@@ -82,12 +156,6 @@ class Bank:
         """The ``count`` largest similarities to rows, (B, count), with gradient to q; all where there are
         fewer."""
         return gather_largest(full_precision(q_BD) @ self.own_ND.T, count, self._widths)
-
-    @torch.no_grad()
-    def sums(self, label_N: Tensor, clusters: int) -> Tensor:
-        """Sum of the rows of each cluster, (K, D), where ``label_N`` says which is whose."""
-        sum_KD = self.own_ND.new_zeros(clusters, self.own_ND.shape[1])
-        return all_reduce_sum(sum_KD.index_add_(0, label_N[self.own], self.own_ND))
 
     @torch.no_grad()
     def closest(
@@ -102,7 +170,7 @@ class Bank:
         """
         distance_BN = distance(x_BD, self.own_ND)
         if without_B is not None:
-            mine_B, place_B = self._mine(without_B)
+            mine_B, place_B = self.place(without_B)
             distance_BN[mine_B, place_B[mine_B]] = float("inf")
         if world_size() == 1:
             return distance_BN.argmin(dim=1)
@@ -111,9 +179,9 @@ class Bank:
         if distance_BN.shape[1]:
             least_B, place_B = distance_BN.min(dim=1)
             slot_B = self.own.start + place_B
-        counts = [len(x_BD)] * world_size()
-        least_WB = gather_uneven_rows(least_B, counts).view(world_size(), -1)
-        slot_WB = gather_uneven_rows(slot_B, counts).view(world_size(), -1)
+        least_WB, slot_WB = (
+            gather_rows(own_B, len(x_BD) * world_size()).view(world_size(), -1) for own_B in (least_B, slot_B)
+        )
         return slot_WB.gather(0, least_WB.argmin(dim=0, keepdim=True))[0]
 
     def nearest(self, feature_BD: Tensor, slot_B: Tensor) -> Tensor:
@@ -131,5 +199,5 @@ class Bank:
         """Overwrite rows. Where a slot comes twice in a batch, its last feature stays: on any device."""
         place = torch.arange(len(slot_B), device=slot_B.device)
         last_B = ((slot_B[:, None] == slot_B[None, :]) * (place[None, :] + 1)).amax(dim=1) - 1
-        mine_B, own_B = self._mine(slot_B)
+        mine_B, own_B = self.place(slot_B)
         self.own_ND[own_B[mine_B]] = feature_BD.detach()[last_B][mine_B]

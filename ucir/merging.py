@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ucir.clustering import Clusters, raw_centroids
+from ucir.memory import Features, features_of
 
 
 @dataclass(frozen=True)
@@ -64,19 +65,21 @@ def unify(
 
 
 def unify_domains(
-    features: tuple[Tensor, Tensor], clusters: tuple[Clusters, Clusters], merging: bool = True
+    features: tuple[Tensor | Features, Tensor | Features],
+    clusters: tuple[Clusters, Clusters],
+    merging: bool = True,
 ) -> tuple[Structure, Structure]:
     """Both domains' structures, of the centres that :func:`centres` finds."""
     own, other = (centres(x, c)[0] for x, c in zip(features, clusters, strict=True))
-    first, second = (x.mean(dim=0) for x in features)
+    first, second = (features_of(x).mean() for x in features)
     return unify(own, other, first, second, merging), unify(other, own, second, first, merging)
 
 
-def centres(feature_ND: Tensor, clusters: Clusters) -> tuple[Tensor, Tensor]:
+def centres(features: Tensor | Features, clusters: Clusters) -> tuple[Tensor, Tensor]:
     """Means of the clusters that have members, and the number of each feature's among them, int64."""
     there_K = clusters.size_K > 0
     number_K = there_K.cumsum(dim=0) - 1
-    return raw_centroids(feature_ND, clusters)[there_K], number_K[clusters.label_N]
+    return raw_centroids(features, clusters)[there_K], number_K[clusters.label_N]
 
 
 def _least_distance(x_KD: Tensor) -> float:

@@ -24,9 +24,10 @@ from torch import Tensor, multiprocessing
 from torch import distributed as dist
 from torch.nn import functional as F
 
+from ucir.distributed import own_rows
 from ucir.losses.cluster import cluster_contrast
 from ucir.losses.instance import instance_contrast
-from ucir.memory import Bank
+from ucir.memory import Bank, Features
 
 B, D, K, T = 64, 128, 65, 0.2
 
@@ -58,9 +59,9 @@ def worker(rank: int, world: int, port: int, rows: int, steps: int, out: str) ->
     sent = [0]
     counted(sent, "all_reduce")
     generator = torch.Generator().manual_seed(0)
-    bank = Bank(torch.empty(rows, 0))  # its rows are drawn where they lie: nobody ever holds all of them
-    own = bank.own.stop - bank.own.start
-    bank.own_ND = F.normalize(torch.randn(own, D, generator=torch.Generator().manual_seed(rank)), dim=1)
+    own = own_rows(rows)  # drawn where they lie: nobody ever holds all of them
+    drawn = torch.randn(own.stop - own.start, D, generator=torch.Generator().manual_seed(rank))
+    bank = Bank(Features(F.normalize(drawn, dim=1), rows))
     label_N = torch.randint(K, (rows,), generator=generator)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     times, travelled = [], []

@@ -118,7 +118,7 @@ def test_a_run_killed_at_any_epoch_and_resumed_ends_as_an_undisturbed_one(
         assert [report.epoch for report in rest.reports] == list(range(killed_after + 1, 4))
         assert_equal(weights(whole), weights(second))
         for one, two in zip(reporter.reports[killed_after + 1 :], rest.reports, strict=True):
-            assert torch.equal(one.features[0], two.features[0])
+            assert torch.equal(one.features[0].own_ND, two.features[0].own_ND)
             losses = {k: v for k, v in one.metrics.items() if k.startswith("train/")}
             assert losses == {k: v for k, v in two.metrics.items() if k.startswith("train/")}
 
@@ -223,7 +223,7 @@ def test_the_query_encoder_is_ranked_without_changing_the_training(pack: Path, s
         reporter = Keep()
         train(run, reporter)
         assert reporter.reports[-1].encoder is (run.key if which == "key" else run.query)
-        kept[which] = (weights(run), reporter.reports[-1].features[0])
+        kept[which] = (weights(run), reporter.reports[-1].features[0].own_ND)
     assert_equal(kept["key"][0], kept["query"][0])
     assert not torch.equal(kept["key"][1], kept["query"][1])
 
@@ -255,7 +255,9 @@ def _steps(pack: Path, start: Path, names: list[str]) -> list[dict[str, Any]]:
             run.freeze()
         losses = run.train_epoch(epoch, max_steps=1)
         gradients = {name: p.grad for name, p in run.query.named_parameters()}
-        found.append({"losses": losses, "gradients": gradients, "features": run.features()})
+        found.append(
+            {"losses": losses, "gradients": gradients, "features": [x.features_ND for x in run.features()]}
+        )
     return found
 
 
@@ -268,7 +270,9 @@ def _worker(rank: int, world: int, port: int, pack: Path, start: Path, names: li
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("world", "names"), [(2, list(METHODS)), (4, ["ucdir", "protoot", "uem"])])
+@pytest.mark.parametrize(
+    ("world", "names"), [(2, list(METHODS)), (3, ["ucdir"]), (4, ["ucdir", "protoot", "uem"])]
+)
 def test_workers_change_speed_and_never_results(
     pack: Path, start: Path, tmp_path: Path, world: int, names: list[str]
 ) -> None:

@@ -11,7 +11,8 @@ import fcntl
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 # before ray is imported. uv: workers use this interpreter as it is. Paths: ours are absolute.
@@ -112,6 +113,9 @@ def _fan_out(
         num_gpus=asked.get("GPU", 0),
         scheduling_strategy="DEFAULT" if alone else here,
     )
+    # one-worker tasks queue in Ray, where an autoscaler sees them; trainings of several would each hold a
+    # part of what they need
+    most = len(runs) if alone and not cluster.at_once else concurrent
     waiting = list(runs)
     active: dict[Any, Run] = {}
     failed: dict[str, str] = {}
@@ -122,9 +126,7 @@ def _fan_out(
 
     try:
         while waiting or active:
-            # one-worker tasks queue in Ray, where an autoscaler sees them; trainings of several would each
-            # hold a part of what they need
-            while waiting and (alone or len(active) < concurrent):
+            while waiting and len(active) < most:
                 run = waiting.pop(0)
                 active[task.remote(run, cluster, _tracked_run(run, uri), lines)] = run
             ready, _ = ray.wait(list(active), timeout=1)
@@ -165,21 +167,11 @@ def _train_alone(run: Run, cluster: ClusterParams, tracked: tracking.TrackedRun,
 
 def _train_on_workers(run: Run, cluster: ClusterParams, tracked: tracking.TrackedRun, lines: Any) -> None:
     """A task of the cluster: one run on several workers, which Ray Train holds together."""
-    from ray.train import RunConfig
-    from ray.train.torch import TorchTrainer
-
-    trainer = TorchTrainer(
-        _worker_main,
-        train_loop_config={"run": run, "tracked": tracked, "lines": lines},
-        scaling_config=scaling(cluster),
-        run_config=RunConfig(
-            # a name of its own each time: Ray takes a finished run's name for nothing to do, and
-            # resuming is the run folder's business
-            name=f"ray-{time.time_ns()}",
-            storage_path=str(run.folder),
-            failure_config=restarts(cluster),
-        ),
-    )
+    # a name of its own each time: Ray takes a finished run's name for nothing to do, and resuming is the run
+    # folder's business
+    name = f"ray-{time.time_ns()}"
+    config = {"run": run, "tracked": tracked, "lines": lines}
+    trainer = workers(_worker_main, config, cluster, name, run.folder)
     with lock_run(run), tracking.status_of(tracked):
         trainer.fit()
 
@@ -272,20 +264,35 @@ def per_run(cluster: ClusterParams) -> dict[str, float]:
     return {name: workers * count for name, count in _per_worker(cluster).items()}
 
 
-def scaling(cluster: ClusterParams) -> Any:
-    """The workers of one training, for Ray Train."""
-    from ray.train import ScalingConfig
+def workers(
+    loop: Callable[[dict[str, Any]], None],
+    config: dict[str, Any],
+    cluster: ClusterParams,
+    name: str,
+    storage: Path,
+    callbacks: Sequence[Any] = (),
+) -> Any:
+    """Ray Train's trainer of several workers, each with ``loop(config)``; not started yet.
 
-    asked = _per_worker(cluster)
-    return ScalingConfig(num_workers=cluster.num_workers, use_gpu="GPU" in asked, resources_per_worker=asked)
+    A machine that dies, also while the workers find each other, starts all of them anew.
+    """
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
 
-
-def restarts(cluster: ClusterParams) -> Any:
-    """How often Ray Train starts the workers anew; a machine may also die while they find each other."""
-    from ray.train import FailureConfig
-
-    most = cluster.max_failures
-    return FailureConfig(max_failures=most, controller_failure_limit=most)
+    asked, most = _per_worker(cluster), cluster.max_failures
+    return TorchTrainer(
+        loop,
+        train_loop_config=config,
+        scaling_config=ScalingConfig(
+            num_workers=cluster.num_workers, use_gpu="GPU" in asked, resources_per_worker=asked
+        ),
+        run_config=RunConfig(
+            name=name,
+            storage_path=str(storage),
+            callbacks=list(callbacks),
+            failure_config=FailureConfig(max_failures=most, controller_failure_limit=most),
+        ),
+    )
 
 
 def _per_worker(cluster: ClusterParams) -> dict[str, float]:

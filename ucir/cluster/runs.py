@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 import ucir
 from ucir.config import EncoderParams, Params, ViewParams
@@ -220,10 +221,12 @@ class RunReporter:
         return state
 
     def end_epoch(self, report: EpochReport) -> None:
+        first, second = (x.on_first() for x in report.features)
         if not self.writes:
             return
-        quality = {f"quality/{name}": value for name, value in criteria(*report.features).items()}
-        entry = {"epoch": float(report.epoch), **report.metrics, **quality, **self._scores(report)}
+        quality = {f"quality/{name}": value for name, value in criteria(first, second).items()}
+        scores = self._scores(first, second)
+        entry = {"epoch": float(report.epoch), **report.metrics, **quality, **scores}
         selector = f"val/P_at_{self.run.cutoffs[0]}"
         if selector in entry and all(entry[selector] > earlier[selector] for earlier in self.history):
             save_encoder(report.encoder, self.run.folder / "best.pt")
@@ -250,7 +253,7 @@ class RunReporter:
             text = json.dumps(_plain(details), indent=1, allow_nan=False)
             (self.run.folder / "fault.json").write_text(text + "\n", encoding="utf-8")
 
-    def _scores(self, report: EpochReport) -> dict[str, float]:
+    def _scores(self, *features_ND: Tensor) -> dict[str, float]:
         """P@K and mAP, mean of both directions: a curve to look at, and the choice of the best epoch.
 
         Nothing for pictures without labels.
@@ -260,7 +263,7 @@ class RunReporter:
             self.labels = {domain: [p.label for p in index] for domain, index in run.trained}
         if not all(any(labels) for labels in self.labels.values()):
             return {}
-        features = dict(zip(self.labels, report.features, strict=True))
+        features = dict(zip(self.labels, features_ND, strict=True))
         scores = [
             retrieval_scores(features[q], features[g], self.labels[q], self.labels[g], run.cutoffs).named()
             for q, g in (run.pair, run.pair[::-1])

@@ -26,7 +26,7 @@ from scipy.stats import spearmanr
 from ucir import tracking
 
 # sets Ray's environment: before ray itself
-from ucir.cluster.launch import at_once, connect, lock_run, new_training, per_run, restarts, scaling
+from ucir.cluster.launch import at_once, connect, lock_run, new_training, per_run, workers
 from ucir.cluster.runs import Run, RunReporter, plan_runs
 from ucir.config import PARAMS_FILE, ClusterParams, Dimension, Params, SweepParams, checked
 from ucir.devices import choose_device
@@ -158,7 +158,10 @@ def plan_settings(
 
 def describe_sweep(params: Params, name: str) -> str:
     """What a sweep will do. Raises as :func:`check_sweep`."""
-    sweep, space = check_sweep(params, name)
+    return _described(params, name, *check_sweep(params, name))
+
+
+def _described(params: Params, name: str, sweep: SweepParams, space: Mapping[str, Dimension]) -> str:
     pairs = sweep.pairs or params.datasets[sweep.dataset].pairs
     tried = _count(sweep, space)
     trainings = len(plan_settings(params, sweep, {}))
@@ -195,6 +198,7 @@ def tune_all(params: Params, name: str) -> list[SweepResult]:
         UserError: as :func:`check_sweep`; a trial does not fit the cluster; no trial came to its end.
     """
     sweep, space = check_sweep(params, name)
+    print(_described(params, name, sweep, space), flush=True)
     pairs = sweep.pairs or params.datasets[sweep.dataset].pairs
     groups = [pairs] if sweep.scope == "shared" else [(pair,) for pair in pairs]
     return [_tune(params, name, sweep, space, group) for group in groups]
@@ -316,22 +320,12 @@ class TrialTask:
 
     def _on_workers(self, values: dict[str, Any], trial: str) -> None:
         """Nested: this trial waits while Ray Train's workers train, and passes their reports on."""
-        from ray.train import RunConfig
-        from ray.train.torch import TorchTrainer
         from ray.tune.integration.ray_train import TuneReportCallback
 
-        cluster = self.params.cluster
-        trainer = TorchTrainer(
-            _trial_worker,
-            train_loop_config={"task": self, "values": values, "trial": trial},
-            scaling_config=scaling(cluster),
-            run_config=RunConfig(
-                name=f"{self.key}-{trial}",
-                storage_path=str((RUNS / "sweeps" / "workers").resolve()),
-                callbacks=[TuneReportCallback()],
-                failure_config=restarts(cluster),
-            ),
-        )
+        config = {"task": self, "values": values, "trial": trial}
+        storage = (RUNS / "sweeps" / "workers").resolve()
+        name, cluster = f"{self.key}-{trial}", self.params.cluster
+        trainer = workers(_trial_worker, config, cluster, name, storage, [TuneReportCallback()])
         trainer.fit()
 
     def run(

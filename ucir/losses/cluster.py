@@ -38,12 +38,6 @@ def cluster_contrast(
     return bank.log_total(q, temperature) - (q * mean_KD[label_B]).sum(dim=1) / temperature
 
 
-def cluster_means(feature_ND: Tensor, label_N: Tensor, clusters: int) -> Tensor:
-    """Mean feature of each cluster, (K, D), not normalised; 0 for an empty one."""
-    sum_KD = feature_ND.new_zeros(clusters, feature_ND.shape[1]).index_add_(0, label_N, feature_ND)
-    return sum_KD / sizes(label_N, clusters)
-
-
 def sizes(label_N: Tensor, clusters: int) -> Tensor:
     """Members of each cluster, (K, 1), at least 1."""
     return torch.bincount(label_N, minlength=clusters).clamp(min=1)[:, None]

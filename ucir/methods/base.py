@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ucir.clustering import Clusters, choose_clusters, kmeans
 from ucir.config import Block, Count, Positive
-from ucir.memory import Bank
+from ucir.memory import Bank, Features
 from ucir.models.encoder import Encoder
 
 Weight = Annotated[float, Field(ge=0)]
@@ -100,10 +100,10 @@ class PhaseBatch:
 
 @dataclass(frozen=True)
 class PhaseFeatures:
-    """Unit features of all images' phase views, (N, D) of each domain."""
+    """Unit features of all images' phase views, of each domain."""
 
-    head: tuple[Tensor, Tensor]
-    pooled: tuple[Tensor, Tensor]
+    head: tuple[Features, Features]
+    pooled: tuple[Features, Features]
     """Those before the head."""
 
 
@@ -165,11 +165,11 @@ class Method(ABC, Generic[P]):
         """Of a spectral method, before :meth:`start` and each :meth:`start_epoch`: current features."""
 
     @abstractmethod
-    def start(self, features: tuple[Tensor, Tensor]) -> None:
-        """Once, before the first epoch: unit features (N, D) of all images of both domains."""
+    def start(self, features: tuple[Features, Features]) -> None:
+        """Once, before the first epoch: unit features of all images of both domains."""
 
     @abstractmethod
-    def start_epoch(self, epoch: int, features: tuple[Tensor, Tensor]) -> dict[str, float]:
+    def start_epoch(self, epoch: int, features: tuple[Features, Features]) -> dict[str, float]:
         """Before each epoch, with the current features. Returns figures worth logging."""
 
     @abstractmethod
@@ -181,7 +181,7 @@ class Method(ABC, Generic[P]):
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
-        """What must outlive a kill, as of the end of an epoch."""
+        """What must outlive a kill, as of the end of an epoch; whole on the first worker alone."""
 
     @abstractmethod
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -212,14 +212,14 @@ class BankMethod(Method[P]):
         self.chosen: list[tuple[int, ...]] = []
         """K of each domain, where the method clusters."""
 
-    def start(self, features: tuple[Tensor, Tensor]) -> None:
+    def start(self, features: tuple[Features, Features]) -> None:
         self.banks = (Bank(features[0]), Bank(features[1]))
 
-    def start_epoch(self, epoch: int, features: tuple[Tensor, Tensor]) -> dict[str, float]:
+    def start_epoch(self, epoch: int, features: tuple[Features, Features]) -> dict[str, float]:
         return {}
 
     def state_dict(self) -> dict[str, Any]:
-        banks = [bank.features_ND.cpu() for bank in self.banks]
+        banks = [bank.on_first().cpu() for bank in self.banks]
         return {"banks": banks, "chosen": [list(own) for own in self.chosen]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -231,14 +231,14 @@ class BankMethod(Method[P]):
 class ClusteringMethod(BankMethod[CP]):
     """Methods that cluster both domains before an epoch."""
 
-    def choose(self, features: tuple[Tensor, Tensor]) -> list[tuple[int, ...]]:
+    def choose(self, features: tuple[Features, Features]) -> list[tuple[int, ...]]:
         """K of each domain: as given, or chosen at the first call and then kept."""
         k = self.params.clusters
         if not self.chosen:
             self.chosen = [(choose_clusters(x, k, self.seed),) if isinstance(k, str) else k for x in features]
         return self.chosen
 
-    def cluster(self, features: tuple[Tensor, Tensor]) -> tuple[list[Clusters], list[Clusters]]:
+    def cluster(self, features: tuple[Features, Features]) -> tuple[list[Clusters], list[Clusters]]:
         """Clusterings of both domains, one for each K, each with its own seed as in the official code."""
         p = self.params
         first, second = (

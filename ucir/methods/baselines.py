@@ -18,6 +18,7 @@ from ucir.config import Count, Positive, Share
 from ucir.losses.assignment import self_entropy
 from ucir.losses.instance import instance_contrast
 from ucir.losses.prototype import bank_discrimination, neighbour_entropy, prototype_contrast
+from ucir.memory import Features
 from ucir.methods.base import (
     BankMethod,
     ClusteredParams,
@@ -110,7 +111,7 @@ class ProtoNce(ClusteringMethod[ProtoNceParams]):
         self.clusters: tuple[list[Clusters], list[Clusters]] | None = None
         self.temperatures: list[list[Tensor]] = []
 
-    def start_epoch(self, epoch: int, features: tuple[Tensor, Tensor]) -> dict[str, float]:
+    def start_epoch(self, epoch: int, features: tuple[Features, Features]) -> dict[str, float]:
         p = self.params
         if epoch < (p.epochs // 10 if p.warmup is None else p.warmup):
             return {}
@@ -212,9 +213,8 @@ class Pcs(SingleEncoder[PcsParams], ClusteringMethod[PcsParams]):
         self.clusters: tuple[list[Clusters], list[Clusters]] = ([], [])
         self.temperatures: list[list[Tensor]] = []
 
-    def start_epoch(self, epoch: int, features: tuple[Tensor, Tensor]) -> dict[str, float]:
+    def start_epoch(self, epoch: int, features: tuple[Features, Features]) -> dict[str, float]:
         p = self.params
-        banks = (self.banks[0].features_ND, self.banks[1].features_ND)
         first, second = (
             [
                 kmeans(
@@ -230,12 +230,12 @@ class Pcs(SingleEncoder[PcsParams], ClusteringMethod[PcsParams]):
                 for k in own
                 for times in (1, 2)
             ]
-            for bank, own in zip(banks, self.choose(banks), strict=True)
+            for bank, own in zip(self.banks, self.choose(self.banks), strict=True)
         )
         self.clusters = (first, second)
         self.temperatures = [
             [concentration(bank, c.label_N, c.centroid_KD).clamp(min=p.least_concentration) for c in own]
-            for bank, own in zip(banks, self.clusters, strict=True)
+            for bank, own in zip(self.banks, self.clusters, strict=True)
         ]
         return cluster_figures(self.clusters)
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ucir.clustering import kmeans
 from ucir.config import Positive, Share
 from ucir.losses.prototype import classifier_gap, self_matching
+from ucir.memory import Features, JointFeatures
 from ucir.methods.base import DomainBatch, Term, Weight, several
 from ucir.methods.baselines import SingleEncoder, SingleEncoderParams
 from ucir.models.encoder import Encoder
@@ -50,19 +51,19 @@ class Coda(SingleEncoder[CodaParams]):
     classifiers: nn.ModuleList
     """First the one domain's weights, then the other's; each a ParameterList of (K, D)."""
 
-    def start(self, features: tuple[Tensor, Tensor]) -> None:
+    def start(self, features: tuple[Features, Features]) -> None:
         """The classifiers begin at centres that K-means of a domain finds from those of both."""
         super().start(features)
-        both_ND = torch.cat(features)
+        both = JointFeatures(*features)
         for number, k in enumerate(self.params.clusters):
-            common_KD = self._centres(both_ND, k, None)
-            for own, x_ND in zip(self.classifiers, features, strict=True):
+            common_KD = self._centres(both, k, None)
+            for own, x in zip(self.classifiers, features, strict=True):
                 assert isinstance(own, nn.ParameterList)
-                own[number].data.copy_(self._centres(x_ND, k, common_KD))
+                own[number].data.copy_(self._centres(x, k, common_KD))
 
-    def _centres(self, x_ND: Tensor, k: int, initial_KD: Tensor | None) -> Tensor:
+    def _centres(self, features: Features, k: int, initial_KD: Tensor | None) -> Tensor:
         found = kmeans(
-            x_ND, k, iterations=20, restarts=1, seed=self.seed, max_points=2000, initial_KD=initial_KD
+            features, k, iterations=20, restarts=1, seed=self.seed, max_points=2000, initial_KD=initial_KD
         )
         return found.centroid_KD
 

@@ -18,7 +18,7 @@ from ucir.clustering import kmeans
 from ucir.config import Positive, Share
 from ucir.losses.instance import instance_contrast
 from ucir.losses.prototype import prototype_contrast
-from ucir.memory import Bank
+from ucir.memory import Bank, Features, JointFeatures
 from ucir.methods.base import (
     ClusteredParams,
     ClusteringMethod,
@@ -61,17 +61,17 @@ class Dgdir(ClusteringMethod[DgdirParams]):
     def see_phases(self, phase: PhaseFeatures) -> None:
         self.phase = phase
 
-    def start(self, features: tuple[Tensor, Tensor]) -> None:
+    def start(self, features: tuple[Features, Features]) -> None:
         super().start(features)
         first, second = self.phase.head
         self.phase_banks = (Bank(first), Bank(second))
 
-    def start_epoch(self, epoch: int, features: tuple[Tensor, Tensor]) -> dict[str, float]:
+    def start_epoch(self, epoch: int, features: tuple[Features, Features]) -> dict[str, float]:
         p = self.params
         self.centroid_KD: Tensor | None = None
         if epoch < (p.epochs // 10 if p.warmup is None else p.warmup) or p.cluster_weight == 0:
             return {}
-        both = torch.cat(self.phase.pooled)
+        both = JointFeatures(*self.phase.pooled)
         (k,) = self.choose((both, both))[0]
         found = kmeans(
             both,
@@ -118,7 +118,7 @@ class Dgdir(ClusteringMethod[DgdirParams]):
             phase_bank.write(part.slot_B, part.phase.k_BD)
 
     def state_dict(self) -> dict[str, Any]:
-        rows = [bank.features_ND.cpu() for bank in self.phase_banks]
+        rows = [bank.on_first().cpu() for bank in self.phase_banks]
         return {**super().state_dict(), "phase_banks": rows}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from ucir.clustering import aligned_order
 from ucir.config import Count, Positive
 from ucir.losses.transported import against_unmatched
-from ucir.memory import Bank
+from ucir.memory import Bank, Features
 from ucir.methods.base import (
     ClusteredParams,
     ClusteringMethod,
@@ -93,9 +93,8 @@ class ProtoOt(ClusteringMethod[ProtoOtParams]):
         self.prototypes: list[Tensor] = []
         self.marginals: list[Tensor] = []
 
-    def start_epoch(self, epoch: int, features: tuple[Tensor, Tensor]) -> dict[str, float]:
-        banks = (self.banks[0].features_ND, self.banks[1].features_ND)
-        clusters = self.cluster(banks)
+    def start_epoch(self, epoch: int, features: tuple[Features, Features]) -> dict[str, float]:
+        clusters = self.cluster(self.banks)
         found = [own[0] for own in clusters]
         if not self.prototypes:
             self.prototypes = [c.centroid_KD for c in found]

@@ -19,7 +19,7 @@ from ucir.config import Positive, Share
 from ucir.losses.assignment import distance_of_distance, self_entropy
 from ucir.losses.cluster import cluster_contrast, confident, mean_of_kept
 from ucir.losses.instance import instance_contrast
-from ucir.memory import Bank
+from ucir.memory import Bank, Features
 from ucir.methods.base import (
     ClusteredParams,
     ClusteringMethod,
@@ -97,7 +97,7 @@ class UcdirFamily(ClusteringMethod[U]):
         super().__init__(params, seed)
         self.clusters: tuple[list[Clusters], list[Clusters]] | None = None
 
-    def start_epoch(self, epoch: int, features: tuple[Tensor, Tensor]) -> dict[str, float]:
+    def start_epoch(self, epoch: int, features: tuple[Features, Features]) -> dict[str, float]:
         p = self.params
         if epoch < p.ramp_start or not (p.cluster_weight or p.entropy_weight or p.distance_weight):
             return {}

@@ -40,7 +40,7 @@ from ucir.losses.universal import (
     structure_change,
     switchable_match,
 )
-from ucir.memory import Bank
+from ucir.memory import Bank, Features
 from ucir.merging import Structure, centres, unify_domains
 from ucir.methods.base import (
     ClusteredParams,
@@ -116,14 +116,13 @@ class Uem(SingleEncoder[UemParams], ClusteringMethod[UemParams]):
         """The second phase's first epoch."""
         return self.border
 
-    def start_epoch(self, epoch: int, features: tuple[Tensor, Tensor]) -> dict[str, float]:
-        banks = (self.banks[0].features_ND, self.banks[1].features_ND)
-        found = self.cluster(banks)
+    def start_epoch(self, epoch: int, features: tuple[Features, Features]) -> dict[str, float]:
+        found = self.cluster(self.banks)
         one: tuple[Clusters, Clusters] = (found[0][0], found[1][0])
-        both = [centres(x, c) for x, c in zip(banks, one, strict=True)]
+        both = [centres(x, c) for x, c in zip(self.banks, one, strict=True)]
         self.centres = [centre_KD for centre_KD, _ in both]
         self.labels = [label_N for _, label_N in both]
-        self.structures = unify_domains(banks, one, self.params.merging)
+        self.structures = unify_domains(self.banks, one, self.params.merging)
         told = cluster_figures(found)
         told["prototypes/merged"] = float(self.structures[0].merged_K.sum())
         if epoch < self.border:

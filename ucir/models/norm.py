@@ -66,6 +66,6 @@ class GroupedBatchNorm2d(nn.BatchNorm2d):
         return out.to(x.dtype)
 
     def _group_of_rows(self, rows: int, device: torch.device) -> Tensor:
-        total = rows * world_size()
-        place = torch.arange(rows, device=device) + rank() * rows
+        total = all_reduce_sum(torch.tensor(rows, device=device))
+        place = torch.arange(rows, device=device) + total * rank() // world_size()
         return (place * self.groups) // total

@@ -50,7 +50,7 @@ def criteria(first_ND: Tensor, second_ND: Tensor) -> dict[str, float]:
     own = torch.arange(len(both)) < len(first)
     k = max(2, round(math.sqrt(len(both) / 2)))
     labels = [
-        kmeans(both, k, iterations=20, restarts=1, seed=seed, max_points=MOST, together=False).label_N.numpy()
+        kmeans(both, k, iterations=20, restarts=1, seed=seed, max_points=MOST).label_N.numpy()
         for seed in (0, 1)
     ]
     similarity = first @ second.T

@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from torch import Tensor
 
 from ucir.config import ViewParams
 from ucir.data.augment import eval_views
 from ucir.data.pack import DomainImages
 from ucir.data.spectrum import phase_views
-from ucir.distributed import gather_uneven_rows, rank, world_size
+from ucir.distributed import own_rows
+from ucir.memory import Features
 from ucir.models.encoder import Encoder
 
 CHUNK = 256
@@ -25,8 +25,8 @@ def extract_features(
     device: torch.device,
     pooled: bool | Literal["both"] = False,
     phase: bool = False,
-) -> tuple[Tensor, ...]:
-    """Unit features (N, D) of each domain, float32, on ``device``; each worker computes its share.
+) -> tuple[Features, ...]:
+    """Unit features of each domain, float32, on ``device``; each worker computes its share.
 
     ``pooled`` is the encoder's; with ``phase`` they are of the pictures' phase alone.
     """
@@ -44,17 +44,16 @@ def _domain_features(
     device: torch.device,
     pooled: bool | Literal["both"],
     phase: bool,
-) -> Tensor:
-    workers = world_size()
-    bounds = [len(domain) * worker // workers for worker in range(workers + 1)]
+) -> Features:
+    own = own_rows(len(domain))
     parts = []
-    for first in range(bounds[rank()], bounds[rank() + 1], CHUNK):
-        rows = slice(first, min(first + CHUNK, bounds[rank() + 1]))
+    for first in range(own.start, own.stop, CHUNK):
+        rows = slice(first, min(first + CHUNK, own.stop))
         pixels = torch.from_numpy(domain.pixels(rows)).to(device)
         size = torch.from_numpy(domain.size_N2[rows])
         views = eval_views(pixels, size, view.side, view.eval_crop)
         parts.append(encoder(phase_views(views) if phase else views, pooled))
     head, before = encoder.feature_dim, encoder.pooled_dim
     length = {False: head, True: before, "both": head + before}[pooled]
-    own = torch.cat(parts) if parts else torch.empty(0, length, device=device)
-    return gather_uneven_rows(own, [bounds[w + 1] - bounds[w] for w in range(workers)])
+    own_ND = torch.cat(parts) if parts else torch.empty(0, length, device=device)
+    return Features(own_ND, len(domain))

@@ -25,6 +25,7 @@ from ucir.data.pack import DomainImages
 from ucir.data.prefetch import prefetch
 from ucir.distributed import gather_rows, world_size
 from ucir.errors import UserError
+from ucir.memory import Features
 from ucir.methods.base import DomainBatch, Method, PhaseBatch, PhaseFeatures, Term
 from ucir.models.checkpoints import load_encoder
 from ucir.models.encoder import Encoder, key_encoder_of, new_encoder, update_key_encoder
@@ -38,12 +39,12 @@ class EpochReport:
 
     epoch: int
     metrics: dict[str, float]
-    features: tuple[Tensor, Tensor]
+    features: tuple[Features, Features]
     """Of the retrieval encoder."""
     encoder: Encoder
     """The retrieval encoder, as of this epoch's end."""
     state: dict[str, Any]
-    """All that resuming needs."""
+    """All that resuming needs; whole on the first worker alone."""
 
 
 class Reporter(Protocol):
@@ -113,7 +114,7 @@ class PairTraining:
         device: where this worker computes.
 
     Raises:
-        UserError: no full batch, an unreadable checkpoint, a batch that the workers cannot share.
+        UserError: no full batch, an unreadable checkpoint, more workers than images in a batch.
     """
 
     def __init__(
@@ -126,10 +127,10 @@ class PairTraining:
         device: torch.device,
     ) -> None:
         params = method.params
-        if 2 * params.batch_size % world_size():
+        if 2 * params.batch_size < world_size():
             raise UserError(
-                f"2 x batch_size = {2 * params.batch_size} images cannot be shared equally by "
-                f"{world_size()} workers"
+                f"2 x batch_size = {2 * params.batch_size} images are fewer than {world_size()} workers: set "
+                "cluster.num_workers to less"
             )
         keyed = method.keyed
         if keyed and 2 * params.batch_size % keyed.key_norm_groups:
@@ -156,7 +157,7 @@ class PairTraining:
         keyed = self.method.keyed
         return self.key if self.key and keyed and keyed.retrieve_with == "key" else self.query
 
-    def features(self, encoder: Encoder | None = None) -> tuple[Tensor, Tensor]:
+    def features(self, encoder: Encoder | None = None) -> tuple[Features, Features]:
         """Features of all images by the key encoder, if there is one: what methods cluster.
 
         A spectral method is shown those of their phase, by the query encoder, as well.
@@ -164,7 +165,8 @@ class PairTraining:
         if encoder is None and self.method.spectral:
             found = extract_features(self.query, self.images, self.view, self.device, "both", phase=True)
             (head_a, pooled_a), (head_b, pooled_b) = (
-                x.tensor_split([self.query.feature_dim], 1) for x in found
+                [Features(part, len(x)) for part in x.own_ND.tensor_split([self.query.feature_dim], 1)]
+                for x in found
             )
             self.method.see_phases(PhaseFeatures((head_a, head_b), (pooled_a, pooled_b)))
         encoder = encoder or self.key or self.query
@@ -175,27 +177,29 @@ class PairTraining:
         """Take a copy of the encoder that nothing changes any more."""
         self.frozen = copy.deepcopy(self.query).requires_grad_(False).eval()
 
-    def start_epoch(self, epoch: int, features: tuple[Tensor, Tensor]) -> dict[str, float]:
+    def start_epoch(self, epoch: int, features: tuple[Features, Features]) -> dict[str, float]:
         """What comes before an epoch's first step; returns the method's figures."""
         frozen_from = self.method.frozen_from
         if self.frozen is None and frozen_from is not None and epoch >= frozen_from:
             self.freeze()
         return self.method.start_epoch(epoch, features)
 
-    def check_finite(self, epoch: int, features: tuple[Tensor, Tensor]) -> None:
+    def check_finite(self, epoch: int, features: tuple[Features, Features]) -> None:
         """An epoch's last step may have spoilt the weights without a loss to show it.
 
         Raises:
-            NotFiniteError: a feature is not finite.
+            NotFiniteError: a feature is not finite, whichever worker's.
         """
-        if not all(bool(x.isfinite().all()) for x in features):
-            inputs = {f"features_{side}": _statistics(x) for side, x in zip("ab", features, strict=True)}
+        if any(bool(x.total((~x.own_ND.isfinite()).sum())) for x in features):
+            inputs = {
+                f"features_{side}": _statistics(x.own_ND) for side, x in zip("ab", features, strict=True)
+            }
             weights = {name: _statistics(value) for name, value in self.query.named_parameters()}
             details = {"epoch": epoch, "inputs": inputs, "weights": weights}
             raise NotFiniteError(f"epoch {epoch}: features are not finite after its last step", details)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that resuming at an epoch's end needs."""
+        """All that resuming at an epoch's end needs; whole on the first worker alone."""
         return {
             "query": self.query.state_dict(),
             "key": self.key.state_dict() if self.key else None,
@@ -260,14 +264,15 @@ class PairTraining:
         """
         if self.method.spectral:
             return self._forward_spectral(views)
-        q = gather_rows(self.model(views.query.to(self.device)))
+        count = len(views.shuffle)
+        q = gather_rows(self.model(views.query.to(self.device)), count)
         k = q.detach()
         if self.key and views.key is not None:
             k = self._keys(views)
         frozen: Tensor | None = None
         if self.frozen:
             with torch.no_grad():
-                frozen = gather_rows(self.frozen(views.query.to(self.device)))
+                frozen = gather_rows(self.frozen(views.query.to(self.device)), count)
         first, second = (
             DomainBatch(slot.to(self.device), q[rows], k[rows], None if frozen is None else frozen[rows])
             for slot, rows in zip(views.slots, (slice(len(q) // 2), slice(len(q) // 2, None)), strict=True)
@@ -278,14 +283,14 @@ class PairTraining:
         assert self.key is not None
         assert views.key is not None
         with torch.no_grad():
-            shuffled = gather_rows(self.key(views.key.to(self.device)))
+            shuffled = gather_rows(self.key(views.key.to(self.device)), len(views.shuffle))
             k = torch.empty_like(shuffled)
             k[views.shuffle.to(self.device)] = shuffled
         return k
 
     def _forward_spectral(self, views: Views) -> tuple[DomainBatch, DomainBatch]:
         """Phase views and mixed views of both domains as one batch, phases first."""
-        both = gather_rows(self.model(views.query.to(self.device), pooled="both"))
+        both = gather_rows(self.model(views.query.to(self.device), pooled="both"), len(views.shuffle))
         k = self._keys(views)
         q, pooled = both[:, : k.shape[1]], both[:, k.shape[1] :]
         phase, mixed = slice(len(q) // 2), slice(len(q) // 2, None)
