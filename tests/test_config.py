@@ -51,6 +51,7 @@ def load(folder: Path, change: dict[str, Any]) -> None:
         ({"datasets.shapes.source": "elsewhere"}, "run `uv run ucir study tiny` to renew the study block"),
         ({"study.seeds": [-1]}, "study.seeds.0 = -1"),
         ({"cluster.num_workers": -2}, "cluster.num_workers = -2"),
+        ({"cluster.max_workers": 4}, "num_workers (0) is the fewest that a training goes on with"),
     ],
 )
 def test_faults_are_named_with_their_field(tmp_path: Path, change: dict[str, Any], told: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import threading
@@ -257,6 +258,40 @@ def test_two_ray_workers_train_what_one_process_does(prepared: Path, store: str)
         for name in ("train/loss_total", "train/loss_instance_a", "val/mAP_at_All"):
             assert many[name] == pytest.approx(one[name], rel=1e-3), name
     assert choose_device(ClusterParams(use_gpu=False)).type == "cpu"
+
+
+@pytest.mark.slow
+def test_an_elastic_training_goes_on_with_the_workers_that_are_left(prepared: Path, store: str) -> None:
+    """Two machines; one leaves for good in the middle, and the other ends the training alone."""
+    import ray
+    from ray.cluster_utils import Cluster
+
+    (run,) = plan(methods__ucdir__shapes__epochs=80)[:1]
+    ray.shutdown()
+    machines = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    leaving = machines.add_node(num_cpus=1)
+    ray.init(machines.address)
+    seen: list[int] = []
+
+    def leave() -> None:
+        while len(seen) < 3:
+            with contextlib.suppress(FileNotFoundError, EOFError, RuntimeError):
+                seen[:] = [int(entry["time/workers"]) for entry in run.history()]
+            time.sleep(0.05)
+        machines.remove_node(leaving, allow_graceful=False)
+
+    leaver = threading.Thread(target=leave, daemon=True)
+    leaver.start()
+    try:
+        train_all([run], ClusterParams(num_workers=1, max_workers=2))
+    finally:
+        leaver.join()
+        ray.shutdown()
+        machines.shutdown()
+    workers = [int(entry["time/workers"]) for entry in run.history()]
+    assert len(workers) == 80
+    assert (workers[0], workers[-1]) == (2, 1)
+    assert workers == sorted(workers, reverse=True)
 
 
 def test_the_dvc_stages_name_every_file_that_a_run_key_hashes(tmp_path: Path) -> None:

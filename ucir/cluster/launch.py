@@ -104,7 +104,7 @@ def _fan_out(
     # what holds runs together lives beside this process: it must not go down with a worker's machine
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     lines = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
-    alone = cluster.num_workers == 1
+    alone = not cluster.together
     # a task whose machine dies is started again, and goes on from the run's folder
     asked = _per_worker(cluster) if alone else {"CPU": 0}  # Ray Train asks for its workers itself
     task = ray.remote(_train_alone if alone else _train_on_workers).options(
@@ -227,7 +227,7 @@ def connect(cluster: ClusterParams, uri: str) -> None:
         _check_answers(address)
         context = ray.init()
     else:
-        needed = cluster.num_workers * cluster.cpus_per_worker
+        needed = (cluster.max_workers or cluster.num_workers) * cluster.cpus_per_worker
         context = ray.init(
             "local",  # not whatever else may run here
             num_cpus=max(int(needed) + 1, os.cpu_count() or 1),  # and room for who waits for them
@@ -259,7 +259,7 @@ def _check_answers(address: str) -> None:
 
 
 def per_run(cluster: ClusterParams) -> dict[str, float]:
-    """What one training takes of the cluster."""
+    """What one training takes of the cluster, at least."""
     workers = max(1, cluster.num_workers)
     return {name: workers * count for name, count in _per_worker(cluster).items()}
 
@@ -280,11 +280,14 @@ def workers(
     from ray.train.torch import TorchTrainer
 
     asked, most = _per_worker(cluster), cluster.max_failures
+    fewest = cluster.num_workers
     return TorchTrainer(
         loop,
         train_loop_config=config,
         scaling_config=ScalingConfig(
-            num_workers=cluster.num_workers, use_gpu="GPU" in asked, resources_per_worker=asked
+            num_workers=(fewest, cluster.max_workers) if cluster.max_workers else fewest,
+            use_gpu="GPU" in asked,
+            resources_per_worker=asked,
         ),
         run_config=RunConfig(
             name=name,

@@ -324,7 +324,8 @@ class TrialTask:
 
         config = {"task": self, "values": values, "trial": trial}
         storage = (RUNS / "sweeps" / "workers").resolve()
-        name, cluster = f"{self.key}-{trial}", self.params.cluster
+        name = f"{self.key}-{trial}"
+        cluster = self.params.cluster.model_copy(update={"max_workers": None})
         trainer = workers(_trial_worker, config, cluster, name, storage, [TuneReportCallback()])
         trainer.fit()
 

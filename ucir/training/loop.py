@@ -344,6 +344,7 @@ def epochs(training: PairTraining, reporter: Reporter) -> Iterator[int]:
             "train/lr": training.method.lr_at(epoch, epoch * len(training.batches)),
             "time/epoch_seconds": time.perf_counter() - began,
             "time/images_per_second": images / (trained - began),
+            "time/workers": float(world_size()),
         }
         state = {"epoch": epoch, **training.state_dict()}
         reporter.end_epoch(EpochReport(epoch, metrics, asked, encoder, state))
