@@ -25,6 +25,9 @@ class Clusters:
     size_K: Tensor  # int64; an empty cluster keeps its place with 0
 
 
+torch.serialization.add_safe_globals([Clusters])  # it stands in the states of trainings
+
+
 def kmeans(
     features: Tensor | Features,
     k: int,

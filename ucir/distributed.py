@@ -59,6 +59,16 @@ def gather_to_first(x: Tensor, count: int) -> Tensor:
     return _joined(parts, count) if parts else x[:0]
 
 
+def any_worker(asked: list[bool]) -> list[bool]:
+    """Which of the questions some worker says yes to: the same answer everywhere."""
+    if world_size() == 1:
+        return asked
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    answers = torch.tensor(asked, dtype=torch.uint8, device=device)
+    dist.all_reduce(answers, dist.ReduceOp.MAX)
+    return [bool(answer) for answer in answers.tolist()]
+
+
 def _padded(x: Tensor, rows: int) -> Tensor:
     """Collectives want equally many rows of everyone."""
     missing = rows - len(x)

@@ -23,6 +23,9 @@ class Structure:
     """Which of the domain's own have a partner, bool."""
 
 
+torch.serialization.add_safe_globals([Structure])  # it stands in the states of trainings
+
+
 def unify(
     own_KD: Tensor,
     other_LD: Tensor,

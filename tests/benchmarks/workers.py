@@ -42,6 +42,12 @@ class Kept:
     def end_epoch(self, report: EpochReport) -> None:
         self.losses.append({k: v for k, v in report.metrics.items() if k.startswith("train/loss")})
 
+    def wants_state(self) -> bool:
+        return False
+
+    def keep(self, state: dict[str, Any]) -> None:
+        raise AssertionError("nobody asked")
+
     def fault(self, details: dict[str, Any]) -> None:
         raise AssertionError(details)
 

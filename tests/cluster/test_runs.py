@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import signal
 import threading
 import time
 from pathlib import Path
@@ -201,6 +202,36 @@ def test_what_does_not_fit_the_cluster_is_refused_with_arithmetic(monkeypatch: p
     halves = {"num_workers": 2, "gpus_per_worker": 0.5}
     with pytest.raises(UserError, match="gpus_per_worker: two workers of one training cannot share a GPU"):
         checked(ClusterParams, halves, "params.yaml", "cluster")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_asked_to_stop_keeps_the_epoch_that_it_is_in(
+    prepared: Path, store: str, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    run, undisturbed = plan(methods__ucdir__shapes__batch_size=4)[:1] * 2
+    original = PairTraining.train_epoch
+
+    def asked(self: PairTraining, epoch: int, **options: Any) -> dict[str, float]:
+        if epoch == 1 and not state.exists():
+            raise AssertionError("the first epoch's state is missing")
+        if epoch == 1 and load_state(state)["epoch"] == 0:
+            os.kill(os.getpid(), number)
+        return original(self, epoch, **options)
+
+    state = run.folder / "state.pt"
+    monkeypatch.setattr(PairTraining, "train_epoch", asked)
+    handler = signal.getsignal(number)
+    with pytest.raises(KeyboardInterrupt):
+        train_all([run], ClusterParams())
+    assert signal.getsignal(number) == handler
+    kept = load_state(state)
+    assert (kept["epoch"], kept["midway"]["step"], len(run.history())) == (1, 1, 1)
+    train_all([run], ClusterParams())
+    alone = Run(**{**undisturbed.__dict__, "folder": prepared / "runs/alone", "key": "alone"})
+    monkeypatch.undo()
+    train_all([alone], ClusterParams())
+    one, two = (load_state(r.folder / "last.pt")["state_dict"] for r in (run, alone))
+    assert all(torch.equal(one[key], two[key]) for key in one)
 
 
 @pytest.mark.slow

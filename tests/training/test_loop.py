@@ -21,7 +21,7 @@ from ucir.data.pack import open_domain
 from ucir.data.prepare import write_pack
 from ucir.methods import METHODS, VARIANTS
 from ucir.methods.base import Term
-from ucir.models.checkpoints import save_encoder
+from ucir.models.checkpoints import load_state, save_encoder
 from ucir.models.encoder import new_encoder
 from ucir.training.loop import EpochReport, PairTraining, train
 from ucir.training.pretrain import make_start
@@ -46,17 +46,34 @@ CPU = torch.device("cpu")
 class Keep:
     """A reporter that keeps everything; may act as if killed after an epoch."""
 
-    def __init__(self, state: dict[str, Any] | None = None, killed_after: int | None = None) -> None:
+    def __init__(
+        self,
+        state: dict[str, Any] | None = None,
+        killed_after: int | None = None,
+        stopped_in: tuple[int, int] | None = None,
+    ) -> None:
         self.state, self.killed_after = state, killed_after
+        self.stopped_in = stopped_in
+        """After so many epochs and, of the next one, so many steps."""
+        self.steps = 0
         self.reports: list[EpochReport] = []
 
     def load_state(self) -> dict[str, Any] | None:
         return self.state
 
+    def wants_state(self) -> bool:
+        self.steps += 1
+        return (len(self.reports), self.steps) == self.stopped_in
+
+    def keep(self, state: dict[str, Any]) -> None:
+        self.state = _copied(state)
+        raise KeyboardInterrupt
+
     def fault(self, details: dict[str, Any]) -> None:
         self.details = details
 
     def end_epoch(self, report: EpochReport) -> None:
+        self.steps = 0
         self.reports.append(report)
         self.state = _copied(report.state)
         if report.epoch == self.killed_after:
@@ -101,23 +118,29 @@ def assert_equal(one: dict[str, Tensor], two: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.parametrize("name", ["ucdir", "pcs", "protonce", "id", "protoot", "uem", "coda", "dgdir"])
-def test_a_run_killed_at_any_epoch_and_resumed_ends_as_an_undisturbed_one(
-    pack: Path, start: Path, name: str
+def test_a_run_killed_at_any_time_and_resumed_ends_as_an_undisturbed_one(
+    pack: Path, start: Path, tmp_path: Path, name: str
 ) -> None:
     whole = training(pack, start, name=name)
     reporter = Keep()
     train(whole, reporter)
     assert [report.epoch for report in reporter.reports] == [0, 1, 2, 3]
-    for killed_after in (0, 2):
-        first = Keep(killed_after=killed_after)
+    for first in (
+        Keep(killed_after=0),
+        Keep(killed_after=2),
+        Keep(stopped_in=(0, 1)),
+        Keep(stopped_in=(3, 2)),
+    ):
         with pytest.raises(KeyboardInterrupt):
             train(training(pack, start, name=name), first)
+        done = len(first.reports)
+        torch.save(first.state, tmp_path / "state.pt")
         second = training(pack, start, name=name)
-        rest = Keep(first.state)
+        rest = Keep(load_state(tmp_path / "state.pt"))
         train(second, rest)
-        assert [report.epoch for report in rest.reports] == list(range(killed_after + 1, 4))
+        assert [report.epoch for report in rest.reports] == list(range(done, 4))
         assert_equal(weights(whole), weights(second))
-        for one, two in zip(reporter.reports[killed_after + 1 :], rest.reports, strict=True):
+        for one, two in zip(reporter.reports[done:], rest.reports, strict=True):
             assert torch.equal(one.features[0].own_ND, two.features[0].own_ND)
             losses = {k: v for k, v in one.metrics.items() if k.startswith("train/")}
             assert losses == {k: v for k, v in two.metrics.items() if k.startswith("train/")}
@@ -200,8 +223,8 @@ def test_weights_that_the_last_step_spoilt_are_not_reported_as_finished(
     run = training(pack, start)
     original = PairTraining.train_epoch
 
-    def spoils(self: PairTraining, epoch: int, max_steps: int | None = None) -> dict[str, float]:
-        losses = original(self, epoch, max_steps)
+    def spoils(self: PairTraining, epoch: int, **options: Any) -> dict[str, float]:
+        losses = original(self, epoch, **options)
         with torch.no_grad():
             for encoder in (self.query, self.key):
                 assert encoder is not None

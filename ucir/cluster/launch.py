@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import signal
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -71,7 +73,7 @@ def train_all(runs: list[Run], cluster: ClusterParams) -> None:
             else:
                 failed = _one_by_one(open_runs, cluster, uri, progress)
         except KeyboardInterrupt:
-            progress.message("stopped: the same command goes on after the last finished epoch")
+            progress.message("stopped: the same command goes on from there")
             raise
     if failed:
         told = "; ".join(f"{name} ({reason})" for name, reason in failed.items())
@@ -84,12 +86,13 @@ def train_all(runs: list[Run], cluster: ClusterParams) -> None:
 def _one_by_one(runs: list[Run], cluster: ClusterParams, uri: str, progress: Progress) -> dict[str, str]:
     """In this process. Returns what failed, and why."""
     failed: dict[str, str] = {}
-    for run in runs:
-        try:
-            _train_here(run, _tracked_run(run, uri), choose_device(cluster), progress.advance)
-        except Exception as error:
-            failed[run.name] = _reason(run, error)
-            progress.message(f"{run.name} failed: {failed[run.name]}")
+    with _stoppable() as stop:
+        for run in runs:
+            try:
+                _train_here(run, _tracked_run(run, uri), choose_device(cluster), progress.advance, stop)
+            except Exception as error:
+                failed[run.name] = _reason(run, error)
+                progress.message(f"{run.name} failed: {failed[run.name]}")
     return failed
 
 
@@ -147,7 +150,11 @@ def _fan_out(
 
 
 def _train_here(
-    run: Run, tracked: tracking.TrackedRun, device: torch.device, advance: Callable[[int, str], None]
+    run: Run,
+    tracked: tracking.TrackedRun,
+    device: torch.device,
+    advance: Callable[[int, str], None],
+    stop: threading.Event | None = None,
 ) -> None:
     """Train one run in this process."""
 
@@ -157,7 +164,31 @@ def _train_here(
 
     with lock_run(run), tracking.status_of(tracked):
         advance(0, f"{run.name} begins")
-        train(new_training(run, device), RunReporter(run, True, after_epoch))
+        train(new_training(run, device), RunReporter(run, True, after_epoch, stop or threading.Event()))
+
+
+@contextlib.contextmanager
+def _stoppable() -> Iterator[threading.Event]:
+    """An event that the first Ctrl+C or SIGTERM sets; the second is a KeyboardInterrupt.
+
+    Off the main thread, where signals do not come, nobody sets it.
+    """
+    stop = threading.Event()
+
+    def asked(number: int, frame: Any) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+        os.write(2, b"\nstopping after this step; once more to stop at once\n")  # print may be at work
+
+    here = threading.current_thread() is threading.main_thread()
+    numbers = (signal.SIGINT, signal.SIGTERM) if here else ()
+    before = {number: signal.signal(number, asked) for number in numbers}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _train_alone(run: Run, cluster: ClusterParams, tracked: tracking.TrackedRun, lines: Any) -> None:
@@ -188,8 +219,18 @@ def _worker_main(config: dict[str, Any]) -> None:
         tracked.log_history(history)
         config["lines"].put((1, _told(run, history[-1])))
 
+    leaving: set[int] = set()
+
+    def leaves() -> bool:
+        """A barrier of all workers; true once for each notice."""
+        notice = ray_train.get_preemption_info()
+        new = notice is not None and notice.deadline_ms not in leaving
+        if notice:
+            leaving.add(notice.deadline_ms)
+        return new
+
     first = ray_train.get_context().get_world_rank() == 0
-    train(new_training(run, get_device()), RunReporter(run, first, after_epoch))
+    train(new_training(run, get_device()), RunReporter(run, first, after_epoch, leaving=leaves))
 
 
 def new_training(run: Run, device: torch.device) -> PairTraining:

@@ -18,9 +18,11 @@ import hashlib
 import json
 import math
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import numpy as np
@@ -30,6 +32,7 @@ import ucir
 from ucir.config import EncoderParams, Params, ViewParams
 from ucir.data.pack import Picture, open_domain, read_index, read_info
 from ucir.data.splits import LabelSpaces, both_ways, directions, label_spaces, training_order, trainings
+from ucir.distributed import any_worker
 from ucir.errors import UserError, nearest
 from ucir.methods import METHODS, method_params
 from ucir.methods.base import MethodParams
@@ -39,6 +42,11 @@ from ucir.paths import PACKS, RUNS, STARTS, check_writable
 from ucir.retrieval.criteria import criteria
 from ucir.retrieval.metrics import retrieval_scores
 from ucir.training.loop import EpochReport
+
+LOOK_SECONDS = 5.0
+"""How often workers ask the cluster whether one of their machines is leaving."""
+KEEP_SECONDS = 300.0
+"""A state is kept in the middle of an epoch when the last one is as old."""
 
 
 @dataclass(frozen=True)
@@ -202,12 +210,19 @@ class RunReporter:
         run: the run.
         writes: only one worker writes; the others resume from its files.
         on_epoch: called by the writer with the history after each epoch.
+        stop: set when the run shall stop after the step at hand, with its state kept.
+        leaving: asked now and then on all workers at once: whether one of their machines is about to go, so
+            that the state had better be kept now.
     """
 
     run: Run
     writes: bool = True
     on_epoch: Callable[[list[dict[str, float]]], None] = lambda history: None
+    stop: Event = field(default_factory=Event)
+    leaving: Callable[[], bool] = lambda: False
     history: list[dict[str, float]] = field(default_factory=list)
+    kept: float = field(default_factory=time.monotonic)
+    looked: float = 0.0
     labels: dict[str, list[str]] | None = None
 
     def load_state(self) -> dict[str, Any] | None:
@@ -219,6 +234,27 @@ class RunReporter:
         state: dict[str, Any] = load_state(path)
         self.history = state.pop("history")
         return state
+
+    def wants_state(self) -> bool:
+        """When asked to stop, when a machine leaves, and every few minutes of a long epoch."""
+        now = time.monotonic()
+        look, due, stop = any_worker(
+            [
+                self.writes and now - self.looked > LOOK_SECONDS,
+                self.writes and now - self.kept > KEEP_SECONDS,
+                self.stop.is_set(),
+            ]
+        )
+        if look:
+            self.looked = now
+        return (look and self.leaving()) or due or stop
+
+    def keep(self, state: dict[str, Any]) -> None:
+        if self.writes:
+            save_atomically({**state, "history": self.history}, self.run.folder / "state.pt")
+        self.kept = time.monotonic()
+        if self.stop.is_set():
+            raise KeyboardInterrupt
 
     def end_epoch(self, report: EpochReport) -> None:
         first, second = (x.on_first() for x in report.features)
@@ -235,6 +271,7 @@ class RunReporter:
         state = self.run.folder / "state.pt"
         if not last:
             save_atomically({**report.state, "history": self.history}, state)
+            self.kept = time.monotonic()
         self.on_epoch(self.history)
         if last:
             save_encoder(report.encoder, self.run.folder / "last.pt")

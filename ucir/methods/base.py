@@ -144,6 +144,8 @@ class Method(ABC, Generic[P]):
 
     spectral: ClassVar[bool] = False
     """Whether every view is seen twice, see :mod:`ucir.data.spectrum`."""
+    within_epoch: ClassVar[tuple[str, ...]] = ()
+    """Attributes that :meth:`start_epoch` sets: they go with a state from the middle of an epoch."""
     gate: ClassVar[Literal["spread", "merged"]] = "spread"
     """How queries without a counterpart are told, see :mod:`ucir.retrieval.gate`."""
 

@@ -105,6 +105,7 @@ class ProtoNce(ClusteringMethod[ProtoNceParams]):
     """
 
     params_type = ProtoNceParams
+    within_epoch = ("clusters", "temperatures")
 
     def __init__(self, params: ProtoNceParams, seed: int) -> None:
         super().__init__(params, seed)
@@ -207,6 +208,7 @@ class Pcs(SingleEncoder[PcsParams], ClusteringMethod[PcsParams]):
     """
 
     params_type = PcsParams
+    within_epoch = ("clusters", "temperatures")
 
     def __init__(self, params: PcsParams, seed: int) -> None:
         super().__init__(params, seed)

@@ -55,6 +55,7 @@ class Dgdir(ClusteringMethod[DgdirParams]):
     """0.5 (phase + mixed + phase to mixed + mixed to phase) + [after the warm-up] 0.1 cluster."""
 
     params_type = DgdirParams
+    within_epoch = ("centroid_KD", "label_N")
     spectral = True
     phase: PhaseFeatures
 

@@ -87,6 +87,7 @@ class ProtoOt(ClusteringMethod[ProtoOtParams]):
 
     params_type = ProtoOtParams
     also_runs = ("transport",)
+    within_epoch = ("marginals",)
 
     def __init__(self, params: ProtoOtParams, seed: int) -> None:
         super().__init__(params, seed)

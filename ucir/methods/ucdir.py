@@ -93,6 +93,8 @@ U = TypeVar("U", bound=UcdirFamilyParams)
 class UcdirFamily(ClusteringMethod[U]):
     """L = mean over domains of (IW + w_cw CW) + [cross-domain phase] (gamma SE + beta DD)."""
 
+    within_epoch = ("clusters",)
+
     def __init__(self, params: U, seed: int) -> None:
         super().__init__(params, seed)
         self.clusters: tuple[list[Clusters], list[Clusters]] | None = None

@@ -101,6 +101,7 @@ class Uem(SingleEncoder[UemParams], ClusteringMethod[UemParams]):
 
     params_type = UemParams
     also_runs = ("merging",)
+    within_epoch = ("centres", "labels", "structures")
     gate = "merged"
 
     def __init__(self, params: UemParams, seed: int) -> None:

@@ -1,7 +1,7 @@
 """The epoch loop. Knows no Ray, no MLflow, no labels.
 
-Everything random is drawn from (seed, epoch, step), so that a run that was killed and resumed at an
-epoch's end, and a run on any number of workers, take the same course.
+Everything random is drawn from (seed, epoch, step), so that a run that was killed and resumed, and a run
+on any number of workers, take the same course.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -51,7 +51,13 @@ class Reporter(Protocol):
     """Where a run's progress goes; one adapter each for one process, Ray Train and tests."""
 
     def load_state(self) -> dict[str, Any] | None:
-        """The state of the last finished epoch, or None."""
+        """The state that was kept last, or None."""
+
+    def wants_state(self) -> bool:
+        """Asked on every worker after each step but an epoch's last; all give the same answer."""
+
+    def keep(self, state: dict[str, Any]) -> None:
+        """What :meth:`wants_state` asked for; called on every worker; may raise to stop the run."""
 
     def end_epoch(self, report: EpochReport) -> None:
         """Called on every worker after each epoch; may raise to stop the run."""
@@ -100,6 +106,15 @@ def _statistics(x: Tensor) -> dict[str, float]:
     if len(finite):
         found |= {"min": float(finite.min()), "max": float(finite.max()), "mean": float(finite.mean())}
     return found
+
+
+@dataclass
+class EpochStart:
+    """How far an epoch is: what its steps begin from, beside the state of the training."""
+
+    step: int = 0
+    sums: dict[str, float] = field(default_factory=dict)
+    """Of the loss terms, over the steps done."""
 
 
 class PairTraining:
@@ -198,6 +213,15 @@ class PairTraining:
             details = {"epoch": epoch, "inputs": inputs, "weights": weights}
             raise NotFiniteError(f"epoch {epoch}: features are not finite after its last step", details)
 
+    def within_epoch(self) -> dict[str, Any]:
+        """What :meth:`state_dict` lacks in the middle of an epoch."""
+        return {name: getattr(self.method, name, None) for name in self.method.within_epoch}
+
+    def enter_epoch(self, state: dict[str, Any]) -> None:
+        """Take up :meth:`within_epoch`'s value, instead of :meth:`start_epoch`."""
+        for name, value in state.items():
+            setattr(self.method, name, _to(value, self.device))
+
     def state_dict(self) -> dict[str, Any]:
         """All that resuming at an epoch's end needs; whole on the first worker alone."""
         return {
@@ -220,8 +244,20 @@ class PairTraining:
         self.optimizer.load_state_dict(state["optimizer"])
         self.method.load_state_dict(_to(state["method"], self.device))
 
-    def train_epoch(self, epoch: int, max_steps: int | None = None) -> dict[str, float]:
+    def train_epoch(
+        self,
+        epoch: int,
+        max_steps: int | None = None,
+        begin: EpochStart | None = None,
+        after_step: Callable[[EpochStart], None] | None = None,
+    ) -> dict[str, float]:
         """One pass over the pair; returns the mean of each loss term.
+
+        Args:
+            epoch: its number.
+            max_steps: stop after so many.
+            begin: go on from here.
+            after_step: told after each step but the last how far the epoch is.
 
         Raises:
             NotFiniteError: a loss is not finite.
@@ -230,11 +266,10 @@ class PairTraining:
         if self.key:
             self.key.train()
         method = self.method
-        steps = islice(enumerate(self.batches.epoch(epoch)), max_steps)
+        now = begin or EpochStart()
+        steps = islice(enumerate(self.batches.epoch(epoch)), now.step, max_steps)
         render = partial(render_step, self.images, self.view, method, epoch, self.key is not None)
-        sums: dict[str, float] = {}
-        done = 0
-        for step, views in enumerate(prefetch(render, steps)):
+        for step, views in enumerate(prefetch(render, steps), now.step):
             if self.key and method.keyed:
                 update_key_encoder(self.key, self.query, method.keyed.key_momentum)
             for group in self.optimizer.param_groups:
@@ -251,10 +286,12 @@ class PairTraining:
             total.backward()  # type: ignore[no-untyped-call]
             self.optimizer.step()
             method.after_step(batch)
-            done += 1
+            now.step = step + 1
             for name, value in values.items():
-                sums[name] = sums.get(name, 0.0) + value
-        return {f"train/loss_{name}": value / done for name, value in sums.items()}
+                now.sums[name] = now.sums.get(name, 0.0) + value
+            if after_step and now.step < len(self.batches):
+                after_step(now)
+        return {f"train/loss_{name}": value / now.step for name, value in now.sums.items()}
 
     def _forward(self, views: Views) -> tuple[DomainBatch, DomainBatch]:
         """Two views of each image through the two encoders; all rows, whoever computed them.
@@ -316,19 +353,35 @@ def epochs(training: PairTraining, reporter: Reporter) -> Iterator[int]:
         NotFiniteError: a loss or a feature is not finite; the reporter has been told.
     """
     state = reporter.load_state()
+    midway: dict[str, Any] | None = None
     if state is None:
         first_epoch = 0
-        features = training.features()
-        training.method.start(features)
     else:
-        first_epoch = state["epoch"] + 1
+        midway = state.get("midway")
+        first_epoch = state["epoch"] + (midway is None)
         training.load_state_dict(state)
+    if midway is None:
         features = training.features()
+    if state is None:
+        training.method.start(features)
     for epoch in range(first_epoch, training.method.params.epochs):
         began = time.perf_counter()
-        figures = training.start_epoch(epoch, features)
+        start = EpochStart()
+        if midway is None:
+            figures = training.start_epoch(epoch, features)
+        else:
+            figures, start = midway["figures"], EpochStart(midway["step"], midway["sums"])
+            training.enter_epoch(midway["method"])
+            midway = None
+        first_step = start.step
+
+        def after_step(now: EpochStart, epoch: int = epoch, figures: dict[str, float] = figures) -> None:
+            if reporter.wants_state():
+                within = {**asdict(now), "figures": figures, "method": training.within_epoch()}
+                reporter.keep({"epoch": epoch, "midway": within, **training.state_dict()})
+
         try:
-            losses = training.train_epoch(epoch)
+            losses = training.train_epoch(epoch, begin=start, after_step=after_step)
             trained = time.perf_counter()
             features = training.features()
             training.check_finite(epoch, features)
@@ -337,7 +390,7 @@ def epochs(training: PairTraining, reporter: Reporter) -> Iterator[int]:
             raise
         encoder = training.retrieval_encoder
         asked = training.features(encoder) if training.key and encoder is training.query else features
-        images = 2 * training.batches.batch_size * len(training.batches)
+        images = 2 * training.batches.batch_size * (len(training.batches) - first_step)
         metrics = {
             **losses,
             **figures,
@@ -361,4 +414,6 @@ def _to(value: Any, device: torch.device) -> Any:
         return value.to(device)
     if isinstance(value, dict):
         return {key: _to(part, device) for key, part in value.items()}
-    return [_to(part, device) for part in value] if isinstance(value, list) else value
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{f.name: _to(getattr(value, f.name), device) for f in fields(value)})
+    return type(value)(_to(part, device) for part in value) if isinstance(value, (list, tuple)) else value
