@@ -16,15 +16,15 @@ import pytest
 import torch
 from mlflow import MlflowClient
 
-from ucir.cluster.launch import at_once, connect, train_all
+from ucir.cluster.launch import at_once, connect, new_training, train_all
 from ucir.cluster.plan import describe
-from ucir.cluster.runs import Run, materialise, open_pair, plan_runs
+from ucir.cluster.runs import Run, RunReporter, materialise, open_pair, plan_runs
 from ucir.config import ClusterParams, checked, load_params
 from ucir.devices import choose_device
 from ucir.errors import UserError
 from ucir.models.checkpoints import load_state, save_encoder
 from ucir.models.encoder import new_encoder
-from ucir.training.loop import PairTraining
+from ucir.training.loop import PairTraining, epochs
 
 
 def plan(**changes: Any) -> list[Run]:
@@ -232,6 +232,24 @@ def test_a_run_asked_to_stop_keeps_the_epoch_that_it_is_in(
     train_all([alone], ClusterParams())
     one, two = (load_state(r.folder / "last.pt")["state_dict"] for r in (run, alone))
     assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+@pytest.mark.parametrize("why", ["a long epoch", "a machine leaves"])
+def test_a_state_is_kept_in_the_middle_of_an_epoch(
+    prepared: Path, monkeypatch: pytest.MonkeyPatch, why: str
+) -> None:
+    monkeypatch.setattr("ucir.cluster.runs.KEEP_SECONDS", -1 if why == "a long epoch" else 1000)
+    monkeypatch.setattr("ucir.cluster.runs.LOOK_SECONDS", -1)
+    (run,) = plan(methods__ucdir__shapes__batch_size=4)[:1]
+    reporter = RunReporter(run, leaving=lambda: why == "a machine leaves")
+    progress = epochs(new_training(run, choose_device(ClusterParams())), reporter)
+    next(progress)
+    monkeypatch.setattr(PairTraining, "check_finite", lambda *given: pytest.fail("killed"))
+    with pytest.raises(pytest.fail.Exception, match="killed"):
+        next(progress)
+    kept = load_state(run.folder / "state.pt")
+    assert (kept["epoch"], kept["midway"]["step"]) == (1, 28 // 4 - 1)
+    assert len(run.history()) == 1
 
 
 @pytest.mark.slow

@@ -219,18 +219,11 @@ def _worker_main(config: dict[str, Any]) -> None:
         tracked.log_history(history)
         config["lines"].put((1, _told(run, history[-1])))
 
-    leaving: set[int] = set()
-
-    def leaves() -> bool:
-        """A barrier of all workers; true once for each notice."""
-        notice = ray_train.get_preemption_info()
-        new = notice is not None and notice.deadline_ms not in leaving
-        if notice:
-            leaving.add(notice.deadline_ms)
-        return new
+    def leaving() -> bool:
+        return ray_train.get_preemption_info() is not None
 
     first = ray_train.get_context().get_world_rank() == 0
-    train(new_training(run, get_device()), RunReporter(run, first, after_epoch, leaving=leaves))
+    train(new_training(run, get_device()), RunReporter(run, first, after_epoch, leaving=leaving))
 
 
 def new_training(run: Run, device: torch.device) -> PairTraining:

@@ -43,8 +43,8 @@ from ucir.retrieval.criteria import criteria
 from ucir.retrieval.metrics import retrieval_scores
 from ucir.training.loop import EpochReport
 
-LOOK_SECONDS = 5.0
-"""How often workers ask the cluster whether one of their machines is leaving."""
+LOOK_SECONDS = 10.0
+"""How often workers ask whether one of their machines is leaving; while one is, a state is kept as often."""
 KEEP_SECONDS = 300.0
 """A state is kept in the middle of an epoch when the last one is as old."""
 
@@ -211,8 +211,7 @@ class RunReporter:
         writes: only one worker writes; the others resume from its files.
         on_epoch: called by the writer with the history after each epoch.
         stop: set when the run shall stop after the step at hand, with its state kept.
-        leaving: asked now and then on all workers at once: whether one of their machines is about to go, so
-            that the state had better be kept now.
+        leaving: asked now and then, on all workers at once: whether one of their machines is about to go.
     """
 
     run: Run
