@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import signal
@@ -232,6 +233,28 @@ def test_a_run_asked_to_stop_keeps_the_epoch_that_it_is_in(
     train_all([alone], ClusterParams())
     one, two = (load_state(r.folder / "last.pt")["state_dict"] for r in (run, alone))
     assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_a_full_disk_costs_nothing_but_the_epoch(
+    prepared: Path, store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = plan()
+    original = torch.save
+
+    def full(state: Any, file: Any) -> None:
+        if state.get("epoch") == 2:
+            file.write(b"half of it")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        original(state, file)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(UserError, match=r"2 of 2 runs failed.*state.pt: the disk is full: make room"):
+        train_all(runs, ClusterParams())
+    assert [len(run.history()) for run in runs] == [2, 2]
+    assert not list(Path("runs").rglob("*.unfinished"))
+    monkeypatch.undo()
+    train_all(runs, ClusterParams())
+    assert all(run.done for run in runs)
 
 
 @pytest.mark.parametrize("why", ["a long epoch", "a machine leaves"])

@@ -151,10 +151,10 @@ def test_a_setting_whose_loss_is_no_number_is_the_worst_and_the_rest_goes_on(
 ) -> None:
     params = with_sweep(prepared)
 
-    def spoilt(self: PairTraining, epoch: int, max_steps: int | None = None) -> dict[str, float]:
+    def spoilt(self: PairTraining, epoch: int, **options: Any) -> dict[str, float]:
         if epoch == 2:
             raise NotFiniteError("epoch 2, step 0: a loss is not finite")
-        return original(self, epoch, max_steps)
+        return original(self, epoch, **options)
 
     original = PairTraining.train_epoch
     monkeypatch.setattr(PairTraining, "train_epoch", spoilt)
@@ -214,6 +214,7 @@ for _ in range(40):
     time.sleep(0.5)
 print("RESULT", json.dumps({
     "states": [t.state for t in found.trials],
+    "scores": {t.values["temperature"]: t.scores for t in found.trials},
     "free": ray.available_resources().get("CPU"), "all": ray.cluster_resources()["CPU"],
 }))
 """
@@ -256,3 +257,19 @@ def test_a_sweep_is_killed_and_goes_on_and_gives_everything_back(prepared: Path,
     for run in children:
         points = client.get_metric_history(run.info.run_id, "mutual_neighbours")
         assert [p.step for p in points] == list(range(len(points)))
+
+
+@pytest.mark.slow
+def test_trials_of_two_workers_find_what_trials_in_one_process_do(prepared: Path, store: str) -> None:
+    space = {"temperature": [0.1, 0.4]}
+    params = with_sweep(prepared, search="grid", space=space, pairs=["art-photo"], scheduler="fifo")
+    alone = {t: run_trial(params, store, {"temperature": t}, f"t{t}")[-1] for t in (0.1, 0.4)}
+    (prepared / "runs").rename(prepared / "elsewhere")
+    script = TUNE.replace("load_params()", 'load_params(overrides=["cluster.num_workers=2"])')
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    told = json.loads(done.stdout.rsplit("RESULT ", 1)[1])
+    assert told["states"] == ["finished", "finished"]
+    assert told["free"] == told["all"]
+    for temperature, scores in told["scores"].items():
+        assert scores["loss"] == pytest.approx(alone[float(temperature)]["scores_loss"], rel=0.01)

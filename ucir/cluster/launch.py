@@ -370,7 +370,8 @@ def at_once(cluster: ClusterParams, what: str, beside: float = 0.0) -> int:
 
 
 def _reason(run: Run, error: Exception) -> str:
-    told = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+    kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+    told = f"{kind}{error}".strip().splitlines()[0]
     if (fault := run.folder / "fault.json").exists():
         told += f"; its inputs are described in {fault}"
     return told

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import pickle
 from pathlib import Path
@@ -81,7 +82,11 @@ def load_torchvision(encoder: Encoder, backbone: str, name: str) -> None:
 
 
 def save_atomically(state: Any, path: Path) -> None:
-    """``torch.save`` that is either there as a whole or not at all, whenever the process is killed."""
+    """``torch.save`` that is either there as a whole or not at all, whenever the process is killed.
+
+    Raises:
+        UserError: the disk is full; what was there before still is.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f"{path.name}.{os.getpid()}.unfinished")
     try:
@@ -90,6 +95,12 @@ def save_atomically(state: Any, path: Path) -> None:
             file.flush()
             os.fsync(file.fileno())
         unfinished.replace(path)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(
+            f"{path}: the disk is full: make room, and the same command goes on from there"
+        ) from None
     finally:
         unfinished.unlink(missing_ok=True)
 
