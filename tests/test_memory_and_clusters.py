@@ -7,6 +7,7 @@ import socket
 from pathlib import Path
 from typing import Any
 
+import faiss
 import pytest
 import torch
 from hypothesis import given
@@ -104,6 +105,38 @@ def _answers() -> dict[str, torch.Tensor]:
         # every worker's loss is the whole one: their gradients add up to as many times it
         "gradient": all_reduce_sum(q.grad) / world_size(),
     }
+
+
+def by_faiss(x: torch.Tensor, k: int, spherical: bool = False, **options: Any) -> Any:
+    """Centroids that faiss itself finds."""
+    clustering = faiss.Clustering(x.shape[1], k)
+    clustering.spherical = spherical
+    clustering.min_points_per_centroid = 1
+    for name, value in options.items():
+        setattr(clustering, name, value)
+    clustering.train(x.numpy(), faiss.IndexFlatL2(x.shape[1]))
+    return torch.from_numpy(faiss.vector_float_to_array(clustering.centroids).reshape(k, -1).copy())
+
+
+@pytest.mark.parametrize("spherical", [False, True])
+@pytest.mark.parametrize(
+    ("count", "k", "most", "iterations"),
+    [(300, 7, 2000, 3), (300, 7, 2000, 100), (300, 7, 10, 20), (40, 38, 9, 2)],
+)
+def test_kmeans_is_that_of_faiss(count: int, k: int, most: int, iterations: int, spherical: bool) -> None:
+    """With its draws: first centroids, samples of the points, restarts, halves for empty clusters."""
+    for seed in range(4):
+        x = normalize(torch.randn(count, 5, generator=torch.Generator().manual_seed(seed)), dim=1)
+        if k == 38:
+            x = x[torch.arange(count) % 30].contiguous()  # fewer places than clusters
+        restarts = 1 if k == 38 else 3  # there all cost nothing, and rounding chooses
+        options = {"seed": seed, "nredo": restarts, "niter": iterations, "max_points_per_centroid": most}
+        expected = by_faiss(x, k, spherical, **options)
+        found = kmeans(
+            x, k, iterations=iterations, restarts=restarts, seed=seed, max_points=most, spherical=spherical
+        )
+        assert torch.allclose(found.centroid_KD, normalize(expected, dim=1), atol=1e-5)
+        assert torch.equal(found.label_N, torch.cdist(x, expected).argmin(dim=1)) or k == 38
 
 
 def _clustered(bank: Bank) -> torch.Tensor:

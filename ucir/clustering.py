@@ -25,6 +25,9 @@ class Clusters:
     size_K: Tensor  # int64; an empty cluster keeps its place with 0
 
 
+TIE = 1e-6
+"""Restarts whose costs differ by a smaller share are equally good: rounding does not choose between them."""
+
 torch.serialization.add_safe_globals([Clusters])  # it stands in the states of trainings
 
 
@@ -39,15 +42,18 @@ def kmeans(
     spherical: bool = False,
     initial_KD: Tensor | None = None,
 ) -> Clusters:
-    """K-means with Euclidean distance on faiss, as the official code runs it (UCDIR ``run_kmeans``).
+    """K-means with Euclidean distance, as the official code runs it on faiss (UCDIR ``run_kmeans``).
 
+    It is ``faiss.Clustering`` with its draws and its rules, for features that are shared out: each worker
+    assigns its own, and an iteration hands (K + 1) x (D + 1) sums over.
     Each feature is assigned to the nearest final centroid, which is not normalised unless ``spherical``;
     the centroids are L2-normalised afterwards, for the losses.
 
     Args:
         features: unit features, float32; a tensor's by this process alone.
         k: number of clusters.
-        iterations, restarts: faiss ``niter`` and ``nredo``; the best of the restarts is kept.
+        iterations, restarts: faiss ``niter`` and ``nredo``; the best of the restarts is kept, of equally good
+            ones the first.
         seed: of the initial centroids; equal seeds give equal clusters.
         max_points: iterate on a subsample of at most this many points per centroid.
         spherical: normalise the centroids in each iteration, as PCS does.
@@ -55,83 +61,78 @@ def kmeans(
 
     Raises:
         UserError: more clusters than features.
+        FloatingPointError: features are not finite.
     """
     features = features_of(features)
     if k > len(features):
         raise UserError(f"{k} clusters for {len(features)} images: clusters must not exceed them")
-    points = _numpy(features.own_ND)
-    clustering = faiss.Clustering(points.shape[1], k)
-    clustering.niter = iterations
-    clustering.nredo = restarts
-    clustering.seed = seed
-    clustering.spherical = spherical
-    clustering.max_points_per_centroid = max_points
-    clustering.min_points_per_centroid = 1
-    index = faiss.IndexFlatL2(points.shape[1])
-    if features.workers > 1:
-        index.add(_centroids_of_shares(features, clustering, initial_KD))
-    else:
-        if initial_KD is not None:
-            faiss.copy_array_to_vector(_numpy(initial_KD).ravel(), clustering.centroids)
-        clustering.train(points, index)
-    _, label = index.search(points, 1)
     device = features.own_ND.device
+    taken_N = torch.arange(len(features))
+    if len(features) > k * max_points:
+        taken_N = _faiss_order(len(features), seed)[: k * max_points]
+    taken_N = taken_N.to(device)
+    if len(taken_N) == k:
+        found = _numpy(features.rows(taken_N))
+    else:
+        given = None if initial_KD is None else _numpy(initial_KD)
+        mine_N, place_N = features.place(taken_N)
+        own_ND = features.own_ND[place_N[mine_N]]
+        found, least = None, float("inf")
+        for restart in range(restarts):
+            order_N = _faiss_order(len(taken_N), seed + 1 + restart * 15486557).to(device)
+            first = _numpy(features.rows(taken_N[order_N[:k]])) if given is None else given.copy()
+            centroid, cost = _lloyd(features, own_ND, first, len(taken_N), iterations, spherical)
+            if cost < least * (1 - TIE):
+                found, least = centroid, cost
+        if found is None:
+            raise FloatingPointError("features to be clustered are not finite")
+    index = faiss.IndexFlatL2(features.own_ND.shape[1])
+    index.add(found)
+    _, label = index.search(_numpy(features.own_ND), 1)
     label_N = features.gather(torch.from_numpy(label[:, 0].astype(np.int64)).to(device))
-    centroid_KD = F.normalize(torch.from_numpy(index.reconstruct_n(0, k)).to(device), dim=1)
+    centroid_KD = F.normalize(torch.from_numpy(found).to(features.own_ND), dim=1)
     return Clusters(label_N, centroid_KD, torch.bincount(label_N, minlength=k))
 
 
-def _centroids_of_shares(features: Features, clustering: Any, initial_KD: Tensor | None) -> Any:
-    """faiss's ``Clustering.train`` where nobody has all features: the same draws, the same steps, the same
-    answer but for rounding. An iteration hands K x (D + 1) sums over.
+def _lloyd(
+    features: Features, own_ND: Tensor, centroid_KD: Any, count: int, iterations: int, spherical: bool
+) -> tuple[Any, float]:
+    """One restart: centroids, (K, D) float32 array, and the cost before they moved last; alike on every
+    worker.
 
     Args:
-        features: the shares.
-        clustering: a ``faiss.Clustering`` with its options.
-        initial_KD: as of :func:`kmeans`.
-
-    Returns:
-        (K, D) float32 array, alike on every worker.
+        features: whose sums over workers are asked for.
+        own_ND: this worker's points.
+        centroid_KD: the first centroids.
+        count: points of all workers.
+        iterations: at most; it ends where nothing moves any more.
+        spherical: as of :func:`kmeans`.
     """
-    k, count, most = clustering.k, len(features), clustering.k * clustering.max_points_per_centroid
-    device = features.own_ND.device
-    drawn_N = torch.arange(count)
-    if count > most:
-        drawn_N = _faiss_order(count, clustering.seed)[:most]
-        count = most
-    drawn_N = drawn_N.to(device)
-    mine_N, place_N = features.place(drawn_N)
-    own = features.own_ND[place_N[mine_N]]
-    points = _numpy(own)
-    if count == k:
-        return _numpy(features.rows(drawn_N))
-    best, least = None, float("inf")
-    for restart in range(clustering.nredo):
-        order_N = _faiss_order(count, clustering.seed + 1 + restart * 15486557).to(device)
-        centroid = _numpy(features.rows(drawn_N[order_N[:k]]))
-        if initial_KD is not None:
-            centroid[: len(initial_KD)] = _numpy(initial_KD)
-        if clustering.spherical:
-            faiss.normalize_L2(centroid)
-        cost = 0.0
-        for _ in range(clustering.niter):
-            index = faiss.IndexFlatL2(points.shape[1])
-            index.add(centroid)
-            distance, label = index.search(points, 1)
-            label_N = torch.from_numpy(label[:, 0]).to(device)
-            # with the members' number as one more column, and the cost as one more row
-            sums = torch.zeros(k + 1, own.shape[1] + 1, dtype=torch.float64, device=device)
-            sums[:k].index_add_(0, label_N, F.pad(own.double(), (0, 1), value=1.0))
-            sums[k, 0] = float(distance.sum(dtype=np.float64))
-            total = features.total(sums).cpu().numpy()
-            cost, members = float(total[k, 0]), total[:k, -1]
-            centroid = np.ascontiguousarray(total[:k, :-1] / np.maximum(members, 1)[:, None], np.float32)
-            _split_clusters(centroid, members, count)
-            if clustering.spherical:
-                faiss.normalize_L2(centroid)
-        if cost < least:
-            best, least = centroid, cost
-    return best
+    k, dim = centroid_KD.shape
+    device, points = own_ND.device, _numpy(own_ND)
+    # float64: whichever worker adds what, the mean is the same float32
+    counted_ND = F.pad(own_ND.double(), (0, 1), value=1.0)
+    before, cost = None, 0.0
+    if spherical:
+        faiss.normalize_L2(centroid_KD)
+    for _ in range(iterations):
+        index = faiss.IndexFlatL2(dim)
+        index.add(centroid_KD)
+        distance, label = index.search(points, 1)
+        sums = torch.zeros(k + 1, dim + 1, dtype=torch.float64, device=device)
+        sums[:k].index_add_(0, torch.from_numpy(label[:, 0]).to(device), counted_ND)
+        sums[k, 0] = float(distance.sum(dtype=np.float64))
+        sums[k, 1] = float(before is None or (label != before).any())
+        total = features.total(sums).cpu().numpy()
+        cost, moved, size_K = float(total[k, 0]), total[k, 1], total[:k, -1]
+        if not moved and size_K.all():
+            break
+        before = label
+        centroid_KD = np.ascontiguousarray(total[:k, :-1] / np.maximum(size_K, 1)[:, None], np.float32)
+        _split_clusters(centroid_KD, size_K, count)
+        if spherical:
+            faiss.normalize_L2(centroid_KD)
+    return centroid_KD, cost
 
 
 def _split_clusters(centroid_KD: Any, member_K: Any, count: int) -> None:
@@ -157,7 +158,7 @@ def _faiss_order(count: int, seed: int) -> Tensor:
 
 
 def _numpy(x: Tensor) -> Any:
-    return np.ascontiguousarray(x.float().cpu().numpy())
+    return np.ascontiguousarray(x.cpu().numpy(), np.float32)
 
 
 def concentration(

@@ -49,8 +49,8 @@ class GroupedBatchNorm2d(nn.BatchNorm2d):
             self.running_var.copy_(torch.stack(variances).mean(dim=0))
             return torch.cat(parts)
         group_B = self._group_of_rows(len(x), x.device)
-        member_GB = F.one_hot(group_B, self.groups).T.to(torch.float32)
         x32 = x.float()
+        member_GB = F.one_hot(group_B, self.groups).T.to(x32.dtype)
         pixels = x.shape[2] * x.shape[3]
         # two passes: the one-pass variance cancels catastrophically in fp32
         count_G1 = all_reduce_sum(member_GB.sum(dim=1, keepdim=True)) * pixels
