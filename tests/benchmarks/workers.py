@@ -5,9 +5,9 @@
 Three epochs of each method (both phases of `uem`) on prepared data (`uv run dvc repro prepare pretrain`), in
 processes of this machine joined by gloo; key=value changes the method's block. Prints the losses and how far
 each is from one worker's. Training may be chaotic: in UCDIR's second epoch on the sample, at a rate of 0.05,
-what differs in float64's last digit differs in the third 20 steps later. So in float32 there is a control, one
-worker whose start weights are changed by one part in ten million: more workers should differ no more than it
-does. In float64 the curves should be equal as long as rounding has not grown up.
+what differs in float64's last digit differs in the third 20 steps later. So in float32 there is a control,
+one worker whose start weights are changed by one part in ten million: more workers should differ no more than
+it does. In float64 the curves should be equal as long as rounding has not grown up.
 """
 
 from __future__ import annotations
