@@ -1,10 +1,11 @@
-"""The bank's share of a training step at 1, 2 and 4 workers: time, memory, bytes that travel.
+"""The bank's share of a training step, and K-means, at 1, 2 and 4 workers: time, memory, bytes that travel.
 
     uv run python -m tests.benchmarks.bank [rows, default 1000000] [steps, default 5]
 
 UCDIR's instance- and cluster-wise contrast of one domain (B = 64, D = 128, K = 65), forward and backward,
 then the write, in processes of this machine joined by gloo, one thread each; medians of the steps, of the
-slowest worker. Bytes are counted where they are handed to gloo and compared with the formula.
+slowest worker. K-means: ten iterations from one start, with UCDIR's sample of the rows, and the labels. Bytes
+of a step are counted where they are handed to gloo and compared with the formula.
 """
 
 from __future__ import annotations
@@ -18,12 +19,14 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import faiss
 import numpy as np
 import torch
 from torch import Tensor, multiprocessing
 from torch import distributed as dist
 from torch.nn import functional as F
 
+from ucir.clustering import kmeans
 from ucir.distributed import own_rows
 from ucir.losses.cluster import cluster_contrast
 from ucir.losses.instance import instance_contrast
@@ -78,14 +81,18 @@ def worker(rank: int, world: int, port: int, rows: int, steps: int, out: str) ->
         travelled.append(sent[0])
     extra = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     held = bank.own_ND.numel() * 4
-    torch.save((float(np.median(times[1:])), held, extra * 1024, travelled[-1]), f"{out}/{rank}")
+    faiss.omp_set_num_threads(1)
+    began = time.perf_counter()
+    kmeans(bank, K, iterations=10, restarts=1, seed=0, max_points=2000)
+    clustering = time.perf_counter() - began
+    torch.save((float(np.median(times[1:])), held, extra * 1024, travelled[-1], clustering), f"{out}/{rank}")
     if world > 1:
         dist.destroy_process_group()
 
 
 def main() -> None:
     rows, steps = (int(x) for x in (*sys.argv[1:], *("1000000", "5")[len(sys.argv) - 1 :]))
-    alone = 0.0
+    alone: tuple[float, float] | None = None
     for world in (1, 2, 4):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -93,11 +100,12 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as out:
             multiprocessing.spawn(worker, (world, port, rows, steps, out), nprocs=world)
             found = [torch.load(f"{out}/{rank}") for rank in range(world)]
-        seconds, held, extra, travelled = (max(values) for values in zip(*found, strict=True))
-        alone = alone or seconds
+        seconds, held, extra, travelled, clustering = (max(values) for values in zip(*found, strict=True))
+        alone = alone or (seconds, clustering)
         print(
-            f"{rows} rows, {world} workers: {1000 * seconds:.0f} ms a step ({alone / seconds:.2f} x one's "
-            f"speed), {held / 2**20:.0f} MiB of rows and {extra / 2**20:.0f} MiB more a worker, "
+            f"{rows} rows, {world} workers: {1000 * seconds:.0f} ms a step ({alone[0] / seconds:.2f} x one's "
+            f"speed), K-means {clustering:.1f} s ({alone[1] / clustering:.2f}), "
+            f"{held / 2**20:.0f} MiB of rows and {extra / 2**20:.0f} MiB more a worker, "
             f"{travelled} bytes a step and worker, formula {formula(world)}",
             flush=True,
         )
