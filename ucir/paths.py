@@ -27,3 +27,10 @@ def check_writable(folder: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise UserError(f"{folder}: cannot be written to ({error.strerror})") from None
+
+
+def write_atomically(text: str, path: Path) -> None:
+    """Write a file that is either there as a whole or not at all, whenever the process is killed."""
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text(text, encoding="utf-8")
+    unfinished.replace(path)

@@ -28,6 +28,7 @@ from ucir.cluster.sweep import (
     check_sweep,
     describe_sweep,
     plan_settings,
+    tune_all,
     write_result,
 )
 from ucir.config import ClusterParams, Params, load_params
@@ -221,7 +222,9 @@ print("RESULT", json.dumps({
 
 
 @pytest.mark.slow
-def test_a_sweep_is_killed_and_goes_on_and_gives_everything_back(prepared: Path, store: str) -> None:
+def test_a_sweep_is_killed_and_goes_on_and_gives_everything_back(
+    prepared: Path, store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with_sweep(prepared, trials=5, grace=1, reduction=2)
     command = [sys.executable, "-c", TUNE]
     first = subprocess.Popen(
@@ -257,6 +260,9 @@ def test_a_sweep_is_killed_and_goes_on_and_gives_everything_back(prepared: Path,
     for run in children:
         points = client.get_metric_history(run.info.run_id, "mutual_neighbours")
         assert [p.step for p in points] == list(range(len(points)))
+    monkeypatch.setattr("ucir.cluster.sweep.connect", lambda *given: pytest.fail("repeated"))
+    (again,) = tune_all(load_params(), "try")
+    assert [trial.state for trial in again.trials] == told["states"]
 
 
 @pytest.mark.slow

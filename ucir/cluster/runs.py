@@ -38,7 +38,7 @@ from ucir.methods import METHODS, method_params
 from ucir.methods.base import MethodParams
 from ucir.models.checkpoints import load_encoder, load_state, save_atomically, save_encoder
 from ucir.models.encoder import new_encoder
-from ucir.paths import PACKS, RUNS, STARTS, check_writable
+from ucir.paths import PACKS, RUNS, STARTS, check_writable, write_atomically
 from ucir.retrieval.criteria import criteria
 from ucir.retrieval.metrics import retrieval_scores
 from ucir.training.loop import EpochReport
@@ -277,10 +277,7 @@ class RunReporter:
             spaces = asdict(self.run.spaces)
             own = {"run_key": self.run.key, "label_spaces": spaces, "history": self.history}
             told = {**self.run.tags(), **own}
-            text = json.dumps(told, indent=1)
-            unfinished = self.run.folder / "done.unfinished"  # a kill must not leave half of it
-            unfinished.write_text(text + "\n", encoding="utf-8")
-            unfinished.replace(self.run.folder / "done.json")
+            write_atomically(json.dumps(told, indent=1) + "\n", self.run.folder / "done.json")
             state.unlink(missing_ok=True)
 
     def fault(self, details: dict[str, Any]) -> None:

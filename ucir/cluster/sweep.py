@@ -16,7 +16,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -32,7 +32,7 @@ from ucir.config import PARAMS_FILE, ClusterParams, Dimension, Params, SweepPara
 from ucir.devices import choose_device
 from ucir.errors import UserError, nearest
 from ucir.methods import method_params, params_block
-from ucir.paths import RESULTS, RUNS, check_writable
+from ucir.paths import RESULTS, RUNS, check_writable, write_atomically
 from ucir.progress import Progress
 from ucir.retrieval.criteria import CRITERIA
 from ucir.training.loop import NotFiniteError, epochs
@@ -215,6 +215,12 @@ def _tune(
         "runs": [run.key for run in runs],
     }
     key = hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()[:12]
+    folder = (RUNS / "sweeps").resolve() / f"{title}-{key}"
+    kept = folder / "trials.json"
+    if kept.exists():
+        print(f"tune {title}: finished before ({folder.name})")
+        trials = [Trial(**trial) for trial in json.loads(kept.read_text("utf-8"))]
+        return SweepResult(title, pairs, sweep.objective, trials)
     uri = tracking.tracking_uri()
     tracking.init_store(uri)
     parent = tracking.tracked_run(
@@ -239,7 +245,6 @@ def _tune(
 
     trainable = tune.with_resources(trial, _per_trial(params.cluster))
     longest = max(space["epochs"].ends) if "epochs" in space else runs[0].params.epochs
-    folder = (RUNS / "sweeps").resolve() / f"{title}-{key}"
     logging.getLogger("ray.tune").setLevel(logging.WARNING)
     with Progress(f"tune {title}", count * longest, "epoch") as progress, tracking.status_of(parent):
         _Shown.progress, _Shown.longest = progress, longest
@@ -282,6 +287,8 @@ def _tune(
         for what in ("spearman", "regret")
     }
     parent.log_scores({**best, **ranks, "trials": float(len(trials))})
+    if all(trial.state in ("finished", "stopped") for trial in trials):
+        write_atomically(json.dumps([asdict(trial) for trial in trials], indent=1) + "\n", kept)
     return found
 
 
