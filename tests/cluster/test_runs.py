@@ -207,7 +207,11 @@ def test_what_does_not_fit_the_cluster_is_refused_with_arithmetic(monkeypatch: p
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_run_asked_to_stop_keeps_the_epoch_that_it_is_in(
-    prepared: Path, store: str, monkeypatch: pytest.MonkeyPatch, number: int
+    prepared: Path,
+    store: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    number: int,
 ) -> None:
     run, undisturbed = plan(methods__ucdir__shapes__batch_size=4)[:1] * 2
     original = PairTraining.train_epoch
@@ -228,6 +232,7 @@ def test_a_run_asked_to_stop_keeps_the_epoch_that_it_is_in(
     kept = load_state(state)
     assert (kept["epoch"], kept["midway"]["step"], len(run.history())) == (1, 1, 1)
     train_all([run], ClusterParams())
+    assert "resumes after epoch 1 of 4 and step 1 of the next" in capsys.readouterr().out
     alone = Run(**{**undisturbed.__dict__, "folder": prepared / "runs/alone", "key": "alone"})
     monkeypatch.undo()
     train_all([alone], ClusterParams())

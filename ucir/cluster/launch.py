@@ -25,6 +25,7 @@ os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
 os.environ.setdefault("RAY_AUTH_MODE", "disabled" if "RAY_ADDRESS" not in os.environ else "")
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # of Tune: with it, silence is not silent
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
+os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "300")  # 60 is little for a busy machine
 
 import torch
 
@@ -64,11 +65,14 @@ def train_all(runs: list[Run], cluster: ClusterParams) -> None:
         concurrent = at_once(cluster, "a training")
     with Progress("train", sum(run.params.epochs for run in open_runs), "epoch") as progress:
         for run in open_runs:
-            if resumed := len(run.history()):
-                progress.message(f"{run.name}: resumes after epoch {resumed} of {run.params.epochs}")
+            resumed, steps = len(run.history()), run.steps_kept()
+            if resumed or steps:
+                within = f" and step {steps} of the next" if steps else ""
+                progress.message(f"{run.name}: resumes after epoch {resumed} of {run.params.epochs}{within}")
                 progress.skip(resumed)
         try:
             if concurrent:
+                _end_on_sigterm()
                 failed = _fan_out(open_runs, cluster, uri, concurrent, progress)
             else:
                 failed = _one_by_one(open_runs, cluster, uri, progress)
@@ -165,6 +169,16 @@ def _train_here(
     with lock_run(run), tracking.status_of(tracked):
         advance(0, f"{run.name} begins")
         train(new_training(run, device), RunReporter(run, True, after_epoch, stop or threading.Event()))
+
+
+def _end_on_sigterm() -> None:
+    """As on Ctrl+C: runs are given up in order. Ray's own answer is a stack of C++."""
+
+    def asked(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, asked)
 
 
 @contextlib.contextmanager

@@ -118,6 +118,12 @@ class Run:
             history = load_state(self.folder / "state.pt")["history"]
         return history
 
+    def steps_kept(self) -> int:
+        """Steps of the epoch after those, where a state from the middle of it is kept."""
+        state = self.folder / "state.pt"
+        midway = load_state(state).get("midway") if state.exists() and not self.done else None
+        return int(midway["step"]) if midway else 0
+
 
 def plan_runs(
     params: Params,

@@ -61,7 +61,7 @@ class UemParams(SingleEncoderParams, ClusteredParams):
     epochs: Count = 150
     """Of both phases together."""
     matching_epochs: Annotated[int, Field(ge=0)]
-    """Of the second phase. A third of the epochs (50 of 150) unless given."""
+    """Of the second phase. A third of the epochs (50 of 150), at least one, unless given."""
     clusters: Annotated[tuple[int, ...] | Literal["elbow", "silhouette"], BeforeValidator(several)] = "elbow"
     """K, unknown to UEM: chosen for each domain by itself; or one number."""
     temperature: Positive = 0.07
@@ -84,7 +84,7 @@ class UemParams(SingleEncoderParams, ClusteredParams):
     @classmethod
     def _a_third(cls, given: Any) -> Any:
         epochs = given.get("epochs", cls.model_fields["epochs"].default) if isinstance(given, dict) else None
-        return {"matching_epochs": epochs // 3, **given} if isinstance(epochs, int) else given
+        return {"matching_epochs": max(1, epochs // 3), **given} if isinstance(epochs, int) else given
 
     @model_validator(mode="after")
     def _fits(self) -> Self:

@@ -95,14 +95,23 @@ def save_atomically(state: Any, path: Path) -> None:
             file.flush()
             os.fsync(file.fileno())
         unfinished.replace(path)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except (OSError, RuntimeError) as error:
+        if not _disk_full(error):
             raise
         raise UserError(
             f"{path}: the disk is full: make room, and the same command goes on from there"
         ) from None
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def _disk_full(error: BaseException | None) -> bool:
+    """Whether it began with that; what torch's writer says afterwards is something else."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        error = error.__context__
+    return False
 
 
 def load_state(path: Path) -> Any:
