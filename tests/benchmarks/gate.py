@@ -31,8 +31,8 @@ def rejected(run: Run, weights: str) -> dict[tuple[str, str], list[float]]:
     labels = [np.array([picture.label for picture in index]) for index in indices]
     encoder = new_encoder(run.encoder, 0)
     load_encoder(encoder, run.start if weights == "start" else run.folder / "last.pt")
-    found = extract_features(encoder.eval(), (images[0], images[1]), run.view, torch.device("cpu"))
-    features = [x.own_ND for x in found]
+    shared = extract_features(encoder.eval(), (images[0], images[1]), run.view, torch.device("cpu"))
+    features = [x.own_ND for x in shared]
     classes = sorted(set(labels[0]))
     half = np.random.default_rng(0).permutation(classes)[: len(classes) // 2]
     found: dict[tuple[str, str], list[float]] = {}
