@@ -131,10 +131,10 @@ def test_runs_are_trained_tracked_and_never_repeated(
     # the first attempt dies in the middle of the second pair
     original = PairTraining.train_epoch
 
-    def dies(self: PairTraining, epoch: int, max_steps: int | None = None) -> dict[str, float]:
+    def dies(self: PairTraining, epoch: int, **options: Any) -> dict[str, float]:
         if epoch == 2 and self.images[1].name == "real-life":
             raise RuntimeError("the machine is gone")
-        return original(self, epoch, max_steps)
+        return original(self, epoch, **options)
 
     monkeypatch.setattr(PairTraining, "train_epoch", dies)
     with pytest.raises(UserError, match=r"1 of 2 runs failed: ucdir art-real-life s0.*the machine is gone"):

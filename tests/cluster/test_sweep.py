@@ -91,7 +91,9 @@ def run_trial(params: Params, store: str, values: dict[str, Any], name: str = "t
     """One trial in this process; what it reported."""
     parent = tracking.tracked_run(store, "ucir/sweeps/x", "sweep", "sweep-k", {}, {})
     sweep = params.sweeps["try"]
-    task = TrialTask(params, sweep, params.datasets["shapes"].pairs, parent, "k", str(Path.cwd()))
+    task = TrialTask(
+        params, sweep, sweep.pairs or params.datasets["shapes"].pairs, parent, "k", str(Path.cwd())
+    )
     told: list[dict[str, Any]] = []
     task.run(values, name, torch.device("cpu"), True, told.append)
     return told
