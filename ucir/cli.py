@@ -269,10 +269,11 @@ def tune(
         return
     from ucir.cluster.sweep import describe_sweep, run_sweep
 
-    typer.echo(describe_sweep(params, name))
-    if not dry_run:
-        out = run_sweep(params, name)
-        typer.echo(f"Next: look at {out}/best.yaml, put its block into params.yaml, then `uv run dvc repro`")
+    if dry_run:
+        typer.echo(describe_sweep(params, name))
+        return
+    out = run_sweep(params, name)
+    typer.echo(f"Next: look at {out}/best.yaml, put its block into params.yaml, then `uv run dvc repro`")
 
 
 def _dataset_block(dataset: str) -> DatasetParams:

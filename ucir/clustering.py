@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,11 +78,16 @@ def kmeans(
         given = None if initial_KD is None else _numpy(initial_KD)
         mine_N, place_N = features.place(taken_N)
         own_ND = features.own_ND[place_N[mine_N]]
+        points = _numpy(own_ND)
+        # float64: whichever worker adds what, the mean is the same float32
+        counted_ND = F.pad(own_ND.double(), (0, 1), value=1.0)
         found, least = None, float("inf")
         for restart in range(restarts):
             order_N = _faiss_order(len(taken_N), seed + 1 + restart * 15486557).to(device)
             first = _numpy(features.rows(taken_N[order_N[:k]])) if given is None else given.copy()
-            centroid, cost = _lloyd(features, own_ND, first, len(taken_N), iterations, spherical)
+            centroid, cost = _lloyd(
+                features.total, points, counted_ND, first, len(taken_N), iterations, spherical
+            )
             if cost < least * (1 - TIE):
                 found, least = centroid, cost
         if found is None:
@@ -95,23 +101,28 @@ def kmeans(
 
 
 def _lloyd(
-    features: Features, own_ND: Tensor, centroid_KD: Any, count: int, iterations: int, spherical: bool
+    over_workers: Callable[[Tensor], Tensor],
+    points: Any,
+    counted_ND: Tensor,
+    centroid_KD: Any,
+    count: int,
+    iterations: int,
+    spherical: bool,
 ) -> tuple[Any, float]:
     """One restart: centroids, (K, D) float32 array, and the cost before they moved last; alike on every
     worker.
 
     Args:
-        features: whose sums over workers are asked for.
-        own_ND: this worker's points.
+        over_workers: sum of what each worker has.
+        points: this worker's, (N, D) float32 array.
+        counted_ND: the same, float64, with a column of ones.
         centroid_KD: the first centroids.
         count: points of all workers.
         iterations: at most; it ends where nothing moves any more.
         spherical: as of :func:`kmeans`.
     """
     k, dim = centroid_KD.shape
-    device, points = own_ND.device, _numpy(own_ND)
-    # float64: whichever worker adds what, the mean is the same float32
-    counted_ND = F.pad(own_ND.double(), (0, 1), value=1.0)
+    device = counted_ND.device
     before, cost = None, 0.0
     if spherical:
         faiss.normalize_L2(centroid_KD)
@@ -123,7 +134,7 @@ def _lloyd(
         sums[:k].index_add_(0, torch.from_numpy(label[:, 0]).to(device), counted_ND)
         sums[k, 0] = float(distance.sum(dtype=np.float64))
         sums[k, 1] = float(before is None or (label != before).any())
-        total = features.total(sums).cpu().numpy()
+        total = over_workers(sums).cpu().numpy()
         cost, moved, size_K = float(total[k, 0]), total[k, 1], total[:k, -1]
         if not moved and size_K.all():
             break

@@ -52,9 +52,8 @@ def gather_to_first(x: Tensor, count: int) -> Tensor:
     """All ``count`` rows on the first worker, none on the others; no gradient."""
     if world_size() == 1:
         return x
-    widths = [share.stop - share.start for share in shares(count)]
-    padded = _padded(x, max(widths))
-    parts = [torch.empty_like(padded) for _ in widths] if rank() == 0 else None
+    padded = _padded(x, count)
+    parts = [torch.empty_like(padded) for _ in range(world_size())] if rank() == 0 else None
     dist.gather(padded, parts)
     return _joined(parts, count) if parts else x[:0]
 
@@ -69,9 +68,9 @@ def any_worker(asked: list[bool]) -> list[bool]:
     return [bool(answer) for answer in answers.tolist()]
 
 
-def _padded(x: Tensor, rows: int) -> Tensor:
-    """Collectives want equally many rows of everyone."""
-    missing = rows - len(x)
+def _padded(x: Tensor, count: int) -> Tensor:
+    """This worker's share of ``count`` rows, as long as the longest: collectives want equally many of all."""
+    missing = -(-count // world_size()) - len(x)
     return (torch.cat([x, x.new_zeros(missing, *x.shape[1:])]) if missing else x).contiguous()
 
 
@@ -124,7 +123,7 @@ class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, count: int) -> Tensor:
         ctx.rows = own_rows(count)
-        padded = _padded(x, -(-count // world_size()))
+        padded = _padded(x, count)
         parts = [torch.empty_like(padded) for _ in range(world_size())]
         dist.all_gather(parts, padded)
         return _joined(parts, count)

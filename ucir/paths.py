@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from ucir.errors import UserError
@@ -31,6 +32,6 @@ def check_writable(folder: Path) -> None:
 
 def write_atomically(text: str, path: Path) -> None:
     """Write a file that is either there as a whole or not at all, whenever the process is killed."""
-    unfinished = path.with_suffix(".unfinished")
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.unfinished")
     unfinished.write_text(text, encoding="utf-8")
     unfinished.replace(path)

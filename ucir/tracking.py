@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ucir.paths import RUNS
+from ucir.paths import RUNS, write_atomically
 
 # before mlflow is imported: it reports usage to its makers and warns of a missing git otherwise
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -128,9 +128,7 @@ class TrackedRun:
         if any(told.values()):
             self.unsent.mkdir(parents=True, exist_ok=True)
             own = {**asdict(self), "unsent": str(self.unsent), "run_id": None}
-            unfinished = kept.with_suffix(f".{os.getpid()}")
-            unfinished.write_text(json.dumps({"run": own, "told": told}), encoding="utf-8")
-            unfinished.replace(kept)
+            write_atomically(json.dumps({"run": own, "told": told}), kept)
         return False
 
     def _deliver(self, told: Mapping[str, Any]) -> None:

@@ -65,15 +65,15 @@ def train_all(runs: list[Run], cluster: ClusterParams) -> None:
         concurrent = at_once(cluster, "a training")
     with Progress("train", sum(run.params.epochs for run in open_runs), "epoch") as progress:
         for run in open_runs:
-            resumed, steps = len(run.history()), run.steps_kept()
-            if resumed or steps:
+            history, steps = run.kept()
+            if (resumed := len(history)) or steps:
                 within = f" and step {steps} of the next" if steps else ""
                 progress.message(f"{run.name}: resumes after epoch {resumed} of {run.params.epochs}{within}")
                 progress.skip(resumed)
         try:
             if concurrent:
-                _end_on_sigterm()
-                failed = _fan_out(open_runs, cluster, uri, concurrent, progress)
+                with _answering(_interrupt, signal.SIGTERM):  # Ray's own answer is a stack of C++
+                    failed = _fan_out(open_runs, cluster, uri, concurrent, progress)
             else:
                 failed = _one_by_one(open_runs, cluster, uri, progress)
         except KeyboardInterrupt:
@@ -158,7 +158,7 @@ def _train_here(
     tracked: tracking.TrackedRun,
     device: torch.device,
     advance: Callable[[int, str], None],
-    stop: threading.Event | None = None,
+    stop: threading.Event,
 ) -> None:
     """Train one run in this process."""
 
@@ -168,38 +168,35 @@ def _train_here(
 
     with lock_run(run), tracking.status_of(tracked):
         advance(0, f"{run.name} begins")
-        train(new_training(run, device), RunReporter(run, True, after_epoch, stop or threading.Event()))
-
-
-def _end_on_sigterm() -> None:
-    """As on Ctrl+C: runs are given up in order. Ray's own answer is a stack of C++."""
-
-    def asked(number: int, frame: Any) -> None:
-        raise KeyboardInterrupt
-
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, asked)
+        train(new_training(run, device), RunReporter(run, True, after_epoch, stop))
 
 
 @contextlib.contextmanager
 def _stoppable() -> Iterator[threading.Event]:
-    """An event that the first Ctrl+C or SIGTERM sets; the second is a KeyboardInterrupt.
-
-    Off the main thread, where signals do not come, nobody sets it.
-    """
+    """An event that the first Ctrl+C or SIGTERM sets; the second is a KeyboardInterrupt."""
     stop = threading.Event()
 
-    def asked(number: int, frame: Any) -> None:
+    def asked() -> None:
         if stop.is_set():
-            raise KeyboardInterrupt
+            _interrupt()
         stop.set()
         os.write(2, b"\nstopping after this step; once more to stop at once\n")  # print may be at work
 
-    here = threading.current_thread() is threading.main_thread()
-    numbers = (signal.SIGINT, signal.SIGTERM) if here else ()
-    before = {number: signal.signal(number, asked) for number in numbers}
-    try:
+    with _answering(asked, signal.SIGINT, signal.SIGTERM):
         yield stop
+
+
+def _interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def _answering(asked: Callable[[], None], *numbers: int) -> Iterator[None]:
+    """Call ``asked`` on these signals; off the main thread they do not come."""
+    here = threading.current_thread() is threading.main_thread()
+    before = {number: signal.signal(number, lambda *_: asked()) for number in numbers if here}
+    try:
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -207,7 +204,11 @@ def _stoppable() -> Iterator[threading.Event]:
 
 def _train_alone(run: Run, cluster: ClusterParams, tracked: tracking.TrackedRun, lines: Any) -> None:
     """A task of the cluster: one run on one worker."""
-    _train_here(run, tracked, choose_device(cluster), lambda steps, note: lines.put((steps, note)))
+
+    def advance(steps: int, note: str) -> None:
+        lines.put((steps, note))
+
+    _train_here(run, tracked, choose_device(cluster), advance, threading.Event())
 
 
 def _train_on_workers(run: Run, cluster: ClusterParams, tracked: tracking.TrackedRun, lines: Any) -> None:

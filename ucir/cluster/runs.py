@@ -111,18 +111,16 @@ class Run:
 
     def history(self) -> list[dict[str, float]]:
         """Metrics of the finished epochs."""
-        history: list[dict[str, float]] = []
-        if self.done:
-            history = json.loads((self.folder / "done.json").read_text("utf-8"))["history"]
-        elif (self.folder / "state.pt").exists():
-            history = load_state(self.folder / "state.pt")["history"]
-        return history
+        return self.kept()[0]
 
-    def steps_kept(self) -> int:
-        """Steps of the epoch after those, where a state from the middle of it is kept."""
-        state = self.folder / "state.pt"
-        midway = load_state(state).get("midway") if state.exists() and not self.done else None
-        return int(midway["step"]) if midway else 0
+    def kept(self) -> tuple[list[dict[str, float]], int]:
+        """The history, and the steps of the next epoch where a state from the middle of it is kept."""
+        if self.done:
+            return json.loads((self.folder / "done.json").read_text("utf-8"))["history"], 0
+        if not (self.folder / "state.pt").exists():
+            return [], 0
+        state = load_state(self.folder / "state.pt")
+        return state["history"], state["midway"]["step"] if "midway" in state else 0
 
 
 def plan_runs(
