@@ -1,11 +1,44 @@
-"""The device of a single process; Ray Train gives its workers theirs."""
+"""What a process computes on: its device and its threads."""
 
 from __future__ import annotations
+
+import os
 
 import torch
 
 from ucir.config import ClusterParams
 from ucir.errors import UserError
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def background_threads() -> int:
+    """Threads that render pictures beside the network.
+
+    A Ray worker's share of the machine comes as OMP_NUM_THREADS.
+    """
+    return max(1, min(8, _cores() // 2))
+
+
+def set_threads() -> None:
+    """Give the network (torch, faiss) the cores that rendering leaves.
+
+    Called before a process computes anything, and never with another number: sums over threads are rounded
+    by their number, and a training that goes on in a new process must round as the old one did.
+    """
+    import faiss
+
+    count = max(1, _cores() - background_threads())
+    if torch.get_num_threads() != count:
+        torch.set_num_threads(count)
+    faiss.omp_set_num_threads(count)
+
+
+def _cores() -> int:
+    return int(os.environ.get("OMP_NUM_THREADS") or usable_cores())
 
 
 def wants_gpu(cluster: ClusterParams) -> bool:
@@ -14,11 +47,12 @@ def wants_gpu(cluster: ClusterParams) -> bool:
 
 
 def choose_device(cluster: ClusterParams) -> torch.device:
-    """The first GPU, or the CPU.
+    """The first GPU, or the CPU; sets the threads of this process.
 
     Raises:
         UserError: a GPU is asked for and there is none.
     """
+    set_threads()
     if wants_gpu(cluster) and not torch.cuda.is_available():
         raise UserError("params.yaml: cluster.use_gpu is true, but torch finds no GPU here")
     return torch.device("cuda" if wants_gpu(cluster) else "cpu")

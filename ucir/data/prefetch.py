@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -10,24 +9,10 @@ from typing import TypeVar
 
 import torch
 
+from ucir.devices import background_threads
+
 T = TypeVar("T")
 R = TypeVar("R")
-
-
-def usable_cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def share_cores() -> int:
-    """Divide this process's cores between network and prefetching; returns the prefetching threads.
-
-    A Ray worker's share comes as OMP_NUM_THREADS.
-    """
-    cores = int(os.environ.get("OMP_NUM_THREADS") or usable_cores())
-    background = max(1, min(8, cores // 2))
-    torch.set_num_threads(max(1, cores - background))
-    return background
 
 
 def prefetch(work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
@@ -36,7 +21,7 @@ def prefetch(work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
     torch releases the interpreter while it computes, so threads are enough; each of them runs its
     operations on one core, because small operations lose more than they gain by spreading.
     """
-    workers = share_cores()
+    workers = background_threads()
     waiting: deque[Future[R]] = deque()
     with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         try:

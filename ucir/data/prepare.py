@@ -24,9 +24,9 @@ from ucir.config import DatasetParams, PackParams
 from ucir.data.checks import BadFile, Check, DomainFiles, compare, write_check, write_rows
 from ucir.data.decode import DECODER, decode_image, fitted
 from ucir.data.pack import INDEX_COLUMNS, PackInfo, Picture, map_rows, read_index, read_info, split_pair
-from ucir.data.prefetch import usable_cores
 from ucir.data.source import Located, Reader, Source, Survey, missing_domains, survey
 from ucir.data.splits import label_spaces
+from ucir.devices import usable_cores
 from ucir.errors import UserError
 
 CHUNK = 256

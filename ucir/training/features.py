@@ -9,6 +9,7 @@ import torch
 from ucir.config import ViewParams
 from ucir.data.augment import eval_views
 from ucir.data.pack import DomainImages
+from ucir.data.prefetch import prefetch
 from ucir.data.spectrum import phase_views
 from ucir.distributed import own_rows
 from ucir.memory import Features
@@ -46,13 +47,15 @@ def _domain_features(
     phase: bool,
 ) -> Features:
     own = own_rows(len(domain))
-    parts = []
-    for first in range(own.start, own.stop, CHUNK):
+
+    def render(first: int) -> torch.Tensor:
         rows = slice(first, min(first + CHUNK, own.stop))
-        pixels = torch.from_numpy(domain.pixels(rows)).to(device)
-        size = torch.from_numpy(domain.size_N2[rows])
-        views = eval_views(pixels, size, view.side, view.eval_crop)
-        parts.append(encoder(phase_views(views) if phase else views, pooled))
+        pixels = torch.from_numpy(domain.pixels(rows))
+        views = eval_views(pixels, torch.from_numpy(domain.size_N2[rows]), view.side, view.eval_crop)
+        return phase_views(views) if phase else views
+
+    starts = range(own.start, own.stop, CHUNK)
+    parts = [encoder(views.to(device), pooled) for views in prefetch(render, starts)]
     head, before = encoder.feature_dim, encoder.pooled_dim
     length = {False: head, True: before, "both": head + before}[pooled]
     own_ND = torch.cat(parts) if parts else torch.empty(0, length, device=device)

@@ -23,6 +23,7 @@ from ucir.config import EncoderParams, ViewParams
 from ucir.data.batches import PairBatches
 from ucir.data.pack import DomainImages
 from ucir.data.prefetch import prefetch
+from ucir.devices import set_threads
 from ucir.distributed import gather_rows, world_size
 from ucir.errors import UserError
 from ucir.memory import Features
@@ -141,6 +142,7 @@ class PairTraining:
         method: Method[Any],
         device: torch.device,
     ) -> None:
+        set_threads()
         params = method.params
         if 2 * params.batch_size < world_size():
             raise UserError(
