@@ -5,15 +5,17 @@ from __future__ import annotations
 import sys
 
 from ucir.errors import run_main
-from ucir.evaluation import evaluate_method
 from ucir.paths import RESULTS
-from ucir.study import load_study
+from ucir.retrieval.evaluation import evaluate_method
+from ucir.runs.params import gate_choice
+from ucir.runs.study import load_study
 
 
 def main() -> None:
     params = load_study()
     part = params.study.runs[sys.argv[1]]
-    evaluate_method(params, part.dataset, part.setting, part.method, RESULTS)
+    gate = gate_choice(params, part.dataset, part.method)
+    evaluate_method(params, part.dataset, part.setting, part.method, gate, RESULTS)
 
 
 if __name__ == "__main__":

@@ -5,13 +5,16 @@ from __future__ import annotations
 import sys
 
 from ucir.errors import run_main
-from ucir.evaluation import evaluate_start
 from ucir.paths import RESULTS
-from ucir.study import load_study
+from ucir.retrieval.evaluation import evaluate_start
+from ucir.runs.params import gate_choice
+from ucir.runs.study import load_study
 
 
 def main() -> None:
-    evaluate_start(load_study(), sys.argv[1], RESULTS)
+    params, key = load_study(), sys.argv[1]
+    gate = gate_choice(params, params.study.settings[key].dataset, None)
+    evaluate_start(params, key, gate, RESULTS)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from ucir.data.prepare import prepared_domains, write_pack
 from ucir.errors import run_main
 from ucir.paths import PACKS, check_writable
 from ucir.progress import by_domain
-from ucir.study import load_study
+from ucir.runs.study import load_study
 
 
 def main() -> None:

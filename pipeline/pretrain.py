@@ -2,36 +2,35 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 
+from ucir.cluster.launch import train_all
 from ucir.data.fetch import local_start
-from ucir.data.pack import open_domain, read_info
-from ucir.devices import choose_device
 from ucir.errors import run_main
-from ucir.paths import PACKS, STARTS, check_writable
-from ucir.progress import Progress
-from ucir.study import load_study
-from ucir.training.pretrain import make_start
+from ucir.models.checkpoints import save_encoder
+from ucir.models.encoder import new_encoder
+from ucir.paths import STARTS, check_writable
+from ucir.runs.run import PRETRAIN, plan_start
+from ucir.runs.study import load_study
+from ucir.training.start import given_start
 
 
 def main() -> None:
     dataset = sys.argv[1]
     params = load_study()
     block = params.datasets[dataset]
-    pack, out = PACKS / dataset, STARTS / dataset
+    out = STARTS / dataset
     check_writable(out)
     start = local_start(block.start)
-    domains = [open_domain(pack, domain) for domain in read_info(pack).counts]
-    steps = start.pretrain.steps if start.pretrain else 0
-    with Progress("pretrain", steps, "step") as progress:
-        make_start(
-            domains,
-            block.view,
-            start,
-            out,
-            choose_device(params.cluster),
-            lambda step, total, loss: progress.advance(1, f"loss {loss:.3f}"),
-        )
+    if start.pretrain:
+        run = plan_start(block, dataset)
+        train_all([run], params.cluster, PRETRAIN)
+        shutil.copyfile(run.folder / "last.pt", out / "start.pt")
+    else:
+        save_encoder(given_start(start), out / "start.pt")
+    seed = start.pretrain.seed if start.pretrain else 0
+    save_encoder(new_encoder(start.encoder, seed), out / "untrained.pt")
     print(f"pretrain: start weights in {out / 'start.pt'}")
 
 

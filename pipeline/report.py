@@ -7,7 +7,7 @@ from ucir.errors import run_main
 from ucir.paths import PACKS, REPORTS, RESULTS
 from ucir.reports.table import plain
 from ucir.reports.write import log_summaries, write_report
-from ucir.study import load_study
+from ucir.runs.study import load_study
 
 
 def main() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from ucir.config import load_params
+from ucir.config.load import load_params
 from ucir.data.digits import make_digits
 from ucir.errors import UserError, run_main
 

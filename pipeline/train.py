@@ -5,10 +5,10 @@ from __future__ import annotations
 import sys
 
 from ucir.cluster.launch import train_all
-from ucir.cluster.runs import materialise, plan_runs
 from ucir.errors import run_main
 from ucir.paths import RESULTS, check_writable
-from ucir.study import load_study
+from ucir.runs.run import materialise, plan_runs
+from ucir.runs.study import load_study
 
 
 def main() -> None:

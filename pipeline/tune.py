@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 
-from ucir.cluster.sweep import run_sweep
+from ucir.cluster.tune import run_sweep
 from ucir.errors import run_main
-from ucir.study import load_study
+from ucir.runs.study import load_study
 
 
 def main() -> None:

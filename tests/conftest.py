@@ -29,7 +29,8 @@ import yaml
 from hypothesis import settings
 from PIL import Image
 
-from ucir.config import PackParams, load_params
+from ucir.config.data import PackParams
+from ucir.config.load import load_params
 from ucir.data.prepare import write_pack
 from ucir.models.checkpoints import save_encoder
 from ucir.models.encoder import new_encoder

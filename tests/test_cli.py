@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from tests.conftest import ROOT, run_python
 from ucir.cli import app
-from ucir.config import load_params
+from ucir.config.load import load_params
 from ucir.errors import UserError
 
 UCIR = ("-c", "from ucir.cli import main; main()")

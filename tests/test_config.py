@@ -9,11 +9,12 @@ import pytest
 import yaml
 
 from tests.conftest import ROOT, tiny_params, write_params
-from ucir.config import load_params
+from ucir.config.load import load_params
 from ucir.errors import UserError
-from ucir.methods import METHODS, method_params
+from ucir.methods.registry import METHODS
 from ucir.methods.ucdir import UcdirParams
-from ucir.study import activate, study_block
+from ucir.runs.params import method_params
+from ucir.runs.study import activate, study_block
 
 
 def load(folder: Path, change: dict[str, Any]) -> None:

@@ -7,7 +7,9 @@ from typing import Annotated
 
 import typer
 
-from ucir.config import PARAMS_FILE, DatasetParams, load_params, without_study
+from ucir.config.base import PARAMS_FILE
+from ucir.config.data import DatasetParams
+from ucir.config.load import load_params, without_study
 from ucir.errors import UserError, nearest, run_main
 
 app = typer.Typer(
@@ -65,7 +67,7 @@ def study(
 
     Then `uv run ucir study mine.yaml` and `uv run dvc repro`.
     """
-    from ucir.study import activate, describe_recipes
+    from ucir.runs.study import activate, describe_recipes
 
     if name is None:
         typer.echo(describe_recipes())
@@ -87,7 +89,7 @@ def plan(
 
     Trains a few steps on noise with each encoder and method to measure this machine; needs no pictures.
     """
-    from ucir.cluster.plan import describe_hours, describe_runs, plan_study
+    from ucir.runs.cost import describe_hours, describe_runs, plan_study
 
     params = load_params(overrides=list(overrides or []))
     chosen = plan_study(params, name or params.study.name)
@@ -129,7 +131,7 @@ def fetch(
     Goes on where an earlier attempt stopped and verifies what has a published digest. Archives are read
     in place: nothing needs to be unpacked.
     """
-    from ucir.catalogue import entry, names
+    from ucir.data.catalogue import entry, names
     from ucir.data.fetch import fetch as fetch_files
     from ucir.data.fetch import local_start, unpack
     from ucir.data.source import is_archive
@@ -187,7 +189,7 @@ def train(
     The data set must have been prepared once: `uv run dvc repro prepare pretrain` does it. The
     same command goes on where a killed one stopped, and does nothing for runs that are done.
     """
-    from ucir.cluster.runs import plan_runs
+    from ucir.runs.run import plan_runs
 
     changes = list(overrides or [])
     if num_workers is not None:
@@ -202,13 +204,13 @@ def train(
         tuple(seed) if seed else None,
     )
     if dry_run:
-        from ucir.cluster.plan import describe
+        from ucir.runs.cost import describe
 
         typer.echo(describe(runs, params))
         return
     from ucir.cluster.launch import train_all
-    from ucir.evaluation import last_scores
     from ucir.reports.table import direction_table, display_name, plain
+    from ucir.runs.scores import last_scores
 
     train_all(runs, params.cluster)
     block = params.datasets[dataset]
@@ -255,7 +257,7 @@ def tune(
 
     Criteria: mixing, mutual_neighbours, transport, rank, cluster_cycle, silhouette, stability, density.
 
-    A trial trains all pairs with one setting; its score is the mean of the objective over them. The
+    A trial trains all pairs with one candidate; its score is the mean of the objective over them. The
     objective needs no labels unless it is `oracle` (P@K). The same command goes on where a killed one
     stopped; trials are runs like any other and never repeated. What was found lies in
     results/sweeps/NAME: best.yaml (look at it, then copy it into params.yaml), trials.csv, criteria.csv.
@@ -267,11 +269,13 @@ def tune(
             typer.echo(f"{sweep}: {block.method} on {block.dataset}, {block.trials} trials over {keys}")
         typer.echo("Next: `uv run ucir tune NAME`, or write your own under `sweeps` (`ucir tune --help`)")
         return
-    from ucir.cluster.sweep import describe_sweep, run_sweep
-
     if dry_run:
+        from ucir.runs.sweep import describe_sweep
+
         typer.echo(describe_sweep(params, name))
         return
+    from ucir.cluster.tune import run_sweep
+
     out = run_sweep(params, name)
     typer.echo(f"Next: look at {out}/best.yaml, put its block into params.yaml, then `uv run dvc repro`")
 

@@ -6,7 +6,7 @@ import os
 
 import torch
 
-from ucir.config import ClusterParams
+from ucir.config.cluster import ClusterParams
 from ucir.errors import UserError
 
 

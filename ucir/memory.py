@@ -18,7 +18,7 @@ from ucir.distributed import (
     shares,
     world_size,
 )
-from ucir.losses import full_precision
+from ucir.precision import full_precision
 
 
 class Features:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ucir.errors import UserError
 
+CODE = Path("data/code")
 PACKS = Path("data/packs")
 WEIGHTS = Path("data/weights")
 STARTS = Path("data/start")

@@ -8,6 +8,7 @@ neither runs nor points. Store: ``MLFLOW_TRACKING_URI``, else ``sqlite:///mlflow
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -206,13 +207,54 @@ def tracked_run(
         uri: tracking address.
         experiment: ``ucir/<dataset>``.
         name: what the UI shows.
-        key: identifies the run for good; see :mod:`ucir.cluster.runs`.
+        key: identifies the run for good; see :mod:`ucir.runs.run`.
         tags: to filter and group by.
         params: what one would put on an axis; written once.
     """
     run = TrackedRun(uri, experiment, name, key, dict(tags), dict(params), UNSENT.resolve())
     run.find()
     return run
+
+
+class ScoreTracker:
+    """One flat run for each direction and seed, holding its final scores.
+
+    Args:
+        dataset, setting, method: tags, and the experiment's name.
+        params: of the network, to filter by.
+    """
+
+    def __init__(self, dataset: str, setting: str, method: str, params: Mapping[str, Any]) -> None:
+        self.uri = tracking_uri()
+        init_store(self.uri)
+        self.dataset, self.setting, self.method = dataset, setting, method
+        self.params = params
+
+    def log(
+        self, trained_run_key: str, query: str, gallery: str, seed: int, values: Mapping[str, float]
+    ) -> None:
+        """Other scores of the same weights (another view, other cutoffs) are another run."""
+        content = [trained_run_key, query, gallery, self.setting, values]
+        run = tracked_run(
+            self.uri,
+            f"ucir/{self.dataset}",
+            f"{self.method} {query}→{gallery} s{seed}",
+            hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12],
+            {
+                "dataset": self.dataset,
+                "setting": self.setting,
+                "method": self.method,
+                "query": query,
+                "gallery": gallery,
+                "pair": "-".join(sorted((query, gallery))),
+                "seed": str(seed),
+                "stage": "evaluate",
+                "trained_run_key": trained_run_key,
+            },
+            self.params,
+        )
+        with status_of(run):
+            run.log_scores(values)
 
 
 def send_unsent(uri: str) -> None:

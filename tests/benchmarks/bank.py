@@ -26,11 +26,11 @@ from torch import Tensor, multiprocessing
 from torch import distributed as dist
 from torch.nn import functional as F
 
-from ucir.clustering import kmeans
 from ucir.distributed import own_rows
 from ucir.losses.cluster import cluster_contrast
 from ucir.losses.instance import instance_contrast
 from ucir.memory import Bank, Features
+from ucir.prototypes.clustering import kmeans
 
 B, D, K, T = 64, 128, 65, 0.2
 

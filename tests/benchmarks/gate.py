@@ -14,17 +14,17 @@ import sys
 import numpy as np
 import torch
 
-from ucir.cluster.runs import Run, plan_runs
-from ucir.config import load_params
+from ucir.config.load import load_params
 from ucir.data.pack import open_domain, read_index
-from ucir.methods import METHODS
+from ucir.methods.registry import params_block
 from ucir.models.checkpoints import load_encoder
 from ucir.models.encoder import new_encoder
-from ucir.retrieval.gate import fit_gate
-from ucir.training.features import extract_features
+from ucir.models.features import extract_features
+from ucir.retrieval.gate import GATES, fit_gate
+from ucir.runs.run import PairRun, plan_runs
 
 
-def rejected(run: Run, weights: str) -> dict[tuple[str, str], list[float]]:
+def rejected(run: PairRun, weights: str) -> dict[tuple[str, str], list[float]]:
     """Percent of the queries by (gallery, clusters), a value for each direction."""
     indices = [read_index(run.pack, domain) for domain in run.pair]
     images = [open_domain(run.pack, d, index) for d, index in zip(run.pair, indices, strict=True)]
@@ -42,7 +42,7 @@ def rejected(run: Run, weights: str) -> dict[tuple[str, str], list[float]]:
         for name, chosen in (("identical", same), ("disjoint", ~same)):
             for told, clusters in (("elbow", "elbow"), ("classes", len(half))):
                 there = features[gallery][chosen]
-                gate = fit_gate(METHODS[run.method].gate, asked, there, clusters)
+                gate = fit_gate(GATES.get(params_block(run.method), "spread"), asked, there, clusters)
                 share = (gate.scores(asked, there) > 0).float().mean()
                 found.setdefault((name, told), []).append(100 * float(share))
     return found

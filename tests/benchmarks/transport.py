@@ -2,7 +2,8 @@
 
 Both arms do the optimal transport of one ProtoOT step with all terms: both domains' banks to their own
 prototypes, which are renewed, then each bank to the other's. The dense arm is the release's way: the whole
-plan, N x K, exponentiated and normalised in place, four times a step. Ours is :mod:`ucir.transport`.
+plan, N x K, exponentiated and normalised in place, four times a step. Ours is
+:mod:`ucir.prototypes.transport`.
 
 Arms alternate on one thread; memory is measured in a process of its own for each arm, as the growth of its
 peak over what the banks take.
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ucir.transport import plan_rows, potential, transport
+from ucir.prototypes.transport import plan_rows, potential, transport
 
 DIM = 128
 BATCH = 64

@@ -23,10 +23,9 @@ import torch
 from torch import distributed as dist
 from torch import multiprocessing
 
-from ucir.cluster.launch import new_training
-from ucir.cluster.runs import Run, plan_runs
-from ucir.config import load_params
-from ucir.training.loop import EpochReport, train
+from ucir.config.load import load_params
+from ucir.runs.run import PairRun, plan_runs
+from ucir.training.epochs import EpochReport, train
 
 WORLDS = {"1 worker": 1, "2 workers": 2, "4 workers": 4, "control": 1}
 EPOCHS = 3
@@ -54,7 +53,7 @@ class Kept:
         raise AssertionError(details)
 
 
-def worker(rank: int, world: int, port: int, run: Run, factor: float, double: bool, out: str) -> None:
+def worker(rank: int, world: int, port: int, run: PairRun, factor: float, double: bool, out: str) -> None:
     torch.set_num_threads(1)
     if double:  # the program knows float32 alone, and says so in these two ways
         torch.set_default_dtype(torch.float64)
@@ -63,7 +62,7 @@ def worker(rank: int, world: int, port: int, run: Run, factor: float, double: bo
     if world > 1:
         dist.init_process_group("gloo", rank=rank, world_size=world)
     kept = Kept()
-    training = new_training(run, torch.device("cpu"))
+    training = run.new_training(torch.device("cpu"))
     with torch.no_grad():
         for weight in training.query.parameters():
             weight.mul_(factor)
@@ -74,7 +73,7 @@ def worker(rank: int, world: int, port: int, run: Run, factor: float, double: bo
         dist.destroy_process_group()
 
 
-def curve(run: Run, world: int, factor: float, double: bool) -> list[dict[str, float]]:
+def curve(run: PairRun, world: int, factor: float, double: bool) -> list[dict[str, float]]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -17,18 +17,22 @@ import pytest
 import torch
 from mlflow import MlflowClient
 
-from ucir.cluster.launch import at_once, connect, new_training, train_all
-from ucir.cluster.plan import describe
-from ucir.cluster.runs import Run, RunReporter, materialise, open_pair, plan_runs
-from ucir.config import ClusterParams, checked, load_params
+from ucir.cluster.launch import at_once, connect, train_all
+from ucir.config.base import checked
+from ucir.config.cluster import ClusterParams
+from ucir.config.load import load_params
 from ucir.devices import choose_device
 from ucir.errors import UserError
 from ucir.models.checkpoints import load_state, save_encoder
 from ucir.models.encoder import new_encoder
-from ucir.training.loop import PairTraining, epochs
+from ucir.runs.cost import describe
+from ucir.runs.reporter import RunReporter
+from ucir.runs.run import PairRun, materialise, plan_runs
+from ucir.training.epochs import epochs
+from ucir.training.training import Training
 
 
-def plan(**changes: Any) -> list[Run]:
+def plan(**changes: Any) -> list[PairRun]:
     """Runs of the tiny study; changes are keys of params.yaml with dots as double underscores."""
     overrides = [f"{key.replace('__', '.')}={value}" for key, value in changes.items()]
     return plan_runs(load_params(overrides=overrides), "shapes", "closed", "ucdir")
@@ -105,7 +109,7 @@ def test_partial_and_open_share_their_trainings(prepared: Path) -> None:
         assert run.folder == other.folder
         assert run.directions == [pair]
         assert other.directions == [pair[::-1]]
-        for one, two in zip(open_pair(run), open_pair(other), strict=True):
+        for one, two in zip(run.images(), other.images(), strict=True):
             assert (one.name, one.row_N.tolist()) == (two.name, two.row_N.tolist())
     assert len({run.key for run in [*partial.values(), *opened.values()]}) == 2
 
@@ -129,14 +133,14 @@ def test_runs_are_trained_tracked_and_never_repeated(
     assert "runs: 2" in describe(runs, load_params())
 
     # the first attempt dies in the middle of the second pair
-    original = PairTraining.train_epoch
+    original = Training.train_epoch
 
-    def dies(self: PairTraining, epoch: int, **options: Any) -> dict[str, float]:
+    def dies(self: Training, epoch: int, **options: Any) -> dict[str, float]:
         if epoch == 2 and self.images[1].name == "real-life":
             raise RuntimeError("the machine is gone")
         return original(self, epoch, **options)
 
-    monkeypatch.setattr(PairTraining, "train_epoch", dies)
+    monkeypatch.setattr(Training, "train_epoch", dies)
     with pytest.raises(UserError, match=r"1 of 2 runs failed: ucdir art-real-life s0.*the machine is gone"):
         train_all(runs, cluster)
     assert [run.done for run in runs] == [True, False]
@@ -144,7 +148,7 @@ def test_runs_are_trained_tracked_and_never_repeated(
     assert not (runs[0].folder / "state.pt").exists(), "a finished run needs no state"
     finished = (runs[0].folder / "done.json").stat().st_mtime_ns
 
-    monkeypatch.setattr(PairTraining, "train_epoch", original)
+    monkeypatch.setattr(Training, "train_epoch", original)
     capsys.readouterr()
     train_all(runs, cluster)
     assert (runs[0].folder / "done.json").stat().st_mtime_ns == finished
@@ -154,7 +158,7 @@ def test_runs_are_trained_tracked_and_never_repeated(
     train_all(runs, cluster)  # nothing left to do
 
     # undisturbed, the second pair ends alike
-    other = Run(**{**runs[1].__dict__, "folder": prepared / "runs/other", "key": "undisturbed"})
+    other = PairRun(**{**runs[1].__dict__, "folder": prepared / "runs/other", "key": "undisturbed"})
     train_all([other], cluster)
     assert other.history()[3]["train/loss_total"] == pytest.approx(
         runs[1].history()[3]["train/loss_total"], rel=0
@@ -214,9 +218,9 @@ def test_a_run_asked_to_stop_keeps_the_epoch_that_it_is_in(
     number: int,
 ) -> None:
     run, undisturbed = plan(methods__ucdir__shapes__batch_size=4)[:1] * 2
-    original = PairTraining.train_epoch
+    original = Training.train_epoch
 
-    def asked(self: PairTraining, epoch: int, **options: Any) -> dict[str, float]:
+    def asked(self: Training, epoch: int, **options: Any) -> dict[str, float]:
         if epoch == 1 and not state.exists():
             raise AssertionError("the first epoch's state is missing")
         if epoch == 1 and load_state(state)["epoch"] == 0:
@@ -224,7 +228,7 @@ def test_a_run_asked_to_stop_keeps_the_epoch_that_it_is_in(
         return original(self, epoch, **options)
 
     state = run.folder / "state.pt"
-    monkeypatch.setattr(PairTraining, "train_epoch", asked)
+    monkeypatch.setattr(Training, "train_epoch", asked)
     handler = signal.getsignal(number)
     with pytest.raises(KeyboardInterrupt):
         train_all([run], ClusterParams())
@@ -233,7 +237,7 @@ def test_a_run_asked_to_stop_keeps_the_epoch_that_it_is_in(
     assert (kept["epoch"], kept["midway"]["step"], len(run.history())) == (1, 1, 1)
     train_all([run], ClusterParams())
     assert "resumes after epoch 1 of 4 and step 1 of the next" in capsys.readouterr().out
-    alone = Run(**{**undisturbed.__dict__, "folder": prepared / "runs/alone", "key": "alone"})
+    alone = PairRun(**{**undisturbed.__dict__, "folder": prepared / "runs/alone", "key": "alone"})
     monkeypatch.undo()
     train_all([alone], ClusterParams())
     one, two = (load_state(r.folder / "last.pt")["state_dict"] for r in (run, alone))
@@ -266,13 +270,13 @@ def test_a_full_disk_costs_nothing_but_the_epoch(
 def test_a_state_is_kept_in_the_middle_of_an_epoch(
     prepared: Path, monkeypatch: pytest.MonkeyPatch, why: str
 ) -> None:
-    monkeypatch.setattr("ucir.cluster.runs.KEEP_SECONDS", -1 if why == "a long epoch" else 1000)
-    monkeypatch.setattr("ucir.cluster.runs.LOOK_SECONDS", -1)
+    monkeypatch.setattr("ucir.runs.reporter.KEEP_SECONDS", -1 if why == "a long epoch" else 1000)
+    monkeypatch.setattr("ucir.runs.reporter.LOOK_SECONDS", -1)
     (run,) = plan(methods__ucdir__shapes__batch_size=4)[:1]
     reporter = RunReporter(run, leaving=lambda: why == "a machine leaves")
-    progress = epochs(new_training(run, choose_device(ClusterParams())), reporter)
+    progress = epochs(run.new_training(choose_device(ClusterParams())), reporter)
     next(progress)
-    monkeypatch.setattr(PairTraining, "check_finite", lambda *given: pytest.fail("killed"))
+    monkeypatch.setattr(Training, "check_finite", lambda *given: pytest.fail("killed"))
     with pytest.raises(pytest.fail.Exception, match="killed"):
         next(progress)
     kept = load_state(run.folder / "state.pt")
@@ -305,7 +309,7 @@ def test_many_runs_at_once_outlive_a_killed_worker_and_a_spoilt_run(prepared: Pa
     assert 0 < killed[0] < 60
     assert [len(run.history()) for run in good] == [60, 60]
     assert not spoilt[0].done
-    alone = Run(**{**good[0].__dict__, "folder": prepared / "runs/alone", "key": "alone"})
+    alone = PairRun(**{**good[0].__dict__, "folder": prepared / "runs/alone", "key": "alone"})
     train_all([alone], ClusterParams())
     one, two = (load_state(run.folder / "last.pt")["state_dict"] for run in (good[0], alone))
     assert all(torch.equal(one[key], two[key]) for key in one)
@@ -329,7 +333,7 @@ def test_two_ray_workers_train_what_one_process_does(prepared: Path, store: str)
     (run,) = plan_runs(load_params(), "shapes", "closed", "ucdir", ("art-photo",))
     train_all([run], ClusterParams(num_workers=2, cpus_per_worker=1))
     assert run.done
-    alone = Run(**{**run.__dict__, "folder": prepared / "runs/alone", "key": "alone"})
+    alone = PairRun(**{**run.__dict__, "folder": prepared / "runs/alone", "key": "alone"})
     train_all([alone], ClusterParams())
     for one, many in zip(alone.history(), run.history(), strict=True):
         for name in ("train/loss_total", "train/loss_instance_a", "val/mAP_at_All"):
@@ -369,18 +373,3 @@ def test_an_elastic_training_goes_on_with_the_workers_that_are_left(prepared: Pa
     assert len(workers) == 80
     assert (workers[0], workers[-1]) == (2, 1)
     assert workers == sorted(workers, reverse=True)
-
-
-def test_the_dvc_stages_name_every_file_that_a_run_key_hashes(tmp_path: Path) -> None:
-    """Else an edit would not make DVC look, and the old result would stay."""
-    import yaml
-
-    import ucir
-    from tests.conftest import ROOT
-    from ucir.cluster.runs import code_files
-
-    stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
-    deps = [ROOT / dep for dep in stages["train"]["do"]["deps"] if "$" not in dep]
-    assert Path(ucir.__file__).parent == ROOT / "ucir"
-    for file in code_files("ucdir"):
-        assert any(file == dep or dep in file.parents for dep in deps), file

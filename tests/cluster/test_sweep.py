@@ -20,21 +20,17 @@ from mlflow import MlflowClient
 from tests.conftest import tiny_params, write_params
 from ucir import tracking
 from ucir.cluster.launch import train_all
-from ucir.cluster.runs import RunReporter, plan_runs
-from ucir.cluster.sweep import (
-    SweepResult,
-    Trial,
-    TrialTask,
-    check_sweep,
-    describe_sweep,
-    plan_settings,
-    tune_all,
-    write_result,
-)
-from ucir.config import ClusterParams, Params, load_params
+from ucir.cluster.tune import TrialTask, tune_all
+from ucir.config.cluster import ClusterParams
+from ucir.config.load import Params, load_params
 from ucir.errors import UserError
 from ucir.retrieval.criteria import CRITERIA
-from ucir.training.loop import EpochReport, NotFiniteError, PairTraining
+from ucir.runs.reporter import RunReporter
+from ucir.runs.run import plan_runs
+from ucir.runs.sweep import SweepResult, Trial, check_sweep, describe_sweep, plan_candidate, write_result
+from ucir.training.diagnosis import NotFiniteError
+from ucir.training.epochs import EpochReport
+from ucir.training.training import Training
 
 SPACE = {"temperature": {"loguniform": [0.05, 0.5]}, "clusters": [2, 3]}
 
@@ -71,7 +67,7 @@ def test_a_sweep_with_a_fault_starts_nothing(changes: dict[str, Any], told: str,
 
 def test_epochs_of_the_trials_stay_out_of_what_is_found(prepared: Path) -> None:
     params = with_sweep(prepared, epochs=2)
-    runs = plan_settings(params, params.sweeps["try"], {"lr": 0.02})
+    runs = plan_candidate(params, params.sweeps["try"], {"lr": 0.02})
     assert {(run.params.epochs, run.params.lr) for run in runs} == {(2, 0.02)}
     write_result([a_result([10, 30, 20], [0.1, 0.4, 0.2])], params, "try", prepared / "out")
     block = yaml.safe_load((prepared / "out/best.yaml").read_text())["methods"]["ucdir"]["shapes"]
@@ -82,7 +78,7 @@ def test_keys_may_be_given_by_their_path(prepared: Path) -> None:
     params = with_sweep(prepared, space={"methods.ucdir.shapes.lr": [0.01, 0.02]}, search="grid")
     _, space = check_sweep(params, "try")
     assert list(space) == ["lr"]
-    assert "2 settings of lr" in describe_sweep(params, "try")
+    assert "2 candidates of lr" in describe_sweep(params, "try")
     with pytest.raises(UserError, match="sweep 'tri' is unknown; did you mean 'try'"):
         check_sweep(params, "tri")
 
@@ -103,7 +99,7 @@ def test_a_trial_reports_the_mean_over_pairs_and_is_an_ordinary_training(prepare
     params = with_sweep(prepared)
     told = run_trial(params, store, {"temperature": 0.3})
     assert [entry["epoch"] for entry in told] == [1, 2, 3, 4]
-    runs = plan_settings(params, params.sweeps["try"], {"temperature": 0.3})
+    runs = plan_candidate(params, params.sweeps["try"], {"temperature": 0.3})
     for epoch, entry in enumerate(told):
         for name in CRITERIA:
             mean = sum(run.history()[epoch][f"quality/{name}"] for run in runs) / len(runs)
@@ -154,13 +150,13 @@ def test_a_setting_whose_loss_is_no_number_is_the_worst_and_the_rest_goes_on(
 ) -> None:
     params = with_sweep(prepared)
 
-    def spoilt(self: PairTraining, epoch: int, **options: Any) -> dict[str, float]:
+    def spoilt(self: Training, epoch: int, **options: Any) -> dict[str, float]:
         if epoch == 2:
             raise NotFiniteError("epoch 2, step 0: a loss is not finite")
         return original(self, epoch, **options)
 
-    original = PairTraining.train_epoch
-    monkeypatch.setattr(PairTraining, "train_epoch", spoilt)
+    original = Training.train_epoch
+    monkeypatch.setattr(Training, "train_epoch", spoilt)
     told = run_trial(params, store, {"temperature": 0.2})
     assert [entry["score"] for entry in told][-1] == -1.0
     assert "not finite" in told[-1]["fault"]
@@ -207,8 +203,8 @@ def test_what_is_found_is_a_block_for_params_yaml(prepared: Path) -> None:
 
 TUNE = """
 import json, ray
-from ucir.cluster.sweep import tune_all
-from ucir.config import load_params
+from ucir.cluster.tune import tune_all
+from ucir.config.load import load_params
 (found,) = tune_all(load_params(), "try")
 import time
 for _ in range(40):
@@ -262,7 +258,7 @@ def test_a_sweep_is_killed_and_goes_on_and_gives_everything_back(
     for run in children:
         points = client.get_metric_history(run.info.run_id, "mutual_neighbours")
         assert [p.step for p in points] == list(range(len(points)))
-    monkeypatch.setattr("ucir.cluster.sweep.connect", lambda *given: pytest.fail("repeated"))
+    monkeypatch.setattr("ucir.cluster.tune.connect", lambda *given: pytest.fail("repeated"))
     (again,) = tune_all(load_params(), "try")
     assert [trial.state for trial in again.trials] == told["states"]
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.v2 import functional as tv
 
-from ucir.config import AugmentParams
+from ucir.config.data import AugmentParams
 from ucir.data.augment import (
     BRIGHTNESS,
     CONTRAST,

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ucir.config import PackParams
+from ucir.config.data import PackParams
 from ucir.data.decode import decode_image
 from ucir.data.pack import read_index
 from ucir.data.prepare import write_pack

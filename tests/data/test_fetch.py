@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from ucir import catalogue
-from ucir.config import DatasetParams, StartParams
-from ucir.data import fetch
+from ucir.config.data import DatasetParams
+from ucir.config.model import StartParams
+from ucir.data import catalogue, fetch
 from ucir.data.fetch import PART, download, unpack
 from ucir.errors import UserError
 
@@ -163,7 +163,7 @@ def entry_of(server: Server, monkeypatch: pytest.MonkeyPatch, **changes: object)
             **changes,
         }
     )
-    monkeypatch.setattr("ucir.config.catalogue_entry", lambda name: known)
+    monkeypatch.setattr("ucir.config.data.catalogue_entry", lambda name: known)
 
 
 def test_a_data_set_is_fetched_or_its_place_is_told(

@@ -11,9 +11,9 @@ import pytest
 from PIL import Image
 
 from tests.conftest import DOMAINS, make_images
-from ucir.catalogue import entry
-from ucir.config import DatasetParams, PackParams
+from ucir.config.data import DatasetParams, PackParams
 from ucir.data import prepare
+from ucir.data.catalogue import entry
 from ucir.data.checks import table
 from ucir.data.decode import decode_image
 from ucir.data.pack import open_domain, read_index, read_info, split_pair

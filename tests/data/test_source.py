@@ -13,9 +13,9 @@ import pytest
 from PIL import Image
 
 from tests.conftest import DOMAINS, make_images
-from ucir.catalogue import entry, names
-from ucir.config import PackParams
+from ucir.config.data import PackParams
 from ucir.data import source as source_module
+from ucir.data.catalogue import entry, names
 from ucir.data.prepare import write_pack
 from ucir.data.source import Source, survey
 from ucir.errors import UserError

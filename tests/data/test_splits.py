@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ucir.catalogue import entry
-from ucir.config import SplitParams
+from ucir.config.data import SplitParams
+from ucir.data.catalogue import entry
 from ucir.data.pack import Picture
 from ucir.data.splits import both_ways, directions, label_spaces, trainings
 from ucir.errors import UserError

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from tests.conftest import ROOT
-from ucir.config import ClusterParams
+from ucir.config.cluster import ClusterParams
 
 INFRA = ROOT / "infra"
 KUBERAY = sorted((INFRA / "kuberay").glob("*.yaml"))

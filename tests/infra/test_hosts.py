@@ -20,9 +20,9 @@ import pytest
 import torch
 
 from tests.conftest import tiny_params, write_params
-from ucir.cluster.runs import plan_runs
-from ucir.config import load_params
+from ucir.config.load import load_params
 from ucir.models.checkpoints import load_state
+from ucir.runs.run import plan_runs
 
 pytestmark = pytest.mark.slow
 EPOCHS = 60

@@ -19,10 +19,12 @@ from mlflow import MlflowClient
 
 from ucir import tracking
 from ucir.cluster.launch import train_all
-from ucir.cluster.runs import RunReporter, plan_runs
-from ucir.config import ClusterParams, load_params
+from ucir.config.cluster import ClusterParams
+from ucir.config.load import load_params
 from ucir.doctor import examine
-from ucir.training.loop import EpochReport
+from ucir.runs.reporter import RunReporter
+from ucir.runs.run import plan_runs
+from ucir.training.epochs import EpochReport
 
 pytestmark = pytest.mark.slow
 PASSWORD = "a-password-of-twelve"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -10,16 +11,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ucir.clustering import choose_clusters, concentration, kmeans, raw_centroids
-from ucir.config import EncoderParams
+from ucir.config.model import EncoderParams
 from ucir.losses.instance import instance_contrast
 from ucir.losses.prototype import bank_discrimination, neighbour_entropy, prototype_contrast
 from ucir.memory import Bank
-from ucir.methods import METHODS, VARIANTS
-from ucir.methods.base import DomainBatch, Method, PhaseBatch, PhaseFeatures
+from ucir.methods.base import Method
 from ucir.methods.coda import Coda, CodaParams
-from ucir.methods.dgdir import DgdirParams
+from ucir.methods.dgdir import DgdirParams, PhaseFeatures, SpectralBatch
+from ucir.methods.registry import METHODS, VARIANTS
+from ucir.methods.uem import FrozenBatch
 from ucir.models.encoder import new_encoder
+from ucir.prototypes.clustering import choose_clusters, concentration, kmeans, raw_centroids
 
 N, D, B = 40, 8, 6
 
@@ -36,21 +38,26 @@ def make(name: str, **changes: Any) -> Method[Any]:
     if "clusters" in kind.params_type.model_fields:
         params.setdefault("clusters", 4)
     method = kind(kind.params_type(**params), seed=0)
-    method.optimizer(new_encoder(EncoderParams(backbone="convnet", width=4, feature_dim=D), 0))
-    if method.spectral:
-        method.see_phases(
-            PhaseFeatures((features(7), features(8, N - 5)), (features(9), features(10, N - 5)))
+    method.build(new_encoder(EncoderParams(backbone="convnet", width=4, feature_dim=D), 0))
+    if name == "dgdir":
+        method.phase = PhaseFeatures(  # type: ignore[attr-defined]
+            (features(7), features(8, N - 5)), (features(9), features(10, N - 5))
         )
     method.start((features(0), features(1, N - 5)))
     return method
 
 
-def batch(seed: int, key: bool) -> DomainBatch:
+@dataclass(frozen=True)
+class AnyBatch(SpectralBatch, FrozenBatch):
+    """A domain's part of a step of whatever method."""
+
+
+def batch(seed: int, key: bool) -> AnyBatch:
     slots = torch.tensor([1, 5, 5, 9, 0, 30])
     q = features(seed, B).requires_grad_(True)
     k = features(seed + 1, B) if key else q.detach()
-    phase = PhaseBatch(*(features(seed + i, B) for i in (20, 30, 40, 50)))
-    return DomainBatch(slots, q, k, features(seed + 2, B), phase)
+    phase_q, phase_k, phase_pooled, pooled = (features(seed + i, B) for i in (20, 30, 40, 50))
+    return AnyBatch(slots, q, k, features(seed + 2, B), pooled, phase_q, phase_k, phase_pooled)
 
 
 def terms_at(name: str, epoch: int, **changes: Any) -> dict[str, tuple[float, Tensor]]:
@@ -137,6 +144,7 @@ def test_codas_constants_and_where_its_classifiers_begin() -> None:
     still = [kmeans(d, 8, **{**options, "iterations": 0}, initial_KD=common).centroid_KD for d in x]
     assert torch.allclose(still[0], still[1], atol=1e-6)
     encoder = new_encoder(EncoderParams(backbone="convnet", width=4, feature_dim=8), 0)
+    method.build(encoder)
     groups = method.optimizer(encoder).param_groups
     assert groups[1]["lr_scale"] * method.lr_at(5, 0) == pytest.approx(1e-4)
     assert [group["weight_decay"] for group in groups] == [1e-5, 0]
@@ -151,14 +159,13 @@ def test_dgdirs_terms() -> None:
         0.1,
     )
     part = batch(2, True)
-    assert part.phase is not None
     terms = terms_at("dgdir", 9)
     banks = {"mixed": features(0), "phase": features(7)}
     for name, q, k, bank in (
         ("mixed", part.q_BD, part.k_BD, "mixed"),
-        ("phase", part.phase.q_BD, part.phase.k_BD, "phase"),
-        ("phase_to_mixed", part.phase.q_BD, part.k_BD, "phase"),
-        ("mixed_to_phase", part.q_BD, part.phase.k_BD, "mixed"),
+        ("phase", part.phase_q_BD, part.phase_k_BD, "phase"),
+        ("phase_to_mixed", part.phase_q_BD, part.k_BD, "phase"),
+        ("mixed_to_phase", part.q_BD, part.phase_k_BD, "mixed"),
     ):
         weight, value = terms[f"{name}_a"]
         assert weight == 0.25
@@ -166,14 +173,14 @@ def test_dgdirs_terms() -> None:
     both = torch.cat([features(9), features(10, N - 5)])
     found = kmeans(both, 4, iterations=20, restarts=5, seed=0, max_points=2000)
     label_B = found.label_N[part.slot_B]
-    seen = [part.phase.pooled_BP, part.phase.mixed_pooled_BP]
+    seen = [part.phase_pooled_BP, part.pooled_BP]
     expected = [prototype_contrast(x, label_B, found.centroid_KD, 1.0) for x in seen]
     weight, value = terms["cluster_a"]
     assert weight == pytest.approx(0.05)
     assert torch.allclose(value, torch.stack(expected).mean())
     method = make("dgdir")
     method.after_step((part, batch(4, True)))
-    assert torch.equal(method.phase_banks[0].features_ND[0], part.phase.k_BD[4])  # type: ignore[attr-defined]
+    assert torch.equal(method.phase_banks[0].features_ND[0], part.phase_k_BD[4])  # type: ignore[attr-defined]
     assert torch.equal(method.banks[0].features_ND[0], part.k_BD[4])  # type: ignore[attr-defined]
 
 

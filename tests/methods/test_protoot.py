@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,13 +11,13 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from tests.methods.test_baselines import batch, features
-from ucir.clustering import aligned_order
-from ucir.config import EncoderParams
+from ucir.config.model import EncoderParams
 from ucir.memory import Bank
-from ucir.methods import METHODS, VARIANTS
 from ucir.methods.protoot import ProtoOt, ProtoOtParams
+from ucir.methods.registry import METHODS, VARIANTS
 from ucir.models.encoder import new_encoder
-from ucir.transport import plan_rows, similarity, transport
+from ucir.prototypes.clustering import aligned_order
+from ucir.prototypes.transport import plan_rows, similarity, transport
 
 N, B = 40, 6
 
@@ -173,7 +174,7 @@ def test_file_order_does_not_matter() -> None:
         method.marginals = [torch.full((4,), 0.25)] * 2
         parts = [batch(2, True), batch(4, True)]
         if moved:
-            parts = [type(p)(place[p.slot_B], p.q_BD, p.k_BD) for p in parts]
+            parts = [replace(p, slot_B=place[p.slot_B]) for p in parts]
         found.append(method.losses(9, (parts[0], parts[1])))
     for name, term in found[0].items():
         assert torch.allclose(term.value, found[1][name].value, atol=1e-5), name

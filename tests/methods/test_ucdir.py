@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ucir.clustering import kmeans
-from ucir.config import checked
+from ucir.config.base import checked
 from ucir.errors import UserError
 from ucir.losses.cluster import cluster_contrast, confident, mean_of_kept
 from ucir.losses.instance import instance_contrast
 from ucir.memory import Bank
-from ucir.methods import METHODS
-from ucir.methods.base import DomainBatch
+from ucir.methods.registry import METHODS
+from ucir.methods.step import DomainBatch
 from ucir.methods.ucdir import Ucdir, UcdirParams
+from ucir.prototypes.clustering import kmeans
 
 OFFICE_HOME = UcdirParams(clusters=65)
 N, D, B = 40, 8, 6

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from tests.methods.test_baselines import B, N, batch, features, make
-from ucir.config import EncoderParams
+from ucir.config.model import EncoderParams
 from ucir.losses.prototype import bank_discrimination, prototype_contrast
 from ucir.losses.universal import batch_contrast, product_dissimilarity, semantic_pull, switchable_match
 from ucir.memory import Bank
@@ -76,9 +76,11 @@ def test_learning_rate_starts_anew_in_the_second_phase() -> None:
     rates = [method.lr_at(e, 0) / 2e-4 for e in (0, 50, 99, 100, 125, 149)]
     assert rates == pytest.approx([1, 0.5, 0.000247, 1, 0.5, 0.000987], abs=1e-5)
     encoder = new_encoder(EncoderParams(backbone="convnet", width=4, feature_dim=8), 0)
+    method.build(encoder)
     groups = method.optimizer(encoder).param_groups
     assert [group.get("lr_scale", 1.0) for group in groups] == [1.0, 10.0]
     first = [p.clone() for p in groups[1]["params"]]
+    method.build(encoder)
     again = method.optimizer(encoder).param_groups[1]["params"]
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
@@ -148,12 +150,10 @@ def test_the_adversary_pulls_the_encoder_the_other_way() -> None:
     method.start_epoch(20, (features(0), features(1, N - 5)))
     parts = batch(2, False), batch(4, False)
     value = method.losses(20, parts)["adversary"].value
-    assert method.discriminator is not None
     weight = next(method.discriminator.parameters())
     to_q, to_g = torch.autograd.grad(value, [parts[0].q_BD, weight])
 
     def loss(q: Tensor) -> Tensor:
-        assert method.discriminator is not None
         logits = [method.discriminator(x)[:, 0] for x in (q, parts[1].q_BD)]
         return -(logits[0].sigmoid().log().mean() + (-logits[1]).sigmoid().log().mean()) / 2
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from ucir.config import EncoderParams
+from ucir.config.model import EncoderParams
 from ucir.errors import UserError
 from ucir.models.checkpoints import load_encoder, load_torchvision, save_atomically, save_encoder
 from ucir.models.encoder import Encoder, key_encoder_of, new_encoder, update_key_encoder

@@ -13,10 +13,9 @@ import torch
 from PIL import Image
 from torch.nn.functional import normalize
 
-from ucir.catalogue import entry
+from ucir.data.catalogue import entry
 from ucir.data.pack import DomainImages
-from ucir.evaluation import BEST, LAST, DirectionScore, read_scores, write_scores
-from ucir.methods import METHODS, TO_COME
+from ucir.methods.registry import METHODS, TO_COME
 from ucir.reports import figures
 from ucir.reports.figures import HIT, MISS, QUERY, UNKNOWN, curves, embedding, query_slots, retrieval_grid
 from ucir.reports.reference import PrintedCell, printed_cells
@@ -33,6 +32,7 @@ from ucir.reports.table import (
     result_rows,
     write_csv,
 )
+from ucir.retrieval.evaluation import BEST, LAST, DirectionScore, read_scores, write_scores
 
 
 def scores(shift: float, seeds: tuple[int, ...] = (0, 1), choices: tuple[str, ...] = (LAST, BEST)):  # type: ignore[no-untyped-def]

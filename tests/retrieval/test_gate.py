@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ucir.clustering import kmeans
 from ucir.losses.universal import product_dissimilarity
-from ucir.merging import unify
+from ucir.prototypes.clustering import kmeans
+from ucir.prototypes.merging import unify
 from ucir.retrieval.gate import fit_gate
 from ucir.retrieval.metrics import RetrievalScores, percent, retrieval_scores, universal_scores
 

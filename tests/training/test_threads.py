@@ -10,15 +10,19 @@ import faiss
 import pytest
 import torch
 
-from tests.training.test_loop import CPU, Keep, assert_equal, weights
-from ucir.config import EncoderParams, PackParams, Params, load_params
+from tests.training.test_training import CPU, Keep, assert_equal, weights
+from ucir.config.data import PackParams
+from ucir.config.load import Params, load_params
+from ucir.config.model import EncoderParams
 from ucir.data.digits import make_digits
 from ucir.data.pack import DomainImages, open_domain
 from ucir.data.prepare import write_pack
-from ucir.methods import METHODS, method_params
+from ucir.methods.registry import METHODS
 from ucir.models.checkpoints import save_encoder
 from ucir.models.encoder import new_encoder
-from ucir.training.loop import PairTraining, train
+from ucir.runs.params import method_params
+from ucir.training.epochs import train
+from ucir.training.training import Training
 
 ROOT = Path(__file__).parent.parent.parent
 CORES = 4
@@ -51,7 +55,7 @@ def _threads_as_before() -> Any:
     faiss.omp_set_num_threads(before[1])
 
 
-def _training(params: Params, images: tuple[DomainImages, ...], start: Path, name: str) -> PairTraining:
+def _training(params: Params, images: tuple[DomainImages, ...], start: Path, name: str) -> Training:
     # the cross-domain phase begins with the second epoch
     fields = METHODS[name].params_type.model_fields
     schedule = {"ramp_start": 0, "ramp_end": 1, "cross_domain_start": 1, "warmup": 0, "matching_epochs": 2}
@@ -59,7 +63,7 @@ def _training(params: Params, images: tuple[DomainImages, ...], start: Path, nam
     given = method_params(params, name, "digits").model_copy(update=changes)
     block = params.datasets["digits"]
     method = METHODS[name](given, 0)
-    return PairTraining((images[0], images[1]), block.view, block.start.encoder, start, method, CPU)
+    return Training((images[0], images[1]), block.view, block.start.encoder, start, method, CPU)
 
 
 @pytest.mark.parametrize("name", sorted({kind: name for name, kind in reversed(METHODS.items())}.values()))

@@ -6,14 +6,12 @@ the same path.
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import os
 import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,24 +25,39 @@ os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # of Tune: with it, silence is
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
 os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "300")  # 60 is little for a busy machine
 
-import torch
 
 from ucir import tracking
-from ucir.cluster.runs import Run, RunReporter, open_pair
-from ucir.config import ClusterParams
+from ucir.config.cluster import ClusterParams
 from ucir.devices import choose_device, wants_gpu
 from ucir.errors import UserError
-from ucir.methods import METHODS
 from ucir.progress import Progress
-from ucir.training.loop import PairTraining, train
+from ucir.runs.process import (
+    answering,
+    epoch_line,
+    interrupt,
+    lock_run,
+    reason,
+    track_finished,
+    tracked_run_of,
+    train_here,
+    train_one_by_one,
+)
+from ucir.runs.reporter import RunReporter
+from ucir.runs.run import Run
+from ucir.training.epochs import train
 
 
-def train_all(runs: list[Run], cluster: ClusterParams) -> None:
+def train_all(runs: Sequence[Run], cluster: ClusterParams, title: str = "train") -> None:
     """Train what is not yet done; one run that fails does not stop the others.
 
     Every run is tracked in MLflow, resumes from its folder, and leaves ``last.pt`` and ``best.pt`` there.
     With ``num_workers`` 0 they train one after the other in this process; else on the cluster, as many at
     once as it holds.
+
+    Args:
+        runs: what to train.
+        cluster: where.
+        title: of the progress.
 
     Raises:
         UserError: one run does not fit the cluster; some runs failed: names each with its reason and the
@@ -56,14 +69,14 @@ def train_all(runs: list[Run], cluster: ClusterParams) -> None:
     for run in runs:
         if run.done:
             print(f"{run.name}: finished before ({run.folder.name})")
-            _track(run, uri)
+            track_finished(run, uri)
     if not open_runs:
         return
     concurrent = 0
     if cluster.num_workers:
         connect(cluster, uri)
         concurrent = at_once(cluster, "a training")
-    with Progress("train", sum(run.params.epochs for run in open_runs), "epoch") as progress:
+    with Progress(title, sum(run.params.epochs for run in open_runs), "epoch") as progress:
         for run in open_runs:
             history, steps = run.kept()
             if (resumed := len(history)) or steps:
@@ -72,10 +85,10 @@ def train_all(runs: list[Run], cluster: ClusterParams) -> None:
                 progress.skip(resumed)
         try:
             if concurrent:
-                with _answering(_interrupt, signal.SIGTERM):  # Ray's own answer is a stack of C++
+                with answering(interrupt, signal.SIGTERM):  # Ray's own answer is a stack of C++
                     failed = _fan_out(open_runs, cluster, uri, concurrent, progress)
             else:
-                failed = _one_by_one(open_runs, cluster, uri, progress)
+                failed = train_one_by_one(open_runs, cluster, uri, progress)
         except KeyboardInterrupt:
             progress.message("stopped: the same command goes on from there")
             raise
@@ -85,19 +98,6 @@ def train_all(runs: list[Run], cluster: ClusterParams) -> None:
             f"{len(failed)} of {len(runs)} runs failed: {told}. Finished runs and epochs are kept: "
             "the same command goes on with these alone"
         )
-
-
-def _one_by_one(runs: list[Run], cluster: ClusterParams, uri: str, progress: Progress) -> dict[str, str]:
-    """In this process. Returns what failed, and why."""
-    failed: dict[str, str] = {}
-    with _stoppable() as stop:
-        for run in runs:
-            try:
-                _train_here(run, _tracked_run(run, uri), choose_device(cluster), progress.advance, stop)
-            except Exception as error:
-                failed[run.name] = _reason(run, error)
-                progress.message(f"{run.name} failed: {failed[run.name]}")
-    return failed
 
 
 def _fan_out(
@@ -135,7 +135,7 @@ def _fan_out(
         while waiting or active:
             while waiting and len(active) < most:
                 run = waiting.pop(0)
-                active[task.remote(run, cluster, _tracked_run(run, uri), lines)] = run
+                active[task.remote(run, cluster, tracked_run_of(run, uri), lines)] = run
             ready, _ = ray.wait(list(active), timeout=1)
             show()
             for reference in ready:
@@ -144,7 +144,7 @@ def _fan_out(
                     ray.get(reference)
                 except Exception as error:
                     cause = getattr(error, "cause", None)
-                    failed[run.name] = _reason(run, cause if isinstance(cause, Exception) else error)
+                    failed[run.name] = reason(run, cause if isinstance(cause, Exception) else error)
                     progress.message(f"{run.name} failed: {failed[run.name]}")
     finally:
         for reference in active:
@@ -153,62 +153,13 @@ def _fan_out(
     return failed
 
 
-def _train_here(
-    run: Run,
-    tracked: tracking.TrackedRun,
-    device: torch.device,
-    advance: Callable[[int, str], None],
-    stop: threading.Event,
-) -> None:
-    """Train one run in this process."""
-
-    def after_epoch(history: list[dict[str, float]]) -> None:
-        tracked.log_history(history)
-        advance(1, _told(run, history[-1]))
-
-    with lock_run(run), tracking.status_of(tracked):
-        advance(0, f"{run.name} begins")
-        train(new_training(run, device), RunReporter(run, True, after_epoch, stop))
-
-
-@contextlib.contextmanager
-def _stoppable() -> Iterator[threading.Event]:
-    """An event that the first Ctrl+C or SIGTERM sets; the second is a KeyboardInterrupt."""
-    stop = threading.Event()
-
-    def asked() -> None:
-        if stop.is_set():
-            _interrupt()
-        stop.set()
-        os.write(2, b"\nstopping after this step; once more to stop at once\n")  # print may be at work
-
-    with _answering(asked, signal.SIGINT, signal.SIGTERM):
-        yield stop
-
-
-def _interrupt() -> None:
-    raise KeyboardInterrupt
-
-
-@contextlib.contextmanager
-def _answering(asked: Callable[[], None], *numbers: int) -> Iterator[None]:
-    """Call ``asked`` on these signals; off the main thread they do not come."""
-    here = threading.current_thread() is threading.main_thread()
-    before = {number: signal.signal(number, lambda *_: asked()) for number in numbers if here}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def _train_alone(run: Run, cluster: ClusterParams, tracked: tracking.TrackedRun, lines: Any) -> None:
     """A task of the cluster: one run on one worker."""
 
     def advance(steps: int, note: str) -> None:
         lines.put((steps, note))
 
-    _train_here(run, tracked, choose_device(cluster), advance, threading.Event())
+    train_here(run, tracked, choose_device(cluster), advance, threading.Event())
 
 
 def _train_on_workers(run: Run, cluster: ClusterParams, tracked: tracking.TrackedRun, lines: Any) -> None:
@@ -232,35 +183,13 @@ def _worker_main(config: dict[str, Any]) -> None:
 
     def after_epoch(history: list[dict[str, float]]) -> None:
         tracked.log_history(history)
-        config["lines"].put((1, _told(run, history[-1])))
+        config["lines"].put((1, epoch_line(run, history[-1])))
 
     def leaving() -> bool:
         return ray_train.get_preemption_info() is not None
 
     first = ray_train.get_context().get_world_rank() == 0
-    train(new_training(run, get_device()), RunReporter(run, first, after_epoch, leaving=leaving))
-
-
-def new_training(run: Run, device: torch.device) -> PairTraining:
-    """Everything that changes while a run is trained, as at its start."""
-    method = METHODS[run.method](run.params, run.seed)
-    return PairTraining(open_pair(run), run.view, run.encoder, run.start, method, device)
-
-
-@contextlib.contextmanager
-def lock_run(run: Run, wait: bool = False) -> Iterator[None]:
-    """Hold the run's folder for this process; a kill gives it back, too.
-
-    Raises:
-        UserError: another process holds it, and we do not ``wait``.
-    """
-    run.folder.mkdir(parents=True, exist_ok=True)
-    with (run.folder / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            raise UserError(f"{run.name}: another process is training it in {run.folder}") from None
-        yield
+    train(run.new_training(get_device()), RunReporter(run, first, after_epoch, leaving=leaving))
 
 
 def connect(cluster: ClusterParams, uri: str) -> None:
@@ -382,42 +311,3 @@ def at_once(cluster: ClusterParams, what: str, beside: float = 0.0) -> int:
             "in params.yaml, or start more machines; on a cluster that grows when work waits, set at_once"
         )
     return min(int(there[name] / count + 1e-9) for name, count in asked.items())
-
-
-def _reason(run: Run, error: Exception) -> str:
-    kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
-    told = f"{kind}{error}".strip().splitlines()[0]
-    if (fault := run.folder / "fault.json").exists():
-        told += f"; its inputs are described in {fault}"
-    return told
-
-
-def _tracked_run(run: Run, uri: str) -> tracking.TrackedRun:
-    params = {**run.params.model_dump(), "backbone": run.encoder.backbone, "side": run.view.side}
-    return tracking.tracked_run(
-        uri,
-        f"ucir/{run.dataset}",
-        run.name,
-        run.key,
-        {**run.tags(), "stage": "train"},
-        params,
-    )
-
-
-def _track(run: Run, uri: str) -> None:
-    """Bring the store up to date with a finished run: it may be new, or have been down."""
-    tracked = _tracked_run(run, uri)
-    with tracking.status_of(tracked):
-        tracked.log_history(run.history())
-
-
-def _told(run: Run, entry: dict[str, float]) -> str:
-    cutoff = run.cutoffs[0]
-    score = entry.get(f"val/P_at_{cutoff}")
-    chosen = isinstance(getattr(run.params, "clusters", None), str) and "cluster/count_a" in entry
-    counts = f" K {entry['cluster/count_a']:.0f} and {entry['cluster/count_b']:.0f}" if chosen else ""
-    found = "" if score is None else f" P@{cutoff} {score:.1f}"
-    return (
-        f"{run.name} epoch {int(entry['epoch']) + 1}/{run.params.epochs} "
-        f"loss {entry['train/loss_total']:.3f}{found}{counts}"
-    )

@@ -8,6 +8,7 @@ of a pack are in an order that knows nothing of the classes, so that equal numbe
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -27,6 +28,20 @@ def seeded(*numbers: int) -> torch.Generator:
         state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & (2**64 - 1)
         state ^= state >> 31
     return torch.Generator().manual_seed(state & (2**63 - 1))
+
+
+class Batches(Protocol):
+    """Which pictures meet in the steps of an epoch."""
+
+    @property
+    def images(self) -> int:
+        """Pictures in a step, of all domains."""
+
+    def __len__(self) -> int:
+        """Steps of an epoch."""
+
+    def epoch(self, epoch: int) -> Iterator[Any]:
+        """What :meth:`ucir.methods.step.Step.render` is given for each step."""
 
 
 class PairBatches:
@@ -49,6 +64,7 @@ class PairBatches:
             )
         self.counts = (count_a, count_b)
         self.batch_size = batch_size
+        self.images = 2 * batch_size
         self.seed = seed
 
     def __len__(self) -> int:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ucir.catalogue import Entry
+from ucir.data.catalogue import Entry
 from ucir.data.source import Located, Survey
 
 BESIDE = "lies beside the class folders"

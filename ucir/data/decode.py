@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from ucir.config import PackParams
+from ucir.config.data import PackParams
 
 DECODER = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]
 """Version of this file: pictures that another one decoded are decoded again."""

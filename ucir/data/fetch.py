@@ -10,7 +10,8 @@ from urllib.parse import urlsplit
 
 import requests
 
-from ucir.config import DatasetParams, StartParams
+from ucir.config.data import DatasetParams
+from ucir.config.model import StartParams
 from ucir.data.source import Source
 from ucir.errors import UserError
 from ucir.paths import WEIGHTS

@@ -18,9 +18,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ucir.catalogue import FOLDER, Entry
-from ucir.catalogue import entry as catalogue_entry
-from ucir.config import DatasetParams, PackParams
+from ucir.config.data import DatasetParams, PackParams
+from ucir.data.catalogue import FOLDER, Entry
+from ucir.data.catalogue import entry as catalogue_entry
 from ucir.data.checks import BadFile, Check, DomainFiles, compare, write_check, write_rows
 from ucir.data.decode import DECODER, decode_image, fitted
 from ucir.data.pack import INDEX_COLUMNS, PackInfo, Picture, map_rows, read_index, read_info, split_pair

@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from ucir.catalogue import Entry
+from ucir.data.catalogue import Entry
 from ucir.errors import UserError, nearest
 
 ENDINGS = (".zip", ".tar", ".tar.gz", ".tgz")

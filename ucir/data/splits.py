@@ -22,7 +22,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from ucir.config import SplitParams, known_setting
+from ucir.config.base import known_setting
+from ucir.config.data import SplitParams
 from ucir.data.pack import Picture, split_pair
 from ucir.errors import UserError, nearest
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ucir.losses import full_precision
 from ucir.memory import Bank
+from ucir.precision import full_precision
 
 
 def cluster_contrast(

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ucir.losses import full_precision
 from ucir.memory import Bank
+from ucir.precision import full_precision
 
 
 def instance_contrast(q_BD: Tensor, k_BD: Tensor, slot_B: Tensor, bank: Bank, temperature: float) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ucir.losses import full_precision
+from ucir.precision import full_precision
 
 
 def soft_assignment(q_BD: Tensor, centroid_KD: Tensor, temperature: float) -> Tensor:

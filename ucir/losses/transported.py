@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional as F
 
-from ucir.losses import full_precision
+from ucir.precision import full_precision
 
 
 def against_unmatched(

@@ -3,24 +3,27 @@
 A method keeps its own state (bank, prototypes), prepares an epoch from the features of all images, and
 turns a batch of features into weighted loss terms. It sees neither labels nor workers: the batch is
 always the global one. A new method is a file with a params class and a method class, and a line in
-``ucir.methods.METHODS``.
+``ucir.methods.registry.METHODS``.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Generic, Literal, TypeVar
 
 import torch
 from pydantic import BeforeValidator, Field
-from torch import Tensor
+from torch import Tensor, nn
 
-from ucir.clustering import Clusters, choose_clusters, kmeans
-from ucir.config import Block, Count, Positive
+from ucir.config.base import Block, Count, Positive, Share
+from ucir.data.batches import Batches, PairBatches
 from ucir.memory import Bank, Features
+from ucir.methods.step import DomainBatch, Step
 from ucir.models.encoder import Encoder
+from ucir.prototypes.clustering import Clusters, choose_clusters, kmeans
 
 Weight = Annotated[float, Field(ge=0)]
 Epoch = Annotated[int, Field(ge=0)]
@@ -89,36 +92,6 @@ class ClusteredParams(MethodParams):
 
 
 @dataclass(frozen=True)
-class PhaseBatch:
-    """What spectral views add to a domain's part of a step."""
-
-    q_BD: Tensor  # as of DomainBatch, of the phase views
-    k_BD: Tensor
-    pooled_BP: Tensor  # unit features before the head, with gradient
-    mixed_pooled_BP: Tensor
-
-
-@dataclass(frozen=True)
-class PhaseFeatures:
-    """Unit features of all images' phase views, of each domain."""
-
-    head: tuple[Features, Features]
-    pooled: tuple[Features, Features]
-    """Those before the head."""
-
-
-@dataclass(frozen=True)
-class DomainBatch:
-    """One domain's part of a step."""
-
-    slot_B: Tensor  # rows of the bank
-    q_BD: Tensor  # query encoder's unit features, with gradient
-    k_BD: Tensor  # key encoder's unit features of another view, constant; without one, q_BD's values
-    frozen_BD: Tensor | None = None  # the frozen encoder's of the same view, once there is one
-    phase: PhaseBatch | None = None  # of methods with spectral views: then the above are of mixed views
-
-
-@dataclass(frozen=True)
 class Term:
     """A loss term; the total is the sum of weight x value."""
 
@@ -139,32 +112,34 @@ class Method(ABC, Generic[P]):
     """
 
     params_type: ClassVar[type[MethodParams]]
-    also_runs: ClassVar[tuple[str, ...]] = ()
-    """Modules of ``ucir`` that it runs through besides those that all trainings do; part of the run key."""
-
-    spectral: ClassVar[bool] = False
-    """Whether every view is seen twice, see :mod:`ucir.data.spectrum`."""
+    step_type: ClassVar[type[Step]] = Step
+    """How it renders and computes a step."""
+    lasting: ClassVar[tuple[str, ...]] = ()
+    """Attributes that must outlive a kill at an epoch's end."""
     within_epoch: ClassVar[tuple[str, ...]] = ()
-    """Attributes that :meth:`start_epoch` sets: they go with a state from the middle of an epoch."""
-    gate: ClassVar[Literal["spread", "merged"]] = "spread"
-    """How queries without a counterpart are told, see :mod:`ucir.retrieval.gate`."""
+    """Attributes that :meth:`start_epoch` sets anew: they must outlive a kill in the middle of an epoch."""
 
     def __init__(self, params: P, seed: int) -> None:
         self.params = params
         self.seed = seed
 
     @property
-    def frozen_from(self) -> int | None:
-        """The epoch before which a frozen copy of the encoder is taken, if the method wants one."""
-        return None
-
-    @property
     def keyed(self) -> KeyedParams | None:
         """The params, if there is a moving average of the encoder and a second view for it."""
         return self.params if isinstance(self.params, KeyedParams) else None
 
-    def see_phases(self, phase: PhaseFeatures) -> None:
-        """Of a spectral method, before :meth:`start` and each :meth:`start_epoch`: current features."""
+    def batches(self, counts: Sequence[int]) -> Batches:
+        """Which pictures meet in a step; as many of each domain, unless a method has it otherwise.
+
+        Args:
+            counts: pictures of the domains.
+        """
+        first, second = counts
+        return PairBatches(first, second, self.params.batch_size, self.seed)
+
+    def build(self, encoder: Encoder) -> nn.ModuleDict:
+        """Once, before :meth:`optimizer`: what it trains beside the encoder, on the encoder's device."""
+        return nn.ModuleDict()
 
     @abstractmethod
     def start(self, features: tuple[Features, Features]) -> None:
@@ -181,18 +156,29 @@ class Method(ABC, Generic[P]):
     def after_step(self, batch: tuple[DomainBatch, DomainBatch]) -> None:
         """Once the encoder has moved: what may only change when gradients are through."""
 
-    @abstractmethod
-    def state_dict(self) -> dict[str, Any]:
-        """What must outlive a kill, as of the end of an epoch; whole on the first worker alone."""
+    def state_dict(self, within_epoch: bool = False) -> dict[str, Any]:
+        """What must outlive a kill, beside the networks; whole on the first worker alone.
 
-    @abstractmethod
+        Args:
+            within_epoch: it is not the end of an epoch.
+        """
+        names = (*self.lasting, *(self.within_epoch if within_epoch else ()))
+        return {name: _stored(getattr(self, name, None)) for name in names}
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up :meth:`state_dict`'s value."""
+        """Take up :meth:`state_dict`'s value, on the device where it is to be."""
+        for name, value in state.items():
+            setattr(self, name, _taken_up(value))
 
     def optimizer(self, encoder: Encoder) -> torch.optim.Optimizer:
         """SGD, as UCDIR trains. A group's ``lr_scale`` multiplies :meth:`lr_at`."""
         p = self.params
         return torch.optim.SGD(encoder.parameters(), p.lr, momentum=p.momentum, weight_decay=p.weight_decay)
+
+    def set_rates(self, optimizer: torch.optim.Optimizer, epoch: int, steps: int) -> None:
+        """Before each step. Arguments as of :meth:`lr_at`."""
+        for group in optimizer.param_groups:
+            group["lr"] = self.lr_at(epoch, steps) * group.get("lr_scale", 1.0)
 
     def lr_at(self, epoch: int, steps: int) -> float:
         """Learning rate: half a cosine from ``lr`` to 0, by epoch, as UCDIR trains.
@@ -207,6 +193,7 @@ class Method(ABC, Generic[P]):
 class BankMethod(Method[P]):
     """Methods with a bank for each domain, filled with the start's features."""
 
+    lasting: ClassVar[tuple[str, ...]] = ("banks", "chosen")
     banks: tuple[Bank, Bank]
 
     def __init__(self, params: P, seed: int) -> None:
@@ -220,14 +207,23 @@ class BankMethod(Method[P]):
     def start_epoch(self, epoch: int, features: tuple[Features, Features]) -> dict[str, float]:
         return {}
 
-    def state_dict(self) -> dict[str, Any]:
-        banks = [bank.on_first().cpu() for bank in self.banks]
-        return {"banks": banks, "chosen": [list(own) for own in self.chosen]}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        first, second = state["banks"]
-        self.banks = (Bank(first), Bank(second))
-        self.chosen = [tuple(own) for own in state["chosen"]]
+class SingleEncoderParams(MethodParams):
+    """Methods without a key encoder."""
+
+    bank_momentum: Share = 0.5
+    """v <- m v + (1 - m) f, normalised."""
+
+
+S = TypeVar("S", bound=SingleEncoderParams)
+
+
+class SingleEncoder(BankMethod[S]):
+    """One encoder and no keys: the bank takes up the features themselves, once gradients are through."""
+
+    def after_step(self, batch: tuple[DomainBatch, DomainBatch]) -> None:
+        for bank, part in zip(self.banks, batch, strict=True):
+            bank.blend(part.slot_B, part.k_BD, self.params.bank_momentum)
 
 
 class ClusteringMethod(BankMethod[CP]):
@@ -269,3 +265,16 @@ def cluster_figures(clusters: tuple[list[Clusters], list[Clusters]]) -> dict[str
         told[f"cluster/smallest_{side}"] = float(min(int(c.size_K.min()) for c in own))
         told[f"cluster/largest_{side}"] = float(max(int(c.size_K.max()) for c in own))
     return told
+
+
+def _stored(value: Any) -> Any:
+    """A part of a state as ``torch.save`` keeps it; a bank as its rows, whole on the first worker."""
+    if isinstance(value, Bank):
+        return {"bank": value.on_first().cpu()}
+    return type(value)(_stored(part) for part in value) if type(value) in (list, tuple) else value
+
+
+def _taken_up(value: Any) -> Any:
+    if isinstance(value, dict) and set(value) == {"bank"}:
+        return Bank(value["bank"])
+    return type(value)(_taken_up(part) for part in value) if type(value) in (list, tuple) else value

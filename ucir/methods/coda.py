@@ -14,13 +14,13 @@ import torch
 from pydantic import BeforeValidator, Field
 from torch import Tensor, nn
 
-from ucir.clustering import kmeans
-from ucir.config import Positive, Share
+from ucir.config.base import Positive, Share
 from ucir.losses.prototype import classifier_gap, self_matching
 from ucir.memory import Features, JointFeatures
-from ucir.methods.base import DomainBatch, Term, Weight, several
-from ucir.methods.baselines import SingleEncoder, SingleEncoderParams
+from ucir.methods.base import SingleEncoder, SingleEncoderParams, Term, Weight, several
+from ucir.methods.step import DomainBatch
 from ucir.models.encoder import Encoder
+from ucir.prototypes.clustering import kmeans
 
 
 class CodaParams(SingleEncoderParams):
@@ -83,13 +83,17 @@ class Coda(SingleEncoder[CodaParams]):
                 terms[f"alignment_{side}"] = Term(p.alignment_weight, torch.stack(gaps).mean())
         return terms
 
+    def build(self, encoder: Encoder) -> nn.ModuleDict:
+        """The classifiers, still empty."""
+        sizes, device = self.params.clusters, encoder.device
+        self.classifiers = nn.ModuleList(
+            nn.ParameterList(torch.zeros(k, encoder.feature_dim, device=device) for k in sizes) for _ in "ab"
+        )
+        return nn.ModuleDict({"classifiers": self.classifiers})
+
     def optimizer(self, encoder: Encoder) -> torch.optim.Optimizer:
         """SGD over the encoder, and without weight decay over the classifiers."""
         p = self.params
-        self.classifiers = nn.ModuleList(
-            nn.ParameterList(torch.zeros(k, encoder.feature_dim, device=encoder.device) for k in p.clusters)
-            for _ in "ab"
-        )
         groups: list[dict[str, Any]] = [
             {"params": list(encoder.parameters())},
             {
@@ -103,10 +107,3 @@ class Coda(SingleEncoder[CodaParams]):
     def lr_at(self, epoch: int, steps: int) -> float:
         """Constant."""
         return self.params.lr
-
-    def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "classifiers": self.classifiers.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        super().load_state_dict(state)
-        self.classifiers.load_state_dict(state["classifiers"])

@@ -8,27 +8,26 @@ The banks of all images stand for the release's queues of 5,120 keys, as for Pro
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from dataclasses import dataclass
+from typing import Annotated, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from ucir.clustering import kmeans
-from ucir.config import Positive, Share
+from ucir.config.base import Positive, Share
+from ucir.data.augment import ViewDraw, whole_views
+from ucir.data.pack import stored_pictures
+from ucir.data.spectrum import draw_spectrum, mixed_views, phase_views
+from ucir.distributed import gather_rows
 from ucir.losses.instance import instance_contrast
 from ucir.losses.prototype import prototype_contrast
 from ucir.memory import Bank, Features, JointFeatures
-from ucir.methods.base import (
-    ClusteredParams,
-    ClusteringMethod,
-    DomainBatch,
-    Epoch,
-    KeyedParams,
-    PhaseFeatures,
-    Term,
-    Weight,
-)
+from ucir.methods.base import ClusteredParams, ClusteringMethod, Epoch, KeyedParams, Term, Weight
+from ucir.methods.step import DomainBatch, Step, Views
+from ucir.models.encoder import Encoder
+from ucir.models.features import extract_features
+from ucir.prototypes.clustering import kmeans
 
 
 class DgdirParams(KeyedParams, ClusteredParams):
@@ -51,16 +50,94 @@ class DgdirParams(KeyedParams, ClusteredParams):
         return self
 
 
+@dataclass(frozen=True)
+class PhaseFeatures:
+    """Unit features of all images' phase views, of each domain."""
+
+    head: tuple[Features, Features]
+    pooled: tuple[Features, Features]
+    """Those before the head."""
+
+
+@dataclass(frozen=True)
+class SpectralBatch(DomainBatch):
+    """A domain's part of a step; what DomainBatch has is of mixed views."""
+
+    pooled_BP: Tensor  # unit features before the head, with gradient
+    phase_q_BD: Tensor  # the same of the phase views
+    phase_k_BD: Tensor
+    phase_pooled_BP: Tensor
+
+
+class SpectralStep(Step):
+    """Every view twice: a batch is the phase views of both domains, then their mixed views."""
+
+    views_per_image = 2
+    method: Dgdir
+
+    def features(self, encoder: Encoder | None = None) -> tuple[Features, ...]:
+        """As of :class:`Step`; the method is shown those of the phase views, by the query encoder, too."""
+        if encoder is None:
+            query = self.networks.query
+            both = extract_features(query, self.images, self.view, self.device, "both", phase_views)
+            (head_a, pooled_a), (head_b, pooled_b) = (
+                [Features(part, len(x)) for part in x.own_ND.tensor_split([query.feature_dim], 1)]
+                for x in both
+            )
+            self.method.phase = PhaseFeatures((head_a, head_b), (pooled_a, pooled_b))
+        return super().features(encoder)
+
+    def rendered(
+        self, slots: tuple[Tensor, Tensor], draw: ViewDraw, rows: Tensor, generator: torch.Generator
+    ) -> Tensor:
+        """The first half of the rows as phase views, the others mixed with any picture of either domain."""
+        images, params = len(slots[0]) + len(slots[1]), self.method.params
+        x = super().rendered(slots, draw, rows % images, generator)
+        spectrum = draw_spectrum(images, params.most_amplitude, params.most_phase, generator)
+        count = len(self.images[0])
+        partner = torch.randint(count + len(self.images[1]), (images,), generator=generator)
+        mixed = rows >= images
+        out = x.clone()
+        if not mixed.all():
+            out[~mixed] = phase_views(x[~mixed])
+        if mixed.any():
+            place = rows[mixed] - images
+            domain = (partner[place] >= count).long()
+            stored = stored_pictures(self.images, domain, partner[place] - count * domain)
+            out[mixed] = mixed_views(x[mixed], whole_views(stored, x.shape[-1]), spectrum[place])
+        return out
+
+    def forward(self, views: Views) -> tuple[DomainBatch, DomainBatch]:
+        self.follow()
+        both = gather_rows(self.model(views.query.to(self.device), pooled="both"), len(views.shuffle))
+        k = self.keys(views)
+        q, pooled = both[:, : k.shape[1]], both[:, k.shape[1] :]
+        phase, mixed = slice(len(q) // 2), slice(len(q) // 2, None)
+        quarter = len(q) // 4
+        first, second = (
+            SpectralBatch(
+                slot.to(self.device),
+                q[mixed][rows],
+                k[mixed][rows],
+                pooled[mixed][rows],
+                q[phase][rows],
+                k[phase][rows],
+                pooled[phase][rows],
+            )
+            for slot, rows in zip(views.slots, (slice(quarter), slice(quarter, None)), strict=True)
+        )
+        return first, second
+
+
 class Dgdir(ClusteringMethod[DgdirParams]):
     """0.5 (phase + mixed + phase to mixed + mixed to phase) + [after the warm-up] 0.1 cluster."""
 
     params_type = DgdirParams
+    step_type = SpectralStep
+    lasting = (*ClusteringMethod.lasting, "phase_banks")
     within_epoch = ("centroid_KD", "label_N")
-    spectral = True
     phase: PhaseFeatures
-
-    def see_phases(self, phase: PhaseFeatures) -> None:
-        self.phase = phase
+    """Current ones, which the step renews with the others."""
 
     def start(self, features: tuple[Features, Features]) -> None:
         super().start(features)
@@ -91,14 +168,13 @@ class Dgdir(ClusteringMethod[DgdirParams]):
         p = self.params
         terms = {}
         for number, (side, part) in enumerate(zip("ab", batch, strict=True)):
-            phase = part.phase
-            assert phase is not None
+            assert isinstance(part, SpectralBatch)
             # the negatives of the query's own kind, also across; the image's own row is none
             for name, q_BD, k_BD, bank in (
-                ("phase", phase.q_BD, phase.k_BD, self.phase_banks[number]),
+                ("phase", part.phase_q_BD, part.phase_k_BD, self.phase_banks[number]),
                 ("mixed", part.q_BD, part.k_BD, self.banks[number]),
-                ("phase_to_mixed", phase.q_BD, part.k_BD, self.phase_banks[number]),
-                ("mixed_to_phase", part.q_BD, phase.k_BD, self.banks[number]),
+                ("phase_to_mixed", part.phase_q_BD, part.k_BD, self.phase_banks[number]),
+                ("mixed_to_phase", part.q_BD, part.phase_k_BD, self.banks[number]),
             ):
                 value = instance_contrast(q_BD, k_BD, part.slot_B, bank, p.temperature)
                 terms[f"{name}_{side}"] = Term(0.25, value)  # 0.5, of the mean over both domains
@@ -106,7 +182,7 @@ class Dgdir(ClusteringMethod[DgdirParams]):
                 label_B = self.label_N[number][part.slot_B]
                 values = [
                     prototype_contrast(q_BP, label_B, self.centroid_KD, 1.0)
-                    for q_BP in (phase.pooled_BP, phase.mixed_pooled_BP)
+                    for q_BP in (part.phase_pooled_BP, part.pooled_BP)
                 ]
                 terms[f"cluster_{side}"] = Term(0.5 * p.cluster_weight, torch.stack(values).mean())
         return terms
@@ -114,15 +190,6 @@ class Dgdir(ClusteringMethod[DgdirParams]):
     def after_step(self, batch: tuple[DomainBatch, DomainBatch]) -> None:
         """Keys join the banks after the losses, as they do the release's queues."""
         for bank, phase_bank, part in zip(self.banks, self.phase_banks, batch, strict=True):
-            assert part.phase is not None
+            assert isinstance(part, SpectralBatch)
             bank.write(part.slot_B, part.k_BD)
-            phase_bank.write(part.slot_B, part.phase.k_BD)
-
-    def state_dict(self) -> dict[str, Any]:
-        rows = [bank.on_first().cpu() for bank in self.phase_banks]
-        return {**super().state_dict(), "phase_banks": rows}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        super().load_state_dict(state)
-        first, second = state["phase_banks"]
-        self.phase_banks = (Bank(first), Bank(second))
+            phase_bank.write(part.slot_B, part.phase_k_BD)

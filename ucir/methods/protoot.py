@@ -8,29 +8,29 @@ and ``as-released`` the other choice.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn import functional as F
 
-from ucir.clustering import aligned_order
-from ucir.config import Count, Positive
+from ucir.config.base import Count, Positive
 from ucir.losses.transported import against_unmatched
 from ucir.memory import Bank, Features
 from ucir.methods.base import (
     ClusteredParams,
     ClusteringMethod,
-    DomainBatch,
     Epoch,
     KeyedParams,
     Term,
     Weight,
     cluster_figures,
 )
+from ucir.methods.step import DomainBatch
 from ucir.models.encoder import Encoder
-from ucir.transport import plan_rows, potential, relaxed_plan, similarity, transport
+from ucir.prototypes.clustering import aligned_order
+from ucir.prototypes.transport import plan_rows, potential, relaxed_plan, similarity, transport
 
 
 class ProtoOtParams(KeyedParams, ClusteredParams):
@@ -86,7 +86,7 @@ class ProtoOt(ClusteringMethod[ProtoOtParams]):
     """L = sum over domains of (key + 0.5 neighbour + 0.1 prototype) + [later] 0.01 cross."""
 
     params_type = ProtoOtParams
-    also_runs = ("transport",)
+    lasting = (*ClusteringMethod.lasting, "prototypes")
     within_epoch = ("marginals",)
 
     def __init__(self, params: ProtoOtParams, seed: int) -> None:
@@ -202,10 +202,3 @@ class ProtoOt(ClusteringMethod[ProtoOtParams]):
     def lr_at(self, epoch: int, steps: int) -> float:
         """Constant, as released."""
         return self.params.lr
-
-    def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "prototypes": [x.cpu() for x in self.prototypes]}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        super().load_state_dict(state)
-        self.prototypes = list(state["prototypes"])

@@ -14,8 +14,7 @@ import torch
 from pydantic import model_validator
 from torch import Tensor
 
-from ucir.clustering import Clusters
-from ucir.config import Positive, Share
+from ucir.config.base import Positive, Share
 from ucir.losses.assignment import distance_of_distance, self_entropy
 from ucir.losses.cluster import cluster_contrast, confident, mean_of_kept
 from ucir.losses.instance import instance_contrast
@@ -23,13 +22,14 @@ from ucir.memory import Bank, Features
 from ucir.methods.base import (
     ClusteredParams,
     ClusteringMethod,
-    DomainBatch,
     Epoch,
     KeyedParams,
     Term,
     Weight,
     cluster_figures,
 )
+from ucir.methods.step import DomainBatch
+from ucir.prototypes.clustering import Clusters
 
 
 class UcdirFamilyParams(KeyedParams, ClusteredParams):

@@ -10,15 +10,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ucir.clustering import Clusters
-from ucir.config import Positive
+from ucir.config.base import Positive
 from ucir.losses.assignment import self_entropy
 from ucir.losses.matched import matched_distance, soft_assignment, soft_centroids
 from ucir.losses.prototype import prototype_contrast
 from ucir.memory import Bank
-from ucir.methods.base import DomainBatch, Term, Weight
+from ucir.methods.base import Term, Weight
+from ucir.methods.step import DomainBatch
 from ucir.methods.ucdir import UcdirFamily, UcdirFamilyParams
-from ucir.transport import match_prototypes
+from ucir.prototypes.clustering import Clusters
+from ucir.prototypes.transport import match_prototypes
 
 
 class UcdirOtParams(UcdirFamilyParams):
@@ -34,7 +35,6 @@ class UcdirOt(UcdirFamily[UcdirOtParams]):
     """IW + CW against prototypes + [cross-domain phase] (0.01 SE + 0.1 matched DD)."""
 
     params_type = UcdirOtParams
-    also_runs = ("transport",)
 
     def _cluster_contrast(self, bank: Bank, part: DomainBatch, clusters: Clusters) -> Tensor:
         t = self.params.assignment_temperature

@@ -21,6 +21,7 @@ copy of the first phase's network. There is no public code. What the paper leave
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
 import torch
@@ -28,8 +29,8 @@ from pydantic import BeforeValidator, Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ucir.clustering import Clusters
-from ucir.config import Count, Positive, Share
+from ucir.config.base import Count, Positive, Share
+from ucir.distributed import gather_rows
 from ucir.losses.prototype import bank_discrimination, prototype_contrast
 from ucir.losses.universal import (
     batch_contrast,
@@ -41,18 +42,20 @@ from ucir.losses.universal import (
     switchable_match,
 )
 from ucir.memory import Bank, Features
-from ucir.merging import Structure, centres, unify_domains
 from ucir.methods.base import (
     ClusteredParams,
     ClusteringMethod,
-    DomainBatch,
+    SingleEncoder,
+    SingleEncoderParams,
     Term,
     Weight,
     cluster_figures,
     several,
 )
-from ucir.methods.baselines import SingleEncoder, SingleEncoderParams
+from ucir.methods.step import DomainBatch, Step, Views
 from ucir.models.encoder import Encoder
+from ucir.prototypes.clustering import Clusters
+from ucir.prototypes.merging import Structure, centres, unify_domains
 
 
 class UemParams(SingleEncoderParams, ClusteredParams):
@@ -96,26 +99,51 @@ class UemParams(SingleEncoderParams, ClusteredParams):
         return self
 
 
+@dataclass(frozen=True)
+class FrozenBatch(DomainBatch):
+    """A domain's part of a step, with the frozen encoder's features of the same views."""
+
+    frozen_BD: Tensor | None
+    """None in the first phase."""
+
+
+class FrozenStep(Step):
+    """The standard step, and from the second phase on a frozen copy of the first phase's network."""
+
+    method: Uem
+
+    def begin_epoch(self, epoch: int) -> None:
+        if epoch >= self.method.border and self.networks.frozen is None:
+            self.networks.freeze()
+
+    def forward(self, views: Views) -> tuple[DomainBatch, DomainBatch]:
+        first, second = super().forward(views)
+        frozen: tuple[Tensor | None, ...] = (None, None)
+        if self.networks.frozen:
+            with torch.no_grad():
+                every = self.networks.frozen(views.query.to(self.device))
+            frozen = gather_rows(every, len(views.shuffle)).tensor_split(2)
+        first, second = (
+            FrozenBatch(part.slot_B, part.q_BD, part.k_BD, x)
+            for part, x in zip((first, second), frozen, strict=True)
+        )
+        return first, second
+
+
 class Uem(SingleEncoder[UemParams], ClusteringMethod[UemParams]):
     """First INCE + alpha (PNCE + SEL), then adversary + SPR + SN2M, all for both domains."""
 
     params_type = UemParams
-    also_runs = ("merging",)
+    step_type = FrozenStep
+    discriminator: nn.Sequential
     within_epoch = ("centres", "labels", "structures")
-    gate = "merged"
 
     def __init__(self, params: UemParams, seed: int) -> None:
         super().__init__(params, seed)
         self.border = params.epochs - params.matching_epochs
-        self.discriminator: nn.Sequential | None = None
         self.centres: list[Tensor] = []
         self.labels: list[Tensor] = []
         self.structures: tuple[Structure, Structure] | None = None
-
-    @property
-    def frozen_from(self) -> int:
-        """The second phase's first epoch."""
-        return self.border
 
     def start_epoch(self, epoch: int, features: tuple[Features, Features]) -> dict[str, float]:
         found = self.cluster(self.banks)
@@ -162,7 +190,6 @@ class Uem(SingleEncoder[UemParams], ClusteringMethod[UemParams]):
 
     def _matched(self, batch: tuple[DomainBatch, DomainBatch]) -> dict[str, Term]:
         p = self.params
-        assert self.discriminator is not None
         count = len(batch[0].q_BD) if p.reduction == "sum" else 1
         terms = {}
         if p.adversary_weight > 0:
@@ -172,6 +199,7 @@ class Uem(SingleEncoder[UemParams], ClusteringMethod[UemParams]):
             terms["adversary"] = Term(both, domain_confusion(first, second))
         for number, (side, part) in enumerate(zip("ab", batch, strict=True)):
             if p.structure_weight > 0:
+                assert isinstance(part, FrozenBatch)
                 assert part.frozen_BD is not None
                 kept = structure_change(part.q_BD, part.frozen_BD)
                 terms[f"structure_{side}"] = Term(p.structure_weight, kept)
@@ -199,14 +227,19 @@ class Uem(SingleEncoder[UemParams], ClusteringMethod[UemParams]):
             p.temperature,
         )
 
-    def optimizer(self, encoder: Encoder) -> torch.optim.Optimizer:
-        """SGD over the encoder and the domain classifier, which every worker trains alike."""
+    def build(self, encoder: Encoder) -> nn.ModuleDict:
+        """The domain classifier."""
         p = self.params
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             width = p.adversary_width
             layers = nn.Linear(encoder.feature_dim, width), nn.ReLU(), nn.Linear(width, 1)
             self.discriminator = nn.Sequential(*layers).to(encoder.device)
+        return nn.ModuleDict({"discriminator": self.discriminator})
+
+    def optimizer(self, encoder: Encoder) -> torch.optim.Optimizer:
+        """SGD over the encoder and the domain classifier, which every worker trains alike."""
+        p = self.params
         groups: list[dict[str, Any]] = [
             {"params": list(encoder.parameters())},
             {"params": list(self.discriminator.parameters()), "lr_scale": p.adversary_lr},
@@ -219,12 +252,3 @@ class Uem(SingleEncoder[UemParams], ClusteringMethod[UemParams]):
         if epoch >= self.border:
             done = (epoch - self.border) / self.params.matching_epochs
         return self.params.lr * 0.5 * (1 + math.cos(math.pi * done))
-
-    def state_dict(self) -> dict[str, Any]:
-        assert self.discriminator is not None
-        return {**super().state_dict(), "discriminator": self.discriminator.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        super().load_state_dict(state)
-        assert self.discriminator is not None
-        self.discriminator.load_state_dict(state["discriminator"])

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ucir.config import EncoderParams
+from ucir.config.model import EncoderParams
 from ucir.models.norm import GroupedBatchNorm2d
 
 

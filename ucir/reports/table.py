@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ucir.evaluation import LAST, DirectionScore, read_scores
 from ucir.reports.reference import AVERAGE, PrintedCell
+from ucir.retrieval.evaluation import LAST, DirectionScore, read_scores
 
 Scores = Mapping[str, Sequence[DirectionScore]]
 """By method, in the order of the tables."""

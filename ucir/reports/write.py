@@ -13,10 +13,11 @@ from typing import Any
 from markupsafe import Markup
 
 from ucir import tracking
-from ucir.config import DatasetParams, Params, SettingParams
+from ucir.config.data import DatasetParams
+from ucir.config.load import Params
+from ucir.config.study import SettingParams
 from ucir.data.pack import read_info
 from ucir.data.splits import directions, label_spaces, tail_ratio, trainings
-from ucir.evaluation import BEST, LAST, PRETRAINED, UNTRAINED, load_features, scored_images
 from ucir.reports import figures
 from ucir.reports.reference import AVERAGE, PrintedCell, printed_for
 from ucir.reports.table import (
@@ -36,6 +37,7 @@ from ucir.reports.table import (
     scored_directions,
     write_csv,
 )
+from ucir.retrieval.evaluation import BEST, LAST, PRETRAINED, UNTRAINED, load_features, scored_images
 from ucir.retrieval.metrics import top_ranked
 from ucir.tracking import git_sha
 

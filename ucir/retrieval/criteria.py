@@ -14,8 +14,8 @@ import torch
 from sklearn.metrics import adjusted_rand_score, silhouette_score
 from torch import Tensor
 
-from ucir.clustering import kmeans
-from ucir.transport import plan_rows, potential
+from ucir.prototypes.clustering import kmeans
+from ucir.prototypes.transport import plan_rows, potential
 
 MOST = 1000
 NEIGHBOURS = 10

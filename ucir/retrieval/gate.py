@@ -15,13 +15,30 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ucir.clustering import choose_clusters, kmeans
 from ucir.losses.universal import product_dissimilarity
-from ucir.merging import centres, unify_domains
+from ucir.prototypes.clustering import choose_clusters, kmeans
+from ucir.prototypes.merging import centres, unify_domains
 
 CHUNK = 1024
 FARTHEST = 4.0
 """No two unit features are farther apart: 2 x 2."""
+
+
+GATES = {"uem": "merged"}
+"""A method's block to its gate; ``spread`` where none is named."""
+
+
+@dataclass(frozen=True)
+class GateChoice:
+    """How a method tells queries without a counterpart."""
+
+    kind: str
+    clusters: int | str
+
+    @classmethod
+    def of(cls, block: str | None, clusters: int | str | tuple[int, ...]) -> GateChoice:
+        """That of a method's block (None: of the start), with its K, or the first of several."""
+        return cls(GATES.get(block or "", "spread"), clusters[0] if isinstance(clusters, tuple) else clusters)
 
 
 @dataclass(frozen=True)
@@ -56,7 +73,7 @@ def fit_gate(
         kind: ``spread`` or ``merged``.
         query_QD, gallery_GD: unit features of the query's domain and of the gallery.
         clusters: of each domain, at most as many as images; or how to choose them, see
-            :func:`ucir.clustering.choose_clusters`.
+            :func:`ucir.prototypes.clustering.choose_clusters`.
         seed: of K-means.
     """
     found = []

@@ -1,0 +1,174 @@
+"""The bank and K-means."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import faiss
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import distributed as dist
+from torch.multiprocessing import spawn
+from torch.nn.functional import normalize
+
+from ucir.distributed import all_reduce_sum, world_size
+from ucir.errors import UserError
+from ucir.memory import Bank, Features, JointFeatures
+from ucir.prototypes.clustering import choose_clusters, concentration, kmeans, raw_centroids
+
+
+@given(slots=st.lists(st.integers(0, 9), min_size=1, max_size=12))
+def test_the_last_feature_of_a_slot_stays(slots: list[int]) -> None:
+    start = torch.zeros(10, 3)
+    bank = Bank(start)
+    features = torch.arange(1, len(slots) + 1)[:, None].expand(-1, 3).float()
+    bank.write(torch.tensor(slots), features.requires_grad_(True))
+    expected = [max((i + 1 for i, s in enumerate(slots) if s == slot), default=0) for slot in range(10)]
+    assert bank.features_ND[:, 0].tolist() == expected
+    assert not bank.features_ND.requires_grad
+    assert start.sum() == 0  # the bank is a copy
+
+
+def blobs(centres: int, each: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    centre = torch.eye(8)[:centres].repeat_interleave(each, 0)
+    return normalize(centre + 0.05 * torch.randn(len(centre), 8, generator=generator), dim=1)
+
+
+def run(x: torch.Tensor, k: int, seed: int = 0):  # type: ignore[no-untyped-def]
+    return kmeans(x, k, iterations=20, restarts=5, seed=seed, max_points=2000)
+
+
+def test_kmeans_finds_what_is_there() -> None:
+    found = run(blobs(4, 25), 4)
+    assert sorted(found.size_K.tolist()) == [25] * 4
+    labels = found.label_N.reshape(4, 25)
+    assert (labels == labels[:, :1]).all()
+    assert torch.allclose(found.centroid_KD.norm(dim=1), torch.ones(4), atol=1e-6)
+    nearest = (blobs(4, 25) @ found.centroid_KD.T).argmax(dim=1)
+    assert torch.equal(nearest, found.label_N)
+
+
+def test_kmeans_repeats_itself() -> None:
+    x = normalize(torch.randn(200, 8, generator=torch.Generator().manual_seed(0)), dim=1)
+    assert torch.equal(run(x, 7, seed=3).label_N, run(x, 7, seed=3).label_N)
+
+
+def test_empty_clusters_keep_their_place() -> None:
+    same = normalize(torch.ones(30, 8), dim=1)
+    found = run(same, 5)
+    assert len(found.size_K) == len(found.centroid_KD) == 5
+    assert found.size_K.sum() == 30
+    assert torch.isfinite(found.centroid_KD).all()
+
+
+def test_more_clusters_than_images_are_refused() -> None:
+    with pytest.raises(UserError, match="9 clusters for 8 images"):
+        run(blobs(4, 2), 9)
+
+
+def _shares(rank: int, world: int, port: int, out: str) -> None:
+    """What a worker's bank answers, and how many rows it holds."""
+    torch.set_num_threads(1)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    dist.init_process_group("gloo", rank=rank, world_size=world)
+    torch.save(_answers(), f"{out}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def _answers() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    bank = Bank(normalize(torch.randn(23, 6, generator=generator), dim=1))
+    q = normalize(torch.randn(7, 6, generator=generator), dim=1).requires_grad_(True)
+    slot = torch.tensor([0, 5, 5, 11, 12, 17, 22])
+    label = torch.arange(23) % 4
+    bank.write(slot[2:4], q.detach()[2:4])
+    bank.blend(slot[4:6], q.detach()[4:6], 0.3)
+    total = bank.log_total(q, 0.01, slot, (q * q.detach().flip(0)).sum(dim=1) / 0.01)
+    largest = bank.largest(q, 20)
+    (total.sum() + largest.square().sum()).backward()
+    assert q.grad is not None
+    return {
+        "rows held": torch.tensor(len(bank.own_ND)),
+        "bank": bank.features_ND,
+        "rows": bank.rows(slot),
+        "sums": bank.sums(label, 4),
+        "nearest": bank.nearest(q.detach(), slot),
+        "total": total.detach(),
+        "largest": largest.detach(),
+        "clustered": _clustered(bank),
+        # every worker's loss is the whole one: their gradients add up to as many times it
+        "gradient": all_reduce_sum(q.grad) / world_size(),
+    }
+
+
+def by_faiss(x: torch.Tensor, k: int, spherical: bool = False, **options: Any) -> Any:
+    """Centroids that faiss itself finds."""
+    clustering = faiss.Clustering(x.shape[1], k)
+    clustering.spherical = spherical
+    clustering.min_points_per_centroid = 1
+    for name, value in options.items():
+        setattr(clustering, name, value)
+    clustering.train(x.numpy(), faiss.IndexFlatL2(x.shape[1]))
+    return torch.from_numpy(faiss.vector_float_to_array(clustering.centroids).reshape(k, -1).copy())
+
+
+@pytest.mark.parametrize("spherical", [False, True])
+@pytest.mark.parametrize(
+    ("count", "k", "most", "iterations"),
+    [(300, 7, 2000, 3), (300, 7, 2000, 100), (300, 7, 10, 20), (40, 38, 9, 2)],
+)
+def test_kmeans_is_that_of_faiss(count: int, k: int, most: int, iterations: int, spherical: bool) -> None:
+    """With its draws: first centroids, samples of the points, restarts, halves for empty clusters."""
+    for seed in range(4):
+        x = normalize(torch.randn(count, 5, generator=torch.Generator().manual_seed(seed)), dim=1)
+        if k == 38:
+            x = x[torch.arange(count) % 30].contiguous()  # fewer places than clusters
+        restarts = 1 if k == 38 else 3  # there all cost nothing, and rounding chooses
+        options = {"seed": seed, "nredo": restarts, "niter": iterations, "max_points_per_centroid": most}
+        expected = by_faiss(x, k, spherical, **options)
+        found = kmeans(
+            x, k, iterations=iterations, restarts=restarts, seed=seed, max_points=most, spherical=spherical
+        )
+        assert torch.allclose(found.centroid_KD, normalize(expected, dim=1), atol=1e-5)
+        assert torch.equal(found.label_N, torch.cdist(x, expected).argmin(dim=1)) or k == 38
+
+
+def _clustered(bank: Bank) -> torch.Tensor:
+    """K-means in all its variants, and what is made of it: labels, centroids, K, concentration, means."""
+    options: dict[str, Any] = {"iterations": 6, "restarts": 3, "seed": 2, "max_points": 2000}
+    other = Features(torch.flip(bank.own_ND, (1,)), bank.count)
+    found = [
+        kmeans(bank, 4, **options),
+        kmeans(bank, 4, **options, spherical=True),
+        kmeans(bank, 4, **options, initial_KD=torch.eye(6)[:4]),
+        kmeans(bank, 4, **{**options, "max_points": 3}),
+        kmeans(bank, 23, **options),
+        kmeans(JointFeatures(bank, other), 5, **options),
+        kmeans(Features(bank.own_ND[:, :1].ceil(), bank.count), 5, **options),  # two places: empty clusters
+    ]
+    chosen = [float(choose_clusters(bank, how, 0)) for how in ("elbow", "silhouette")]
+    first, last = found[0], found[0].centroid_KD
+    parts = [x.flatten().float() for c in found for x in (c.label_N, c.size_K, c.centroid_KD)]
+    parts += [concentration(bank, first.label_N, last), raw_centroids(bank, first).flatten(), bank.mean()]
+    return torch.cat([*parts, torch.tensor(chosen)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 3])
+def test_a_bank_that_workers_share_answers_like_a_whole_one(world: int, tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    spawn(_shares, (world, port, str(tmp_path)), nprocs=world)
+    alone = _answers()
+    found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(world)]
+    assert sum(int(one.pop("rows held")) for one in found) == int(alone.pop("rows held")) == 23
+    for one in found:
+        for name, value in alone.items():
+            assert torch.allclose(one[name], value, atol=2e-6, rtol=2e-5), name

@@ -1,0 +1,48 @@
+"""Scores that read labels: clusters against classes, pooled features, either encoder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.functional import normalize
+
+from ucir.cluster.launch import train_all
+from ucir.config.load import load_params
+from ucir.models.checkpoints import load_state
+from ucir.retrieval.evaluation import cluster_agreement, score_direction
+from ucir.retrieval.gate import GateChoice
+from ucir.runs.run import plan_runs
+from ucir.runs.scores import last_scores
+
+
+def test_clusters_that_are_the_classes_agree_wholly_and_random_ones_not_at_all() -> None:
+    labels = [label for label in "abc" for _ in range(40)]
+    clear = normalize(torch.eye(8)[:3].repeat_interleave(40, dim=0) + 0.01 * torch.randn(120, 8), dim=1)
+    assert cluster_agreement(clear, labels, 3) == {"NMI": pytest.approx(100), "ARI": pytest.approx(100)}
+    noise = normalize(torch.randn(120, 8), dim=1)
+    found = cluster_agreement(noise, labels, 3)
+    assert abs(found["ARI"]) < 10
+    assert found["NMI"] < 15
+    features, names = {"x": clear, "y": noise}, {"x": labels, "y": labels}
+    (score,) = score_direction(features, names, ("x", "y"), 0, "last", (5,), GateChoice("spread", 3))
+    assert score.scores["NMI"] == pytest.approx(100), "of the query domain"
+
+
+def test_pooled_features_and_either_encoder_give_other_scores(prepared: Path, store: str) -> None:
+    def scored(*overrides: str) -> list[float]:
+        params = load_params(overrides=["methods.ucdir.shapes.epochs=2", *overrides])
+        runs = plan_runs(params, "shapes", "closed", "ucdir", ("art-photo",))
+        train_all(runs, params.cluster)
+        weights.append(load_state(runs[0].folder / "last.pt")["state_dict"])
+        return [s.scores["mAP_at_All"] for s in last_scores(params, runs)]
+
+    weights: list[dict[str, torch.Tensor]] = []
+    head = scored()
+    pooled = scored("datasets.shapes.evaluate.features=pooled")
+    assert head != pooled
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0]), "the same run"
+    scored("methods.ucdir.shapes.retrieve_with=query")
+    key = "module.encoder_q.fc.2.weight"
+    assert not torch.equal(weights[0][key], weights[2][key])

@@ -1,0 +1,130 @@
+"""What studies are made of, against the tables' own rows and columns; what they cost."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.conftest import ROOT
+from tests.test_cli import ucir
+from ucir.cluster.launch import train_all
+from ucir.config.load import Params, load_params
+from ucir.data.splits import directions
+from ucir.methods.registry import METHODS
+from ucir.reports.reference import printed_cells
+from ucir.reports.table import MEAN
+from ucir.runs import cost as plan
+from ucir.runs.cost import Pace, describe_hours, describe_runs, measure_pace, planned_trainings
+from ucir.runs.run import plan_runs
+
+
+@pytest.fixture(scope="module")
+def shipped() -> Params:
+    return load_params(ROOT / "params.yaml")
+
+
+def test_the_paper_study_has_every_row_and_column_of_every_table(shipped: Params) -> None:
+    planned = planned_trainings(shipped, "paper")
+    seeds = len(shipped.studies["paper"].seeds)
+    tables = {(c.table, c.dataset, c.setting) for c in printed_cells()}
+    assert len({table for table, _, _ in tables}) == 3 + 8
+    for table, dataset, setting in tables:
+        cells = [c for c in printed_cells() if (c.table, c.dataset, c.setting) == (table, dataset, setting)]
+        own = [
+            t for t in planned if t.part.startswith(table) and (t.dataset, t.setting) == (dataset, setting)
+        ]
+        rows = list(dict.fromkeys(c.method for c in cells))
+        columns = {c.direction for c in cells} - {MEAN}
+        if not columns:  # Table 4 prints averages over the directions of Tables 3, 7 and 8
+            same = {"domainnet": "UEM Table 3", "office31": "UEM Table 7", "office_home": "UEM Table 8"}
+            columns = {c.direction for c in printed_cells() if c.table == same[dataset]} - {MEAN}
+        scored = {d for t in own for d in directions(setting, t.pair)}
+        assert list(dict.fromkeys(t.method for t in own)) == rows
+        if setting == "closed":  # one training serves both directions, also where one is printed
+            assert scored == columns | {(gallery, query) for query, gallery in columns}
+            trainings = len({frozenset(column) for column in columns})
+        else:
+            assert scored == columns
+            trainings = len(columns)
+        assert len(own) == len(set(own)) == len(rows) * trainings * seeds
+        cutoffs = {f"P@{k}" for k in shipped.datasets[dataset].evaluate.cutoffs}
+        assert {c.metric for c in cells if c.metric.startswith("P@")} <= cutoffs
+
+
+def test_the_number_of_runs_of_each_table(shipped: Params) -> None:
+    counts = Counter(t.part for t in planned_trainings(shipped, "paper"))
+    assert counts == {
+        "UCDIR Table 1": 5 * 6 * 3,
+        "UCDIR Table 2": 5 * 6 * 3,
+        "UCDIR Table 3": 4 * 6 * 3,
+        "ProtoOT, Office-Home": 6 * 3,
+        "ProtoOT, DomainNet": 6 * 3,
+        "UEM Table 1, Office-31": 8 * 3 * 3,
+        "UEM Table 1, DomainNet": 8 * 5 * 3,
+        "UEM Table 2": 8 * 12 * 3,
+        "UEM Table 3": 8 * 5 * 3,
+        "UEM Table 4": 5 * (6 + 12) * 3,
+        "UEM Table 4, DomainNet": 5 * 5 * 3,
+        "UEM Table 5": 8 * 6 * 3,
+        "UEM Table 6, Office-31": 8 * 6 * 3,
+        "UEM Table 6, DomainNet": 8 * 5 * 3,
+        "UEM Table 7": 8 * 6 * 3,
+        "UEM Table 8": 8 * 12 * 3,
+    }
+
+
+def test_a_plan_counts_shared_runs_once_and_says_what_is_not_built(
+    shipped: Params, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(plan, "measure_pace", lambda *arguments: Pace(step=1.0, image=0.01))
+    study = plan.plan_study(shipped, "paper")
+    told = describe_runs(shipped, study)
+    assert "UCDIR Table 1: office_home, closed: 5 methods x 6 trainings x 3 seeds = 90 runs" in told
+    assert "UEM Table 8: office_home, open: 8 methods x 12 trainings x 3 seeds = 288 runs" in told
+    assert "    ucdir              18 runs, 0 done\n" in told
+    assert "    darl               18 runs, not built yet\n" in told
+    # UCDIR's 6 pairs of Office-Home, closed, stand in UCDIR's Table 1 and UEM's Table 5
+    identities = {plan._identity(t) for t in study.planned}
+    assert f"in all: {len(identities)} different runs" in told
+    one = ("office_home", "closed", "ucdir")
+    closed = [t for t in study.planned if (t.dataset, t.setting, t.method) == one]
+    assert len(closed) == 2 * len({plan._identity(t) for t in closed}) == 36
+    # partial from A to B trains on the same pictures as open from B to A: UEM's Tables 2 and 8
+    uem = [t for t in study.planned if (t.dataset, t.method) == ("office_home", "uem")]
+    halves = [t for t in uem if t.setting != "closed"]
+    assert len({plan._identity(t) for t in halves}) == 12 * 3
+    assert len(halves) == 12 * 3 * 3  # Table 4 names those of Table 8 again
+    # of 200 epochs each: the larger domain's steps of a second, and both domains' images
+    sizes = {"Art": 2427, "Clipart": 4365, "Product": 4439, "Real": 4357}
+    pairs = [pair.split("-") for pair in shipped.datasets["office_home"].pairs]
+    seconds = 3 * 200 * sum(max(sizes[a], sizes[b]) // 64 + 0.01 * (sizes[a] + sizes[b]) for a, b in pairs)
+    only = plan.StudyPlan("paper", closed, set())
+    hours = describe_hours(shipped, only)
+    assert f"  ucdir on office_home: 18 runs, {seconds / 3600:.0f} h\n" in hours
+    everything = plan.StudyPlan("paper", closed, {plan._identity(t) for t in closed})
+    assert describe_hours(shipped, everything) == "left: nothing"
+
+
+def test_a_plan_knows_what_is_done(prepared: Path, store: str) -> None:
+    before = ucir("plan")
+    assert "shapes, closed: 1 methods x 2 trainings x 1 seeds = 2 runs" in before
+    assert "2 runs, 0 done" in before
+    params = load_params()
+    train_all(plan_runs(params, "shapes", "closed", "ucdir", ("art-photo",)), params.cluster)
+    after = ucir("plan", "tiny")
+    assert "2 runs, 1 done" in after
+    assert "2 different runs, 2 of methods that are built, 1 done" in after
+    assert "disk: about" in after
+
+
+@pytest.mark.parametrize("method", ["ucdir", "uem"])  # one phase, two phases
+def test_a_machine_is_measured_without_any_picture(prepared: Path, method: str) -> None:
+    params = load_params()
+    wanted = METHODS[method].params_type(**{"epochs": 4, "batch_size": 8, "clusters": 3})
+    pace = measure_pace(params.datasets["shapes"], wanted, method, torch.device("cpu"))
+    assert 0 < pace.image < pace.step
+    assert pace.epoch(wanted, (80, 40)) == pytest.approx(10 * pace.step + 120 * pace.image)

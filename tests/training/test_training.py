@@ -1,0 +1,358 @@
+"""The epoch loop: exact resume, invisible labels, equal results on any number of workers."""
+
+from __future__ import annotations
+
+import os
+import socket
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch import distributed as dist
+from torch.multiprocessing import spawn
+
+from tests.conftest import CLASSES, make_images
+from ucir.config.data import AugmentParams, PackParams, ViewParams
+from ucir.config.model import EncoderParams, PretrainParams, StartParams
+from ucir.data.pack import open_domain
+from ucir.data.prepare import write_pack
+from ucir.errors import UserError
+from ucir.methods.base import Term
+from ucir.methods.registry import METHODS, VARIANTS
+from ucir.models.checkpoints import load_state, save_encoder
+from ucir.models.encoder import new_encoder
+from ucir.training.epochs import EpochReport, train
+from ucir.training.start import ViewContrast, ViewContrastParams, given_start
+from ucir.training.training import Training
+
+ENCODER = EncoderParams(backbone="convnet", width=4, feature_dim=8)
+VIEW = ViewParams(side=16, eval_crop=1.0)
+PARAMS = {
+    "clusters": 3,
+    "epochs": 4,
+    "batch_size": 8,
+    "lr": 0.01,
+    "key_momentum": 0.9,
+    "ramp_start": 1,
+    "ramp_end": 2,
+    "cross_domain_start": 2,
+    "warmup": 1,
+    "repeats": 2,
+}
+CPU = torch.device("cpu")
+
+
+class Keep:
+    """A reporter that keeps everything; may act as if killed after an epoch."""
+
+    def __init__(
+        self,
+        state: dict[str, Any] | None = None,
+        killed_after: int | None = None,
+        stopped_in: tuple[int, int] | None = None,
+    ) -> None:
+        self.state, self.killed_after = state, killed_after
+        self.stopped_in = stopped_in
+        """After so many epochs and, of the next one, so many steps."""
+        self.steps = 0
+        self.reports: list[EpochReport] = []
+
+    def load_state(self) -> dict[str, Any] | None:
+        return self.state
+
+    def wants_state(self) -> bool:
+        self.steps += 1
+        return (len(self.reports), self.steps) == self.stopped_in
+
+    def keep(self, state: dict[str, Any]) -> None:
+        self.state = _copied(state)
+        raise KeyboardInterrupt
+
+    def fault(self, details: dict[str, Any]) -> None:
+        self.details = details
+
+    def end_epoch(self, report: EpochReport) -> None:
+        self.steps = 0
+        self.reports.append(report)
+        self.state = _copied(report.state)
+        if report.epoch == self.killed_after:
+            raise KeyboardInterrupt
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, dict):
+        return {key: _copied(part) for key, part in value.items()}
+    return [_copied(part) for part in value] if isinstance(value, list) else value
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Path:
+    save_encoder(new_encoder(ENCODER, 3), tmp_path / "start.pt")
+    return tmp_path / "start.pt"
+
+
+def training(pack: Path, start: Path, seed: int = 0, name: str = "ucdir", **changes: Any) -> Training:
+    images = open_domain(pack, "art"), open_domain(pack, "photo")
+    kind = METHODS[name]
+    known = {key: value for key, value in PARAMS.items() if key in kind.params_type.model_fields}
+    fixed = VARIANTS.get(name, ("", {}))[1]
+    method = kind(kind.params_type(**{**known, **fixed, **changes}), seed)
+    return Training(images, VIEW, ENCODER, start, method, CPU)
+
+
+def weights(training: Training) -> dict[str, Tensor]:
+    return {
+        f"{name}.{key}": value.clone()
+        for name, part in (("query", training.query), ("key", training.key))
+        if part
+        for key, value in part.state_dict().items()
+    }
+
+
+def assert_equal(one: dict[str, Tensor], two: dict[str, Tensor]) -> None:
+    different = [key for key in one if not torch.equal(one[key], two[key])]
+    assert not different
+
+
+@pytest.mark.parametrize("name", ["ucdir", "pcs", "protonce", "id", "protoot", "uem", "coda", "dgdir"])
+def test_a_run_killed_at_any_time_and_resumed_ends_as_an_undisturbed_one(
+    pack: Path, start: Path, tmp_path: Path, name: str
+) -> None:
+    whole = training(pack, start, name=name)
+    reporter = Keep()
+    train(whole, reporter)
+    assert [report.epoch for report in reporter.reports] == [0, 1, 2, 3]
+    for first in (
+        Keep(killed_after=0),
+        Keep(killed_after=2),
+        Keep(stopped_in=(0, 1)),
+        Keep(stopped_in=(3, 2)),
+    ):
+        with pytest.raises(KeyboardInterrupt):
+            train(training(pack, start, name=name), first)
+        done = len(first.reports)
+        torch.save(first.state, tmp_path / "state.pt")
+        second = training(pack, start, name=name)
+        rest = Keep(load_state(tmp_path / "state.pt"))
+        train(second, rest)
+        assert [report.epoch for report in rest.reports] == list(range(done, 4))
+        assert_equal(weights(whole), weights(second))
+        for one, two in zip(reporter.reports[done:], rest.reports, strict=True):
+            assert torch.equal(one.features[0].own_ND, two.features[0].own_ND)
+            losses = {k: v for k, v in one.metrics.items() if k.startswith("train/")}
+            assert losses == {k: v for k, v in two.metrics.items() if k.startswith("train/")}
+
+
+def test_the_frozen_copy_stays_and_a_kill_at_the_border_changes_nothing(pack: Path, start: Path) -> None:
+    options: dict[str, Any] = {"epochs": 3, "matching_epochs": 2, "clusters": (3,)}
+    run = training(pack, start, name="uem", **options)
+    train(run, Keep())
+    frozen = run.networks.frozen
+    assert frozen is not None
+    at_border = Keep(killed_after=0)
+    with pytest.raises(KeyboardInterrupt):
+        train(training(pack, start, name="uem", **options), at_border)
+    assert at_border.state is not None
+    border = {
+        k.removeprefix("query."): v for k, v in at_border.state["networks"].items() if k.startswith("query.")
+    }
+    for name, value in frozen.state_dict().items():
+        assert torch.equal(value, border[name]), name
+    assert not frozen.training
+    assert any(not torch.equal(value, border[name]) for name, value in run.query.state_dict().items())
+    for killed_after in (0, 1):
+        first = Keep(killed_after=killed_after)
+        with pytest.raises(KeyboardInterrupt):
+            train(training(pack, start, name="uem", **options), first)
+        second = training(pack, start, name="uem", **options)
+        train(second, Keep(first.state))
+        assert all(
+            torch.equal(a, b) for a, b in zip(weights(run).values(), weights(second).values(), strict=True)
+        )
+
+
+def test_training_moves_the_encoder_and_the_seed_matters(pack: Path, start: Path) -> None:
+    ends = []
+    for seed in (0, 1):
+        run = training(pack, start, seed=seed)
+        before = weights(run)
+        train(run, Keep())
+        assert not torch.equal(before["query.net.fc.2.weight"], weights(run)["query.net.fc.2.weight"])
+        assert not torch.equal(before["key.net.fc.2.weight"], weights(run)["key.net.fc.2.weight"])
+        ends.append(weights(run)["query.net.fc.2.weight"])
+    assert not torch.equal(*ends)
+
+
+def test_permuted_class_names_give_the_same_weights(tmp_path: Path, start: Path) -> None:
+    """Labels are invisible to training."""
+    ends = []
+    for number, names in enumerate((CLASSES, ("square", "circle", "cross"), ("x", "x2", "a"))):
+        source = make_images(tmp_path / str(number) / "images")
+        for domain in ("art", "photo"):
+            for old, new in zip(CLASSES, names, strict=True):
+                (source / domain / old).rename(source / domain / f"{new}.new")
+        pack = tmp_path / str(number) / "pack"
+        write_pack(source, ["art", "photo"], pack, PackParams(side=20))
+        run = training(pack, start)
+        train(run, Keep())
+        ends.append(weights(run))
+    assert_equal(ends[0], ends[1])
+    assert_equal(ends[0], ends[2])
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_is_named(
+    pack: Path, start: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = training(pack, start)
+    terms = {"fine": Term(1.0, torch.tensor(1.0)), "broken": Term(1.0, torch.tensor(float("nan")))}
+    monkeypatch.setattr(run.method, "losses", lambda epoch, batch: terms)
+    reporter = Keep()
+    with pytest.raises(FloatingPointError, match=r"epoch 0, step 0.*fine = 1, broken = nan"):
+        train(run, reporter)
+    details = reporter.details
+    assert (details["epoch"], details["step"]) == (0, 0)
+    assert set(details["inputs"]) == {"query_a", "key_a", "query_b", "key_b"}
+    assert details["inputs"]["query_a"]["not_finite"] == 0
+    assert len(details["slots"][0]) == 8
+    assert "net.fc.2.weight" in details["weights"]
+
+
+def test_weights_that_the_last_step_spoilt_are_not_reported_as_finished(
+    pack: Path, start: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = training(pack, start)
+    original = Training.train_epoch
+
+    def spoils(self: Training, epoch: int, **options: Any) -> dict[str, float]:
+        losses = original(self, epoch, **options)
+        with torch.no_grad():
+            for encoder in (self.query, self.key):
+                assert encoder is not None
+                next(encoder.parameters()).fill_(float("nan"))
+        return losses
+
+    monkeypatch.setattr(Training, "train_epoch", spoils)
+    reporter = Keep()
+    with pytest.raises(FloatingPointError, match="epoch 0: features are not finite after its last step"):
+        train(run, reporter)
+    assert not reporter.reports
+    assert reporter.details["inputs"]["features_a"]["not_finite"] > 0
+
+
+def test_the_query_encoder_is_ranked_without_changing_the_training(pack: Path, start: Path) -> None:
+    kept = {}
+    for which in ("key", "query"):
+        run = training(pack, start, retrieve_with=which)
+        reporter = Keep()
+        train(run, reporter)
+        assert reporter.reports[-1].encoder is (run.key if which == "key" else run.query)
+        kept[which] = (weights(run), reporter.reports[-1].features[0].own_ND)
+    assert_equal(kept["key"][0], kept["query"][0])
+    assert not torch.equal(kept["key"][1], kept["query"][1])
+
+
+def start_training(pack: Path, **changes: Any) -> Training:
+    images = tuple(open_domain(pack, domain) for domain in ("art", "photo", "real-life"))
+    given = PretrainParams(**{"steps": 80, "batch_size": 32, "lr": 0.02, **changes})
+    params = ViewContrastParams.of(given, [len(domain) for domain in images])
+    view = ViewParams(side=16, eval_crop=1.0, augment=AugmentParams(crop_area=(0.8, 1.0)))
+    return Training(images, view, ENCODER, None, ViewContrast(params, 0), CPU)
+
+
+def test_the_start_is_learnt_and_a_kill_changes_nothing(pack: Path, tmp_path: Path) -> None:
+    whole, reporter = start_training(pack), Keep()
+    train(whole, reporter)
+    losses = [report.metrics["train/loss_contrast"] for report in reporter.reports]
+    assert list(whole.batches.epoch(0)) == [0, 1]
+    assert len(losses) == 40
+    assert np.mean(losses[-5:]) < 0.9 * np.mean(losses[:5])
+    for first in (Keep(killed_after=11), Keep(stopped_in=(7, 1))):
+        with pytest.raises(KeyboardInterrupt):
+            train(start_training(pack), first)
+        torch.save(first.state, tmp_path / "state.pt")
+        second = start_training(pack)
+        train(second, Keep(load_state(tmp_path / "state.pt")))
+        assert_equal(weights(whole), weights(second))
+
+
+@pytest.mark.parametrize("steps", [3, 7, 10, 80])
+def test_the_starts_rates_are_torchs_one_cycle(pack: Path, steps: int) -> None:
+    run = start_training(pack, steps=steps)
+    other = torch.optim.AdamW([torch.zeros(1, requires_grad=True)], 0.02)
+    if steps == 10:  # torch divides by zero here
+        run.method.set_rates(run.optimizer, 0, 0)
+        assert run.optimizer.param_groups[0]["lr"] == pytest.approx(0.02)
+        return
+    cycle = torch.optim.lr_scheduler.OneCycleLR(other, 0.02, total_steps=steps, pct_start=0.1)
+    for step in range(steps):
+        run.method.set_rates(run.optimizer, 0, step)
+        for key in ("lr", "betas"):
+            assert run.optimizer.param_groups[0][key] == other.param_groups[0][key], (step, key)
+        other.step()
+        if step + 1 < steps:
+            cycle.step()
+
+
+def test_a_batch_larger_than_all_domains_is_refused() -> None:
+    with pytest.raises(UserError, match="pretrain batch_size 128 exceeds all 70 images"):
+        ViewContrastParams.of(PretrainParams(batch_size=128), [30, 40])
+
+
+def test_given_weights_are_taken(start: Path) -> None:
+    given = given_start(StartParams(encoder=ENCODER, checkpoint=str(start)))
+    assert_equal(new_encoder(ENCODER, 3).state_dict(), given.state_dict())
+
+
+def _steps(pack: Path, start: Path, names: list[str]) -> list[dict[str, Any]]:
+    """A step of the first and of the last phase of each method: losses, gradients, features afterwards."""
+    found = []
+    for name, epoch in product(names, (0, 3)):
+        run = training(pack, start, name=name)
+        features = run.features()
+        run.method.start(features)
+        run.start_epoch(epoch, features)
+        losses = run.train_epoch(epoch, max_steps=1)
+        gradients = {name: p.grad for name, p in run.query.named_parameters()}
+        found.append(
+            {"losses": losses, "gradients": gradients, "features": [x.features_ND for x in run.features()]}
+        )
+    return found
+
+
+def _worker(rank: int, world: int, port: int, pack: Path, start: Path, names: list[str], out: Path) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    dist.init_process_group("gloo", rank=rank, world_size=world)
+    torch.save(_steps(pack, start, names), out / f"{world}-{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("world", "names"), [(2, list(METHODS)), (3, ["ucdir"]), (4, ["ucdir", "protoot", "uem"])]
+)
+def test_workers_change_speed_and_never_results(
+    pack: Path, start: Path, tmp_path: Path, world: int, names: list[str]
+) -> None:
+    """Losses, gradients and features of 1 and of several gloo workers on the same global batch."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    alone = _steps(pack, start, names)
+    spawn(_worker, (world, port, pack, start, names, tmp_path), nprocs=world)
+    for rank in range(world):
+        together = torch.load(tmp_path / f"{world}-{rank}.pt")
+        for one, many in zip(alone, together, strict=True):
+            assert many["losses"] == pytest.approx(one["losses"], rel=1e-5, abs=1e-5)
+            # CoDA's gradient on the tiny network is as small as float32's noise beside the others
+            scale = max(0.01, *(float(gradient.norm()) for gradient in one["gradients"].values()))
+            for name, gradient in one["gradients"].items():
+                assert float((many["gradients"][name] - gradient).norm()) < 2e-5 * scale, name
+            for x, y in zip(one["features"], many["features"], strict=True):
+                assert torch.allclose(x, y, atol=1e-5)

@@ -1,0 +1,316 @@
+"""What a study or a set of runs will cost: how many runs, what is done, disk, hours on this machine."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ucir.config.base import ONE_PART
+from ucir.config.data import DatasetParams
+from ucir.config.load import Params
+from ucir.data.pack import DomainImages, read_info
+from ucir.data.splits import both_ways, label_spaces, training_order, trainings
+from ucir.devices import choose_device
+from ucir.errors import UserError
+from ucir.methods.base import MethodParams
+from ucir.methods.registry import METHODS
+from ucir.models.checkpoints import save_encoder
+from ucir.models.encoder import new_encoder
+from ucir.paths import PACKS
+from ucir.progress import Progress, clock
+from ucir.runs.params import method_params
+from ucir.runs.run import PairRun, plan_runs
+from ucir.runs.study import study_runs
+from ucir.training.training import Training
+
+STEPS = 3
+PROBE_BATCH = 8
+"""Images of each domain in the first, careful look at a step; a full batch is timed where that is short."""
+SHORT = 0.5
+"""Seconds."""
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Measured on this machine with pictures of noise: seconds."""
+
+    step: float
+    """One training step of the dearest phase."""
+    image: float
+    """One image of a feature pass."""
+
+    def epoch(self, params: MethodParams, counts: tuple[int, int]) -> float:
+        """One epoch of a pair with that many pictures."""
+        return self.step * (max(counts) // params.batch_size) + self.image * sum(counts)
+
+
+@dataclass(frozen=True)
+class PlannedTraining:
+    """One training of a study."""
+
+    part: str
+    dataset: str
+    setting: str
+    method: str
+    pair: tuple[str, str]
+    seed: int
+    built: bool
+    """Whether its method is there yet."""
+
+
+def measure_pace(block: DatasetParams, params: MethodParams, method: str, device: torch.device) -> Pace:
+    """A few steps on noise: needs no data and no start weights.
+
+    On a machine where a full batch would take long, a small one is timed and its time scaled.
+    """
+    side = block.pack.side
+    noise = np.random.default_rng(0).integers(0, 256, (2 * params.batch_size, side, side, 3), np.uint8)
+
+    def training(batch: int) -> Training:
+        rows = np.arange(max(2 * batch, params.most_clusters, 8)) % len(noise)
+        sizes = np.full((len(rows), 2), side)
+        first, second = (DomainImages(name, noise, rows, sizes) for name in "ab")
+        small = params.model_copy(update={"batch_size": batch})
+        with tempfile.TemporaryDirectory() as folder:
+            start = Path(folder) / "start.pt"
+            save_encoder(new_encoder(block.start.encoder, 0), start)
+            run = Training(
+                (first, second), block.view, block.start.encoder, start, METHODS[method](small, 0), device
+            )
+        features = run.features()
+        run.method.start(features)
+        run.start_epoch(params.epochs - 1, features)
+        run.train_epoch(params.epochs - 1, max_steps=1)  # warm-up
+        return run
+
+    def timed(run: Training) -> float:
+        steps = min(STEPS, len(run.batches))
+        began = time.perf_counter()
+        run.train_epoch(params.epochs - 1, max_steps=steps)
+        return (time.perf_counter() - began) / steps
+
+    batch = min(PROBE_BATCH, params.batch_size)
+    run = training(batch)
+    step = timed(run)
+    if batch < params.batch_size:
+        if step * params.batch_size / batch < SHORT or device.type != "cpu":
+            run = training(params.batch_size)
+            step = timed(run)
+        else:
+            step *= params.batch_size / batch
+    began = time.perf_counter()
+    images = sum(map(len, run.features()))
+    return Pace(step, (time.perf_counter() - began) / images)
+
+
+def planned_trainings(params: Params, name: str) -> list[PlannedTraining]:
+    """Every training of a study; one that stands in two parts is listed in both.
+
+    Needs no pictures where the catalogue or the pairs' spelling tell the domains.
+
+    Raises:
+        UserError: as :func:`ucir.runs.study.study_runs`; a pair of unknown domains.
+    """
+    found = []
+    for part, run in study_runs(params, name):
+        block = params.datasets[run["dataset"]]
+        for pair in trainings(run["setting"], run["pairs"] or block.pairs, _domains(block, run["dataset"])):
+            for seed in params.studies[name].seeds:
+                built = run["method"] in METHODS
+                found.append(
+                    PlannedTraining(part, run["dataset"], run["setting"], run["method"], pair, seed, built)
+                )
+    return found
+
+
+@dataclass(frozen=True)
+class StudyPlan:
+    """The trainings of a study, and which are done."""
+
+    name: str
+    planned: list[PlannedTraining]
+    done: set[tuple[object, ...]]
+
+    @property
+    def once(self) -> list[PlannedTraining]:
+        """Trainings of methods that are built; one that several parts share is there once."""
+        return list({_identity(t): t for t in self.planned if t.built}.values())
+
+    @property
+    def left(self) -> list[PlannedTraining]:
+        """Those of :attr:`once` that are not done."""
+        return [t for t in self.once if _identity(t) not in self.done]
+
+
+def plan_study(params: Params, name: str) -> StudyPlan:
+    """All trainings of a study. Raises as :func:`planned_trainings`."""
+    planned = planned_trainings(params, name)
+    return StudyPlan(name, planned, _finished(params, planned))
+
+
+def describe_runs(params: Params, plan: StudyPlan) -> str:
+    """What there is to run: a line for each part, data set and setting, and for each of its methods; disk."""
+    groups: dict[tuple[str, str, str], list[PlannedTraining]] = {}
+    for training in plan.planned:
+        groups.setdefault((training.part, training.dataset, training.setting), []).append(training)
+    lines = [f"study {plan.name}:"]
+    for (part, dataset, setting), group in groups.items():
+        methods = list(dict.fromkeys(t.method for t in group))
+        pairs = list(dict.fromkeys(t.pair for t in group))
+        label = "" if part == ONE_PART else f"{part}: "
+        lines.append(
+            f"  {label}{dataset}, {setting}: {len(methods)} methods x {len(pairs)} trainings x "
+            f"{len(params.studies[plan.name].seeds)} seeds = {len(group)} runs"
+        )
+        for method in methods:
+            own = [t for t in group if t.method == method]
+            done = sum(_identity(t) in plan.done for t in own)
+            state = f"{done} done" if own[0].built else "not built yet"
+            lines.append(f"    {method:<16}{len(own):>5} runs, {state}")
+    missing = list(dict.fromkeys(t.method for t in plan.planned if not t.built))
+    different = len({_identity(t) for t in plan.planned})
+    lines.append(
+        f"in all: {different} different runs, {len(plan.once)} of methods that are built, "
+        f"{len(plan.once) - len(plan.left)} done"
+        + (f"; not built yet: {', '.join(missing)}" if missing else "")
+    )
+    disk = f"{_disk(params, plan.once) / 2**30:.1f} GiB"
+    lines.append(f"disk: about {disk} for what is built, with the copies in DVC's cache")
+    return "\n".join(lines)
+
+
+def describe_hours(params: Params, plan: StudyPlan) -> str:
+    """How long the rest takes on this machine, which is measured for each encoder and method."""
+    device = choose_device(params.cluster)
+    groups: dict[tuple[str, str], list[PlannedTraining]] = {}
+    for training in plan.left:
+        groups.setdefault((training.dataset, training.method), []).append(training)
+    if not groups:
+        return "left: nothing"
+    lines = []
+    total = 0.0
+    unknown = set()
+    with Progress("measuring this machine", len(groups), "combination") as progress:
+        for (dataset, method), own in groups.items():
+            wanted = method_params(params, method, dataset)
+            pace = measure_pace(params.datasets[dataset], wanted, method, device)
+            counts = [_counts(params, t) for t in own]
+            seconds = sum(wanted.epochs * pace.epoch(wanted, count) for count in counts if count)
+            unknown |= {dataset} if None in counts else set()
+            total += seconds
+            lines.append(f"  {method} on {dataset}: {len(own)} runs, {_hours(seconds)} h")
+            progress.advance(1, f"{method} on {dataset}")
+    kind = "GPU" if device.type == "cuda" else "machine"
+    told = f" (without {', '.join(sorted(unknown))}: not prepared, so of unknown size)" if unknown else ""
+    lines.append(f"left: about {_hours(total)} {kind}-hours on {device}, one run at a time{told}")
+    return "\n".join(lines)
+
+
+def describe(runs: list[PairRun], params: Params) -> str:
+    """Resolved config, number of runs, device and estimated time of one plan, as text."""
+    first = runs[0]
+    device = choose_device(params.cluster)
+    left = [run for run in runs if not run.done]
+    block = params.datasets[first.dataset]
+    config = {
+        "view": first.view.model_dump(),
+        "encoder": first.encoder.model_dump(),
+        f"methods.{first.method}.{first.dataset}": first.params.model_dump(),
+        "cluster": params.cluster.model_dump(),
+    }
+    lines = [
+        json.dumps(config, indent=1),
+        f"runs: {len(runs)} ({', '.join(run.name for run in runs)}), {len(runs) - len(left)} done",
+        f"device: {device}, workers: {params.cluster.num_workers or 'in this process'}",
+    ]
+    if left:
+        pace = measure_pace(block, first.params, first.method, device)
+        epochs = {run: first.params.epochs - len(run.history()) for run in left}
+        seconds = sum(count * pace.epoch(first.params, run.counts) for run, count in epochs.items())
+        lines.append(f"left: {sum(epochs.values())} epochs, about {clock(seconds)} here on one worker")
+    return "\n".join(lines)
+
+
+def _identity(t: PlannedTraining | PairRun) -> tuple[object, ...]:
+    """A training serves every part that names it, both orders of its pair where label spaces are the same,
+    and else ``partial`` and ``open``."""
+    if both_ways(t.setting):
+        return (t.dataset, t.setting, t.method, frozenset(t.pair), t.seed)
+    return (t.dataset, t.method, t.pair[:: training_order(t.setting)], t.seed)
+
+
+def _domains(block: DatasetParams, dataset: str) -> list[str]:
+    """Domains by the catalogue, else of the pack, else as the pairs spell them."""
+    if block.entry.domains:
+        return list(block.entry.domains)
+    try:
+        return list(read_info(PACKS / dataset).counts)
+    except UserError:
+        cuts = [(p[:i], p[i + 1 :]) for p in block.pairs for i, c in enumerate(p) if c in "->"]
+        return list(dict.fromkeys(name for cut in cuts for name in cut if name))
+
+
+def _finished(params: Params, planned: list[PlannedTraining]) -> set[tuple[object, ...]]:
+    """Identities of the trainings that are done, by their run keys."""
+    done: set[tuple[object, ...]] = set()
+    for dataset, setting, method in {(t.dataset, t.setting, t.method) for t in planned if t.built}:
+        own = [t for t in planned if (t.dataset, t.setting, t.method) == (dataset, setting, method)]
+        pairs = tuple(dict.fromkeys(">".join(t.pair) for t in own))
+        seeds = tuple(dict.fromkeys(t.seed for t in own))
+        try:
+            runs = plan_runs(params, dataset, setting, method, pairs, seeds)
+        except UserError:  # not prepared yet: nothing can be done
+            continue
+        done |= {_identity(run) for run in runs if run.done}
+    return done
+
+
+def _counts(params: Params, t: PlannedTraining) -> tuple[int, int] | None:
+    """Pictures of query and gallery domain: of the pack, else as published, else not known."""
+    block = params.datasets[t.dataset]
+    try:
+        counts = {domain: float(count) for domain, count in read_info(PACKS / t.dataset).counts.items()}
+    except UserError:
+        # where a class is not known, 500 is what the largest domain has
+        published = block.entry.counts.items()
+        counts = {d: float(sum(500 if c is None else c for c in own.values())) for d, own in published}
+        if block.sample:
+            counts = dict.fromkeys(t.pair, 10.0 * block.sample.per_class)
+    if not set(t.pair) <= set(counts):
+        return None
+    classes = block.entry.class_names()
+    share = [1.0, 1.0]
+    if classes:
+        spaces = label_spaces(t.setting, classes, block.split)
+        share = [spaces.share(role, len(classes)) for role in (0, 1)]
+    first, second = (round(counts[d] * s) for d, s in zip(t.pair, share, strict=True))
+    return first, second
+
+
+def _hours(seconds: float) -> str:
+    hours = seconds / 3600
+    return f"{hours:,.0f}" if hours >= 100 else f"{hours:.1f}"
+
+
+def _disk(params: Params, built: list[PlannedTraining]) -> float:
+    """Bytes: packs and weights twice (DVC keeps a copy), features of the last epoch twice."""
+    total = 0.0
+    for dataset in {t.dataset for t in built}:
+        block = params.datasets[dataset]
+        own = [t for t in built if t.dataset == dataset]
+        weights = sum(p.numel() for p in new_encoder(block.start.encoder, 0).parameters()) * 4.0
+        domains = {
+            domain: count
+            for t in own
+            for domain, count in zip(t.pair, _counts(params, t) or (0, 0), strict=True)
+        }
+        total += 2 * sum(domains.values()) * 3 * block.pack.side**2
+        features = sum(sum(_counts(params, t) or (0, 0)) for t in own) * 2 * block.start.encoder.feature_dim
+        total += 6 * len(own) * weights + 2 * features
+    return total

@@ -1,0 +1,58 @@
+"""A method's block of params.yaml, checked by the method's own params class; and its gate."""
+
+from __future__ import annotations
+
+from ucir.config.base import PARAMS_FILE, checked
+from ucir.config.load import Params
+from ucir.errors import UserError, nearest
+from ucir.methods.base import MethodParams
+from ucir.methods.registry import METHODS, TO_COME, VARIANTS, params_block
+from ucir.retrieval.gate import GateChoice
+
+
+def method_params(params: Params, method: str, dataset: str) -> MethodParams:
+    """The checked block ``methods.<method>.<dataset>`` of params.yaml.
+
+    Raises:
+        UserError: an unknown method, no block for the data set, an unknown key, a value out of range.
+    """
+    for name in (method, *params.methods):
+        if name in TO_COME:
+            raise UserError(f"method {name!r} is not built yet; there is: {', '.join(METHODS)}")
+        if name in params.methods and name in VARIANTS:
+            raise UserError(
+                f"{PARAMS_FILE}: methods.{name}: {name} is methods.{params_block(name)} with some keys "
+                "fixed; give its settings there"
+            )
+        if name not in METHODS:
+            raise UserError(f"method {name!r} is unknown; {nearest(name, METHODS)}")
+        for known in params.methods.get(name, {}):
+            if known not in params.datasets:
+                raise UserError(
+                    f"{PARAMS_FILE}: methods.{name}.{known}: there is no data set {known!r}; "
+                    f"{nearest(known, params.datasets)}"
+                )
+    block = params_block(method)
+    blocks = params.methods.get(block, {})
+    if dataset not in blocks:
+        raise UserError(
+            f"{PARAMS_FILE}: methods.{block} has no block {dataset!r}; "
+            f"copy one of {', '.join(blocks) or 'the README'} and adapt it"
+        )
+    where = f"methods.{block}.{dataset}"
+    classes = params.datasets[dataset].entry.classes  # the papers' K, but for UEM
+    kind = METHODS[method].params_type
+    given = {**blocks[dataset], **VARIANTS.get(method, ("", {}))[1]}
+    if classes and "clusters" in kind.model_fields and kind.model_fields["clusters"].is_required():
+        given.setdefault("clusters", classes)
+    return checked(kind, given, PARAMS_FILE, where)
+
+
+def gate_choice(params: Params, dataset: str, method: str | None) -> GateChoice:
+    """A method's gate with its own K; None: that of the start.
+
+    Who has no K takes the number of classes, as the papers' baselines are given it, or looks for one.
+    """
+    known: int | str = params.datasets[dataset].entry.classes or "elbow"
+    clusters = known if method is None else getattr(method_params(params, method, dataset), "clusters", known)
+    return GateChoice.of(params_block(method) if method else None, clusters)

@@ -1,0 +1,324 @@
+"""Runs: what they are made of, their keys, their folders, and what is already done.
+
+A run is one training: data set, setting, method, pair, seed; or the label-free start of a data set. Its key
+is a hash of all that its result depends on (resolved config, data, start, code); its folder is
+``runs/<slug>-<key>/``:
+
+- ``state.pt``  all that resuming needs, with the history of epochs; renewed at each epoch's end, gone
+  after the last
+- ``last.pt``   the retrieval encoder of the last epoch, in MoCo v2's layout
+- ``best.pt``   that of the epoch with the best first P@K, *chosen with labels*, as the papers do
+- ``done.json`` written when the last epoch is through
+- ``fault.json`` where a loss became NaN: step, terms, statistics of features and weights
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ucir.config.data import DatasetParams, ViewParams
+from ucir.config.load import Params
+from ucir.config.model import EncoderParams
+from ucir.data.pack import DomainImages, Picture, open_domain, read_index, read_info
+from ucir.data.splits import LabelSpaces, both_ways, directions, label_spaces, training_order, trainings
+from ucir.errors import UserError, nearest
+from ucir.methods.base import MethodParams
+from ucir.methods.registry import METHODS
+from ucir.models.checkpoints import load_encoder, load_state
+from ucir.models.encoder import new_encoder
+from ucir.paths import PACKS, RUNS, STARTS, check_writable
+from ucir.runs.dependencies import START, code_version, training_modules
+from ucir.runs.params import method_params
+from ucir.training.start import ViewContrast, ViewContrastParams
+from ucir.training.training import Training
+
+PRETRAIN = "pretrain"
+"""What a start's training is called where a method is named."""
+
+
+@dataclass(frozen=True)
+class Run(ABC):
+    """One training and where it lies; picklable, all paths absolute."""
+
+    dataset: str
+    method: str
+    seed: int
+    view: ViewParams
+    encoder: EncoderParams
+    params: MethodParams
+    pack: Path
+    key: str
+    folder: Path
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """For people: ``ucdir Art-Real s0``."""
+
+    @abstractmethod
+    def tags(self) -> dict[str, str]:
+        """MLflow tags."""
+
+    @abstractmethod
+    def facts(self) -> dict[str, Any]:
+        """What ``done.json`` says beside the tags and the history."""
+
+    @abstractmethod
+    def new_training(self, device: torch.device) -> Training:
+        """Everything that changes while it is trained, as at its start."""
+
+    @property
+    def done(self) -> bool:
+        return (self.folder / "done.json").exists()
+
+    def history(self) -> list[dict[str, float]]:
+        """Metrics of the finished epochs."""
+        return self.kept()[0]
+
+    def kept(self) -> tuple[list[dict[str, float]], int]:
+        """The history, and the steps of the next epoch where a state from the middle of it is kept."""
+        if self.done:
+            return json.loads((self.folder / "done.json").read_text("utf-8"))["history"], 0
+        if not (self.folder / "state.pt").exists():
+            return [], 0
+        state = load_state(self.folder / "state.pt")
+        return state["history"], state["midway"]["step"] if "midway" in state else 0
+
+
+@dataclass(frozen=True)
+class PairRun(Run):
+    """A method on a pair of domains."""
+
+    setting: str
+    pair: tuple[str, str]
+    """Query and gallery; where one training serves both directions both are both."""
+    cutoffs: tuple[int, ...]
+    spaces: LabelSpaces
+    counts: tuple[int, int]
+    """Pictures of the two domains."""
+    start: Path
+
+    @property
+    def name(self) -> str:
+        return f"{self.method} {'-'.join(self.pair)} s{self.seed}"
+
+    @property
+    def slug(self) -> str:
+        """For file names: ``Art-Real-s0``."""
+        return f"{'-'.join(self.pair)}-s{self.seed}"
+
+    @property
+    def trained(self) -> list[tuple[str, list[Picture]]]:
+        """The two domains in the order that training has them, each with the pictures that take part."""
+        domains = [
+            (domain, self.spaces.trained(read_index(self.pack, domain), role))
+            for role, domain in enumerate(self.pair)
+        ]
+        return domains[:: training_order(self.setting)]
+
+    @property
+    def directions(self) -> list[tuple[str, str]]:
+        """(query, gallery) that this training is scored in."""
+        return directions(self.setting, self.pair)
+
+    def images(self) -> tuple[DomainImages, ...]:
+        """What training sees of the two domains."""
+        return tuple(open_domain(self.pack, domain, index) for domain, index in self.trained)
+
+    def tags(self) -> dict[str, str]:
+        return {
+            "dataset": self.dataset,
+            "setting": self.setting,
+            "method": self.method,
+            "pair": "-".join(self.pair),
+            "seed": str(self.seed),
+        }
+
+    def facts(self) -> dict[str, Any]:
+        return {"run_key": self.key, "label_spaces": asdict(self.spaces)}
+
+    def new_training(self, device: torch.device) -> Training:
+        method = METHODS[self.method](self.params, self.seed)
+        return Training(self.images(), self.view, self.encoder, self.start, method, device)
+
+
+@dataclass(frozen=True)
+class StartRun(Run):
+    """The label-free start of a data set, learnt on all its domains."""
+
+    domains: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        return f"{self.method} {self.dataset}"
+
+    def tags(self) -> dict[str, str]:
+        return {"dataset": self.dataset, "method": self.method, "seed": str(self.seed)}
+
+    def facts(self) -> dict[str, Any]:
+        return {"run_key": self.key}
+
+    def new_training(self, device: torch.device) -> Training:
+        images = tuple(open_domain(self.pack, domain) for domain in self.domains)
+        assert isinstance(self.params, ViewContrastParams)
+        return Training(images, self.view, self.encoder, None, ViewContrast(self.params, self.seed), device)
+
+
+def plan_start(block: DatasetParams, dataset: str) -> StartRun:
+    """The training of a data set's start.
+
+    Raises:
+        UserError: no pack; fewer pictures than a batch; a runs folder that cannot be written.
+    """
+    pretrain = block.start.pretrain
+    assert pretrain is not None
+    info = read_info(PACKS / dataset)
+    params = ViewContrastParams.of(pretrain, list(info.counts.values()))
+    check_writable(RUNS)
+    content = {
+        "params": params.model_dump(mode="json"),
+        "seed": pretrain.seed,
+        "view": block.view.model_dump(mode="json"),
+        "encoder": block.start.encoder.model_dump(mode="json"),
+        "data": list(info.fingerprints.items()),
+        "code": code_version(START),
+    }
+    key = _key(content)
+    return StartRun(
+        dataset=dataset,
+        method=PRETRAIN,
+        seed=pretrain.seed,
+        view=block.view,
+        encoder=block.start.encoder,
+        params=params,
+        pack=(PACKS / dataset).resolve(),
+        key=key,
+        folder=(RUNS / f"{dataset}-{PRETRAIN}-{key}").resolve(),
+        domains=tuple(info.counts),
+    )
+
+
+def plan_runs(
+    params: Params,
+    dataset: str,
+    setting: str,
+    method: str,
+    pairs: tuple[str, ...] | None = None,
+    seeds: tuple[int, ...] | None = None,
+) -> list[PairRun]:
+    """All runs of a data set x setting x method, checked before any of them starts.
+
+    Args:
+        params: params.yaml.
+        dataset, setting, method: names.
+        pairs, seeds: instead of the data set's pairs and the study's seeds; pairs as in its block.
+
+    Raises:
+        UserError: an unknown name; no pack or start; more clusters than images; a batch larger than
+            the domains; a start checkpoint that does not fit; a runs folder that cannot be written.
+    """
+    if dataset not in params.datasets:
+        raise UserError(f"data set {dataset!r} is unknown; {nearest(dataset, params.datasets)}")
+    block = params.datasets[dataset]
+    wanted = method_params(params, method, dataset)
+    info = read_info(PACKS / dataset)
+    if (info.side, info.fit) != (block.pack.side, block.pack.fit):
+        raise UserError(
+            f"{PACKS / dataset} holds pictures of {info.side} px ({info.fit}), but datasets.{dataset}.pack "
+            f"says {block.pack.side} px ({block.pack.fit}): run `uv run dvc repro prepare` first"
+        )
+    spaces = label_spaces(setting, info.classes, block.split)
+    start = (STARTS / dataset / "start.pt").resolve()
+    if not start.exists():
+        raise UserError(f"{start}: no start weights; run `uv run dvc repro pretrain` first")
+    load_encoder(new_encoder(block.start.encoder, 0), start)
+    check_writable(RUNS)
+    shared = {
+        "method": method,
+        "params": wanted.model_dump(mode="json"),
+        "view": block.view.model_dump(mode="json"),
+        "encoder": block.start.encoder.model_dump(mode="json"),
+        "start": hashlib.sha256(start.read_bytes()).hexdigest(),
+        "code": code_version(training_modules(method)),
+    }
+    runs = []
+    known = trainings(setting, block.pairs, list(info.counts))
+    for pair in trainings(setting, pairs or block.pairs, list(info.counts)):
+        if both_ways(setting) and pair[::-1] in known:  # one training serves both directions: the same run
+            pair = pair[::-1]
+        kept = [
+            [p.slot for p in spaces.trained(read_index(PACKS / dataset, domain), role)]
+            for role, domain in enumerate(pair)
+        ]
+        counts = (len(kept[0]), len(kept[1]))
+        _check_sizes(wanted, setting, pair, counts)
+        for seed in params.study.seeds if seeds is None else seeds:
+            order = pair[:: training_order(setting)]
+            slots = dict(zip(pair, kept, strict=True))
+            data = [(domain, info.fingerprints[domain], slots[domain]) for domain in order]
+            key = _key({**shared, "seed": seed, "data": data})
+            slug = f"{dataset}-{method}-{'-'.join(order)}-s{seed}-{key}"
+            runs.append(
+                PairRun(
+                    dataset=dataset,
+                    method=method,
+                    seed=seed,
+                    view=block.view,
+                    encoder=block.start.encoder,
+                    params=wanted,
+                    pack=(PACKS / dataset).resolve(),
+                    key=key,
+                    folder=(RUNS / slug).resolve(),
+                    setting=setting,
+                    pair=pair,
+                    cutoffs=block.evaluate.cutoffs,
+                    spaces=spaces,
+                    counts=counts,
+                    start=start,
+                )
+            )
+    return runs
+
+
+def materialise(run: PairRun, out: Path) -> None:
+    """Copy what later stages need of a finished run from its folder to ``out/<slug>/``.
+
+    ``run.json`` is its ``done.json`` with the setting and the pair that it is scored in here.
+    """
+    target = out / run.slug
+    target.mkdir(parents=True, exist_ok=True)
+    for name in ("last.pt", "best.pt"):
+        if (run.folder / name).exists():  # without labels there is no best epoch
+            shutil.copyfile(run.folder / name, target / name)
+    done = json.loads((run.folder / "done.json").read_text("utf-8"))
+    told = {**done, **run.tags(), "label_spaces": asdict(run.spaces)}
+    (target / "run.json").write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+
+
+def _check_sizes(params: MethodParams, setting: str, pair: tuple[str, str], counts: tuple[int, ...]) -> None:
+    left = "" if setting == "closed" else f" that the setting {setting!r} leaves"
+    for domain, count in zip(pair, counts, strict=True):
+        if params.most_clusters > count:
+            raise UserError(
+                f"clusters = {params.most_clusters} exceeds the {count} images of domain "
+                f"{domain}{left}: set fewer clusters in params.yaml"
+            )
+    larger = max(counts)
+    if params.batch_size > larger:
+        raise UserError(
+            f"batch_size = {params.batch_size} exceeds the {larger} images of the larger domain of "
+            f"{'-'.join(pair)}{left}: set a smaller batch_size in params.yaml"
+        )
+
+
+def _key(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]

@@ -1,0 +1,23 @@
+"""Scores of finished runs, straight from their folders."""
+
+from __future__ import annotations
+
+from ucir.config.load import Params
+from ucir.devices import choose_device
+from ucir.retrieval.evaluation import LAST, DirectionScore, pair_features, score_direction
+from ucir.runs.params import gate_choice
+from ucir.runs.run import PairRun
+
+
+def last_scores(params: Params, runs: list[PairRun]) -> list[DirectionScore]:
+    """Of the last epoch, in every direction that a run is scored in."""
+    scores = []
+    device = choose_device(params.cluster)
+    for run in runs:
+        block = params.datasets[run.dataset]
+        checkpoint = run.folder / "last.pt"
+        features, labels = pair_features(checkpoint, block, run.pack, run.pair, run.spaces, device)
+        gate = gate_choice(params, run.dataset, run.method)
+        for direction in run.directions:
+            scores += score_direction(features, labels, direction, run.seed, LAST, run.cutoffs, gate)
+    return scores

@@ -1,0 +1,256 @@
+"""Studies: what `dvc repro` runs. Choosing one rewrites the `study` block of params.yaml; the rest stays."""
+
+from __future__ import annotations
+
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from ucir.config.base import PARAMS_FILE, Block, checked
+from ucir.config.load import Params, load_params, parse_yaml, without_study
+from ucir.data.fetch import check_checkpoint
+from ucir.data.prepare import source_classes, source_faults
+from ucir.data.splits import label_spaces
+from ucir.errors import UserError, nearest
+from ucir.methods.registry import METHODS, TO_COME, params_block
+from ucir.runs.params import method_params
+
+DATASET_BLOCKS = ("pack", "view", "evaluate", "split")
+"""Blocks of a data set that may be left out, but that dvc.yaml's stages depend on by name."""
+
+
+class OwnStudy(Block):
+    """A small file for `ucir study FILE`: blocks to add to params.yaml, and one study."""
+
+    datasets: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    methods: dict[str, dict[str, dict[str, Any]]] = Field(default_factory=dict)
+    studies: dict[str, dict[str, Any]]
+
+
+def load_study() -> Params:
+    """params.yaml with every method block of the active study checked: a typo must not wait for its stage.
+
+    Raises:
+        UserError: as :func:`ucir.config.load.load_params` and :func:`ucir.runs.params.method_params`.
+    """
+    params = load_params()
+    for run in params.study.runs.values():
+        method_params(params, run.method, run.dataset)
+    return params
+
+
+def study_runs(params: Params, name: str) -> list[tuple[str, dict[str, Any]]]:
+    """All runs of ``params.studies[name]`` by part: data set, setting, method, pairs (None = the data set's).
+
+    Methods that are planned and not built yet are among them.
+
+    Raises:
+        UserError: an unknown study, data set or method.
+    """
+    if name not in params.studies:
+        raise UserError(f"study {name!r} is unknown; {nearest(name, params.studies)}")
+    runs = []
+    for part, block in params.studies[name].parts.items():
+        for dataset, setting, method in product(block.datasets, block.settings, block.methods):
+            if dataset not in params.datasets:
+                raise UserError(
+                    f"studies.{name}: no data set {dataset!r} under 'datasets'; "
+                    f"{nearest(dataset, params.datasets)}"
+                )
+            if method not in METHODS and method not in TO_COME:
+                raise UserError(f"studies.{name}: method {method!r} is unknown; {nearest(method, METHODS)}")
+            pairs = list(block.pairs) if block.pairs else None
+            runs.append((part, {"dataset": dataset, "setting": setting, "method": method, "pairs": pairs}))
+    return runs
+
+
+def study_block(params: Params, name: str) -> tuple[dict[str, Any], list[str]]:
+    """The `study` block of ``params.studies[name]``, every part checked; and its methods not built yet.
+
+    Raises:
+        UserError: as :func:`study_runs`; a method block has a fault; no method of the study is built.
+    """
+    runs: dict[str, dict[str, Any]] = {}
+    settings: dict[str, dict[str, Any]] = {}
+    missing: list[str] = []
+    for _, run in study_runs(params, name):
+        if run["method"] not in METHODS:
+            missing.append(run["method"])
+            continue
+        method_params(params, run["method"], run["dataset"])
+        setting = {key: run[key] for key in ("dataset", "setting", "pairs")}
+        own = {**run, "block": params_block(run["method"])}
+        _join(runs, f"{run['dataset']}-{run['setting']}-{run['method']}", own)
+        _join(settings, f"{run['dataset']}-{run['setting']}", setting)
+    if not runs:
+        raise UserError(
+            f"studies.{name}: none of its methods is built yet: {', '.join(dict.fromkeys(missing))}"
+        )
+    sweeps = {}
+    for sweep_name in params.studies[name].sweeps:
+        if sweep_name not in params.sweeps:
+            raise UserError(
+                f"studies.{name}: sweep {sweep_name!r} is unknown; {nearest(sweep_name, params.sweeps)}"
+            )
+        sweep = params.sweeps[sweep_name]
+        method_params(params, sweep.method, sweep.dataset)
+        sweeps[sweep_name] = {"dataset": sweep.dataset, "block": params_block(sweep.method)}
+    used = dict.fromkeys(part["dataset"] for part in (*runs.values(), *sweeps.values()))
+    sources = {dataset: {"source": params.datasets[dataset].source} for dataset in used}
+    block = {
+        "name": name,
+        "seeds": list(params.studies[name].seeds),
+        "datasets": sources,
+        "samples": {d: source for d, source in sources.items() if params.datasets[d].sample},
+        "settings": {key: _given(setting) for key, setting in settings.items()},
+        "runs": {key: _given(run) for key, run in runs.items()},
+        "sweeps": sweeps,
+    }
+    return block, list(dict.fromkeys(missing))
+
+
+def describe_recipes() -> str:
+    """A line for each study of params.yaml, the active one starred, and what keeps it from running."""
+    raw = parse_yaml(Path(PARAMS_FILE))
+    params = load_params(raw=without_study(raw))
+    active = raw.get("study", {}).get("name")
+    lines = []
+    for name, recipe in params.studies.items():
+        parts = recipe.parts.values()
+        told = " x ".join(
+            ", ".join(dict.fromkeys(item for part in parts for item in getattr(part, field)))
+            for field in ("datasets", "settings", "methods")
+        )
+        mark = "*" if name == active else " "
+        lines.append(f"{mark} {name}: {told}, seeds {', '.join(map(str, recipe.seeds))}")
+        try:
+            _, missing = study_block(params, name)
+        except UserError as error:
+            lines.append(f"    cannot run: {error}")
+        else:
+            lines += [f"    not built yet: {', '.join(missing)}"] if missing else []
+    return "\n".join(lines)
+
+
+def check_sources(params: Params, name: str) -> None:
+    """Look for the pictures and the start weights of a study before anything starts.
+
+    Raises:
+        UserError: names what is not there, or cannot be run, and how to mend it.
+    """
+    faults = []
+    block = study_block(params, name)[0]
+    for dataset in block["datasets"]:
+        own = params.datasets[dataset]
+        if own.sample:
+            continue
+        try:
+            found = source_faults(own)
+        except UserError as error:
+            found = [str(error)]
+        if found and own.entry.files:
+            found[-1] += f"; `uv run ucir fetch {dataset}` gets the data set or says how"
+        faults += found
+        settings = [part["setting"] for part in block["settings"].values() if part["dataset"] == dataset]
+        if not found and not own.entry.counts and set(settings) - {"closed"}:
+            try:
+                classes = source_classes(own)
+                for setting in settings:
+                    label_spaces(setting, classes, own.split)
+            except UserError as error:
+                faults.append(str(error))
+        try:
+            check_checkpoint(own.start)
+        except UserError as error:
+            faults.append(str(error))
+    if faults:
+        raise UserError("; ".join(dict.fromkeys(faults)))
+
+
+def activate(path: Path, name: str) -> tuple[str, list[str]]:
+    """Write the study's block into params.yaml; comments and all other blocks stay.
+
+    Args:
+        path: params.yaml.
+        name: a study there, or a small file with one (see :class:`OwnStudy`), whose blocks are added.
+
+    Returns:
+        The study's name, and its methods that are not built yet and therefore left out.
+
+    Raises:
+        UserError: an unknown study, a fault in it or in its file, or data that is not there; params.yaml is
+            as it was.
+    """
+    from ruamel.yaml import YAML
+
+    yaml = YAML()
+    yaml.preserve_quotes = True
+    yaml.width = 200
+    parse_yaml(path)  # its own errors, in our words
+    document = yaml.load(path.read_text(encoding="utf-8"))
+    own_file = Path(name) if name.endswith((".yaml", ".yml")) else None
+    if own_file:
+        name = _add_own(document, own_file)
+    params = load_params(own_file or path, raw=without_study(document))
+    check_sources(params, name)
+    block, missing = study_block(params, name)
+    for dataset in block["datasets"]:
+        for part in DATASET_BLOCKS:
+            document["datasets"][dataset].setdefault(part, {})
+        document["datasets"][dataset].setdefault("pairs", list(params.datasets[dataset].pairs))
+    for key, value in block.items():
+        old = document["study"].ca.items.get(key)
+        document["study"][key] = _flow(value, 1)
+        if old:  # what ruamel keeps behind a key: the comment before the next block
+            document["study"].ca.items[key] = old
+    unfinished = path.with_suffix(".unfinished")
+    with unfinished.open("w", encoding="utf-8") as file:
+        yaml.dump(document, file)
+    load_params(unfinished)
+    unfinished.replace(path)
+    return name, missing
+
+
+def _add_own(document: Any, file: Path) -> str:
+    """Add a study file's blocks to params.yaml's; returns the study's name."""
+    own = checked(OwnStudy, parse_yaml(file), str(file))
+    if len(own.studies) != 1:
+        raise UserError(f"{file}: 'studies' must hold one study, found {', '.join(own.studies) or 'none'}")
+    for name, block in own.datasets.items():
+        document["datasets"][name] = block
+    for method, blocks in own.methods.items():
+        for name, block in blocks.items():
+            document["methods"].setdefault(method, {})[name] = block
+    (name,) = own.studies
+    document["studies"][name] = own.studies[name]
+    return name
+
+
+def _given(block: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in block.items() if value is not None}
+
+
+def _join(blocks: dict[str, dict[str, Any]], key: str, new: dict[str, Any]) -> None:
+    """Two parts with the same data set, setting and method become one with the pairs of both."""
+    old = blocks.setdefault(key, {**new, "pairs": new["pairs"] and []})
+    if old["pairs"] is not None:
+        old["pairs"] = list(dict.fromkeys([*old["pairs"], *new["pairs"]])) if new["pairs"] else None
+
+
+def _flow(value: Any, depth: int) -> Any:
+    """Short lines: the innermost maps and lists on one line each."""
+    from ruamel.yaml.comments import CommentedMap, CommentedSeq
+
+    if isinstance(value, dict):
+        parts = {k: _flow(part, depth + 1) for k, part in value.items()}
+        node = CommentedMap(parts)
+        if depth >= 2 or not value:
+            node.fa.set_flow_style()
+        return node
+    if isinstance(value, list):
+        line = CommentedSeq(value)
+        line.fa.set_flow_style()
+        return line
+    return value
