@@ -65,7 +65,7 @@ def trainings(*blocks: str) -> set[str]:
         ),
         ("ucir/reports/figures.py", "import", "import os\nimport", {"report"}),
         ("ucir/data/digits.py", "SIDE = 40", "SIDE = 41", {"sample"}),
-        ("ucir/methods/base.py", "math.pi", "3.14", trainings(*BLOCKS)),
+        ("ucir/methods/base.py", "math.pi", "3.14", {"pretrain", *trainings(*BLOCKS)}),
         ("ucir/cluster/launch.py", "max_retries", "most_retries", set()),
         ("ucir/losses/cluster.py", "q = full", "# a comment\n    q = full", set()),
         ("ucir/losses/cluster.py", "Cluster-wise contrast", "Contrast by clusters", set()),

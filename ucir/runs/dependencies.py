@@ -21,6 +21,7 @@ WITHOUT_RESULTS = (
     "ucir.config",  # what is configured is in the key, or among a stage's params, by its value
     "ucir.cluster",
     "ucir.errors",
+    "ucir.methods.registry",  # names; the values that an ablation fixes are in the key
     "ucir.paths",
     "ucir.progress",
     "ucir.runs.params",
