@@ -114,7 +114,7 @@ def tiny_params(source: str) -> dict[str, Any]:
                 "pack": {"side": 20},
                 "view": {"side": 16, "eval_crop": 1.0},
                 "start": {
-                    "encoder": {"backbone": "convnet", "width": 4, "feature_dim": 8},
+                    "encoder": {"trunk": {"convnet": {"width": 4}}, "feature_dim": 8},
                     "pretrain": {"steps": 3, "batch_size": 16},
                 },
                 "evaluate": {"cutoffs": [2, 5], "grid_queries": 3},

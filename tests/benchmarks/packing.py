@@ -22,7 +22,7 @@ from PIL import Image, ImageFilter
 from torchvision import transforms as T
 
 from ucir.config.data import AugmentParams, PackParams
-from ucir.data.augment import draw_view, render_views
+from ucir.data.augment import InputFormat, draw_view, render_views
 from ucir.data.batches import seeded
 from ucir.data.decode import decode_image, fitted
 from ucir.data.source import Source
@@ -107,7 +107,8 @@ def one_round(files: list[bytes], side: int, store: int, number: int) -> dict[st
             rows = slice(first, first + BATCH)
             generator = seeded(number, first)
             for _ in range(2):
-                render_views(stored[rows], draw_view(AugmentParams(), sizes[rows], generator), side)
+                draw = draw_view(AugmentParams(), sizes[rows], generator)
+                render_views(stored[rows], draw, ViewParams(), InputFormat(side))
 
     parts = {DECODE: decode, OFFICIAL: augment, RESIZE: resize, OURS: timed(ours)[0]}
     return {name: seconds / len(files) for name, seconds in parts.items()}

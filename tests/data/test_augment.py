@@ -9,14 +9,13 @@ from torch import Tensor
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.v2 import functional as tv
 
-from ucir.config.data import AugmentParams
+from ucir.config.data import AugmentParams, ViewParams
 from ucir.data.augment import (
     BRIGHTNESS,
     CONTRAST,
     HUE,
-    MEAN,
     SATURATION,
-    STD,
+    InputFormat,
     adjust_colour,
     draw_view,
     eval_views,
@@ -26,6 +25,8 @@ from ucir.data.augment import (
 )
 from ucir.data.batches import seeded
 
+FORM = InputFormat(12)  # of a trunk for views of 12 px
+VIEW = ViewParams(side=16, eval_crop=1.0)
 GREYING = (CONTRAST, SATURATION)  # torchvision rounds its weights of the luma
 PLAIN = AugmentParams(
     crop_area=(1, 1), crop_aspect=(1, 1), jitter_share=0, grey_share=0, blur_share=0, flip_share=0
@@ -39,14 +40,14 @@ def pictures(count: int, side: int = 24) -> Tensor:
 
 
 def denormalised(views: Tensor) -> Tensor:
-    return views * torch.tensor(STD)[:, None, None] + torch.tensor(MEAN)[:, None, None]
+    return views * torch.tensor(FORM.std)[:, None, None] + torch.tensor(FORM.mean)[:, None, None]
 
 
 def test_a_plain_view_is_the_resized_picture() -> None:
     images = pictures(3)
     draw = draw_view(PLAIN, torch.tensor([[24, 24]] * 3), seeded(0))
     expected = tv.resize(images.permute(0, 3, 1, 2).float() / 255, [12, 12], antialias=True)
-    assert torch.allclose(denormalised(render_views(images, draw, 12)), expected, atol=1e-5)
+    assert torch.allclose(denormalised(render_views(images, draw, ViewParams(), FORM)), expected, atol=1e-5)
 
 
 def test_a_crop_shows_its_part_of_the_picture_and_repeats_the_edge_outside() -> None:
@@ -116,19 +117,38 @@ def test_rows_are_rendered_alike_alone_and_in_the_batch() -> None:
     """What a worker computes of its own rows is what one process computes of all."""
     images = pictures(8)
     draw = draw_view(AugmentParams(crop_pad=0.2), torch.tensor([[24, 24]] * 8), seeded(3))
-    whole = render_views(images, draw, 16)
+    whole = render_views(images, draw, VIEW, FORM)
     for rows in (torch.tensor([5]), torch.tensor([7, 0, 3])):
-        assert torch.allclose(render_views(images[rows], draw[rows], 16), whole[rows], atol=1e-5)
+        assert torch.allclose(render_views(images[rows], draw[rows], VIEW, FORM), whole[rows], atol=1e-5)
 
 
 def test_the_evaluation_view_is_the_centre_square_of_the_original() -> None:
     """A 2:1 picture lies squashed in the store; its centre is cut out in the original's proportions."""
     wide = torch.zeros(1, 32, 32, 3, dtype=torch.uint8)
     wide[:, :, 8:24] = 255  # the centre half of the width is the largest square
-    view = denormalised(eval_views(wide, torch.tensor([[200, 100]]), 16, 1.0))
+    view = denormalised(eval_views(wide, torch.tensor([[200, 100]]), VIEW, FORM))
     assert view[..., 1:-1].min() > 0.99
     expected = tv.center_crop(
         tv.resize(pictures(1, 32).permute(0, 3, 1, 2).float() / 255, [16, 16], antialias=True), [14, 14]
     )
-    ours = denormalised(eval_views(pictures(1, 32), torch.tensor([[32, 32]]), 14, 14 / 16))
+    ours = denormalised(
+        eval_views(
+            pictures(1, 32),
+            torch.tensor([[32, 32]]),
+            ViewParams(side=16, eval_crop=14 / 16).model_copy(update={"side": 14}),
+            FORM,
+        )
+    )
     assert torch.allclose(ours, expected, atol=1e-5)
+
+
+def test_bicubic_is_interpolates() -> None:
+    images = pictures(2)
+    whole = torch.tensor([[0.0, 0.0, 1.0, 1.0]] * 2)
+    for side in (10, 24, 40):
+        expected = torch.nn.functional.interpolate(
+            images.permute(0, 3, 1, 2).float() / 255, size=side, mode="bicubic", antialias=True
+        )
+        ours = resized_crops(images, whole, side, "bicubic")
+        rim = slice(2, -2)  # there torch's filter ends where ours repeats the edge
+        assert torch.allclose(ours[..., rim, rim], expected.clamp(0, 1)[..., rim, rim], atol=2e-3), side

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from ucir.data.augment import as_pixels, normalised
+from ucir.data import augment, spectrum
 from ucir.data.batches import seeded
-from ucir.data.spectrum import SpectrumDraw, draw_spectrum, mixed_views, phase_views
+from ucir.data.spectrum import SpectrumDraw, draw_spectrum
 
 S = 224
+FORM = augment.InputFormat(S)
+as_pixels = partial(augment.as_pixels, form=FORM)
+normalised = partial(augment.normalised, form=FORM)
+phase_views = partial(spectrum.phase_views, form=FORM)
+mixed_views = partial(spectrum.mixed_views, form=FORM)
 
 
 def pictures(count: int, side: int = S, seed: int = 0) -> Tensor:

@@ -38,7 +38,7 @@ def make(name: str, **changes: Any) -> Method[Any]:
     if "clusters" in kind.params_type.model_fields:
         params.setdefault("clusters", 4)
     method = kind(kind.params_type(**params), seed=0)
-    method.build(new_encoder(EncoderParams(backbone="convnet", width=4, feature_dim=D), 0))
+    method.build(new_encoder(EncoderParams(trunk={"convnet": {"width": 4}}, feature_dim=D), 0))
     if name == "dgdir":
         method.phase = PhaseFeatures(  # type: ignore[attr-defined]
             (features(7), features(8, N - 5)), (features(9), features(10, N - 5))
@@ -143,7 +143,7 @@ def test_codas_constants_and_where_its_classifiers_begin() -> None:
     # from the same beginning, and no iteration, both domains' would be equal: they name the same things
     still = [kmeans(d, 8, **{**options, "iterations": 0}, initial_KD=common).centroid_KD for d in x]
     assert torch.allclose(still[0], still[1], atol=1e-6)
-    encoder = new_encoder(EncoderParams(backbone="convnet", width=4, feature_dim=8), 0)
+    encoder = new_encoder(EncoderParams(trunk={"convnet": {"width": 4}}, feature_dim=8), 0)
     method.build(encoder)
     groups = method.optimizer(encoder).param_groups
     assert groups[1]["lr_scale"] * method.lr_at(5, 0) == pytest.approx(1e-4)
@@ -279,7 +279,7 @@ def test_learning_rates() -> None:
 
 
 def test_pcs_trains_the_head_faster_and_leaves_batch_norm_undecayed() -> None:
-    encoder = new_encoder(EncoderParams(backbone="convnet", width=4, feature_dim=8), 0)
+    encoder = new_encoder(EncoderParams(trunk={"convnet": {"width": 4}}, feature_dim=8), 0)
     groups = make("pcs").optimizer(encoder).param_groups
     where = {id(p): group for group in groups for p in group["params"]}
     assert len(where) == len(list(encoder.parameters()))

@@ -198,7 +198,7 @@ def test_other_assignments(assignment: str) -> None:
 
 
 def test_adam_as_released_and_one_k_alone() -> None:
-    encoder = new_encoder(EncoderParams(backbone="convnet", width=4, feature_dim=8), 0)
+    encoder = new_encoder(EncoderParams(trunk={"convnet": {"width": 4}}, feature_dim=8), 0)
     (group,) = make().optimizer(encoder).param_groups
     assert (group["lr"], group["weight_decay"], group["amsgrad"]) == (2.5e-4, 5e-4, True)
     assert make().lr_at(7, 70) == 2.5e-4

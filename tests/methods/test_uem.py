@@ -75,7 +75,7 @@ def test_learning_rate_starts_anew_in_the_second_phase() -> None:
     method = uem(epochs=150, lr=2e-4)
     rates = [method.lr_at(e, 0) / 2e-4 for e in (0, 50, 99, 100, 125, 149)]
     assert rates == pytest.approx([1, 0.5, 0.000247, 1, 0.5, 0.000987], abs=1e-5)
-    encoder = new_encoder(EncoderParams(backbone="convnet", width=4, feature_dim=8), 0)
+    encoder = new_encoder(EncoderParams(trunk={"convnet": {"width": 4}}, feature_dim=8), 0)
     method.build(encoder)
     groups = method.optimizer(encoder).param_groups
     assert [group.get("lr_scale", 1.0) for group in groups] == [1.0, 10.0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import get_args
+from typing import Any
 
 import pytest
 import torch
@@ -11,17 +11,22 @@ from torch import nn
 
 from ucir.config.model import EncoderParams
 from ucir.errors import UserError
+from ucir.models import trunks
 from ucir.models.checkpoints import load_encoder, load_torchvision, save_atomically, save_encoder
 from ucir.models.encoder import Encoder, key_encoder_of, new_encoder, update_key_encoder
 from ucir.models.norm import GroupedBatchNorm2d
+from ucir.models.trunk import check_trunk
+from ucir.models.trunks.torchvision import NAMES
 
-TINY = EncoderParams(backbone="convnet", width=4, feature_dim=8)
+TINY = EncoderParams(trunk={"convnet": {"width": 4}}, feature_dim=8)
 IMAGES = torch.randn(6, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("backbone", ["convnet", "resnet18", "resnet50"])
-def test_features_are_unit_vectors(backbone: str) -> None:
-    params = EncoderParams(backbone=backbone, width=8 if backbone == "convnet" else 64, feature_dim=16)
+@pytest.mark.parametrize(
+    "trunk", [{"convnet": {"width": 8}}, {"torchvision": "resnet18"}, {"torchvision": "resnet50"}]
+)
+def test_features_are_unit_vectors(trunk: dict[str, Any]) -> None:
+    params = EncoderParams(trunk=trunk, feature_dim=16)
     features = new_encoder(params, 0)(torch.randn(2, 3, 32, 32))
     assert features.shape == (2, 16)
     assert torch.allclose(features.norm(dim=1), torch.ones(2), atol=1e-6)
@@ -33,7 +38,7 @@ def test_the_seed_alone_decides_the_weights() -> None:
     torch.manual_seed(8)
     two, three = new_encoder(TINY, 0).state_dict(), new_encoder(TINY, 1).state_dict()
     assert all(torch.equal(one[key], two[key]) for key in one)
-    assert not torch.equal(one["net.fc.0.weight"], three["net.fc.0.weight"])
+    assert not torch.equal(one["head.0.weight"], three["head.0.weight"])
 
 
 def test_the_key_encoder_moves_its_parameters_and_keeps_its_own_statistics() -> None:
@@ -42,13 +47,13 @@ def test_the_key_encoder_moves_its_parameters_and_keeps_its_own_statistics() -> 
     with torch.no_grad():
         for parameter in query.parameters():
             parameter += 1
-    query.net.blocks[1].running_mean += 5
+    query.trunk.net.blocks[1].running_mean += 5
     before = [p.clone() for p in key.parameters()]
     update_key_encoder(key, query, 0.9)
     for old, new, target in zip(before, key.parameters(), query.parameters(), strict=True):
         assert torch.allclose(new, 0.9 * old + 0.1 * target, atol=1e-6)
         assert not new.requires_grad
-    assert torch.equal(key.net.blocks[1].running_mean, torch.zeros(4))
+    assert torch.equal(key.trunk.net.blocks[1].running_mean, torch.zeros(4))
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
@@ -109,7 +114,7 @@ def test_unfit_checkpoints_are_named_with_what_is_wrong(tmp_path: Path) -> None:
     assert "unreadable" in told(b"")
     assert "no 'state_dict'" in told({"model": {}})
     assert "no key begins with" in told({"state_dict": {"backbone.conv1.weight": torch.zeros(1)}})
-    state = {f"encoder_q.{k}": v for k, v in new_encoder(TINY, 0).net.state_dict().items()}
+    state = {f"encoder_q.{k}": v for k, v in new_encoder(TINY, 0).moco_state().items()}
     del state["encoder_q.fc.2.bias"]
     assert "fc.2.bias is missing" in told({"state_dict": state})
     state["encoder_q.fc.2.bias"] = torch.zeros(3)
@@ -125,27 +130,25 @@ def test_writing_is_all_or_nothing(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["state.pt"]
 
 
-def test_torchvisions_weights_fill_the_backbone_by_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_torchvisions_weights_fill_the_trunk_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from torchvision.models import ResNet18_Weights, resnet18
 
-    params = EncoderParams(backbone="resnet18")
+    params = EncoderParams(trunk={"torchvision": "resnet18"})
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))  # torch's cache, where the file would be kept
     url = ResNet18_Weights.IMAGENET1K_V1.url
     cached = tmp_path / "hub/checkpoints" / url.rpartition("/")[2]
     cached.parent.mkdir(parents=True)
     torch.save(resnet18().state_dict(), cached)
     encoder = new_encoder(params, 0)
-    before = encoder.net.state_dict()["fc.0.weight"].clone()
-    load_torchvision(encoder, "resnet18", "IMAGENET1K_V1")
+    before = encoder.moco_state()["fc.0.weight"].clone()
+    load_torchvision(encoder, "IMAGENET1K_V1")
     given = torch.load(cached)
-    for key, value in encoder.net.state_dict().items():
+    for key, value in encoder.moco_state().items():
         assert torch.equal(value, before if key == "fc.0.weight" else given.get(key, value))
     with pytest.raises(UserError, match="resnet18 has no weights 'IMAGENET1K_V9'; did you mean"):
-        load_torchvision(encoder, "resnet18", "IMAGENET1K_V9")
+        load_torchvision(encoder, "IMAGENET1K_V9")
     with pytest.raises(UserError, match="convnet has no weights 'IMAGENET1K_V1'; there is none"):
-        load_torchvision(new_encoder(TINY, 0), "convnet", "IMAGENET1K_V1")
+        load_torchvision(new_encoder(TINY, 0), "IMAGENET1K_V1")
     cached.unlink()
 
     def offline(*arguments: object, **options: object) -> None:
@@ -153,21 +156,55 @@ def test_torchvisions_weights_fill_the_backbone_by_name(
 
     monkeypatch.setattr("torch.hub.download_url_to_file", offline)
     with pytest.raises(UserError, match=r"no route; or put the file into .*checkpoints yourself"):
-        load_torchvision(encoder, "resnet18", "IMAGENET1K_V1")
+        load_torchvision(encoder, "IMAGENET1K_V1")
 
 
-@pytest.mark.parametrize("backbone", get_args(EncoderParams.model_fields["backbone"].annotation))
-def test_every_backbone_that_may_be_named_is_there(backbone: str) -> None:
+@pytest.mark.parametrize("name", NAMES)
+def test_every_network_that_may_be_named_is_there(name: str) -> None:
     with torch.device("meta"):  # shapes alone
-        encoder = Encoder(EncoderParams(backbone=backbone))
+        encoder = Encoder(EncoderParams(trunk={"torchvision": name}))
     assert encoder.head[-1].out_features == 128
 
 
 def test_pooled_features_are_what_goes_into_the_head() -> None:
     encoder = new_encoder(TINY, 0).eval()
-    pooled = encoder(IMAGES, pooled=True)
+    pooled, both = encoder(IMAGES, pooled=True), encoder(IMAGES, pooled="both")
     assert torch.allclose(pooled.norm(dim=1), torch.ones(len(IMAGES)))
-    assert pooled.shape[1] == encoder.head[0].in_features
-    plain = encoder.net.blocks(IMAGES).mean(dim=(2, 3))  # type: ignore[operator,union-attr]
+    assert pooled.shape[1] == encoder.pooled_dim
+    plain = encoder.trunk(IMAGES)
     assert torch.allclose(pooled, torch.nn.functional.normalize(plain, dim=1), atol=1e-6)
-    assert torch.equal(encoder(IMAGES), encoder(IMAGES)), "the hook is gone"
+    head = torch.nn.functional.normalize(encoder.head(plain), dim=1)
+    assert torch.equal(both, torch.cat([head, pooled], dim=1))
+
+
+@pytest.mark.parametrize(
+    ("trunk", "fault"),
+    [
+        ({"convnett": {}}, "t: no trunk of kind 'convnett'; did you mean 'convnet'?"),
+        ({"torchvision": "resnet5"}, "t.torchvision = 'resnet5': did you mean 'resnet50'?"),
+        ({"convnet": {"wide": 4}}, "params.yaml: t.convnet.wide: unknown key; did you mean 'width'?"),
+    ],
+)
+def test_a_wrong_trunk_is_named(trunk: dict[str, Any], fault: str) -> None:
+    with pytest.raises(UserError) as caught:
+        check_trunk(trunk, "t")
+    assert str(caught.value) == fault
+
+
+def test_a_kind_of_trunk_is_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "toy.py").write_text(
+        "from torch import nn\n"
+        "from ucir.data.augment import InputFormat\n"
+        "from ucir.models.trunk import Trunk\n"
+        "def options(given, where):\n"
+        "    return int(given)\n"
+        "def build(side, norm):\n"
+        "    net = nn.Sequential(nn.AdaptiveAvgPool2d(side), nn.Flatten())\n"
+        "    return Trunk(net, 3 * side * side, InputFormat(16, (0.5,) * 3, (0.5,) * 3, 'bicubic'))\n"
+    )
+    monkeypatch.setattr(trunks, "__path__", [*trunks.__path__, str(tmp_path)])
+    encoder = new_encoder(EncoderParams(trunk={"toy": 2}, feature_dim=8), 0)
+    assert encoder(IMAGES).shape == (6, 8)
+    assert encoder.form.mean == (0.5, 0.5, 0.5)
+    save_encoder(encoder, tmp_path / "toy.pt")
+    load_encoder(new_encoder(encoder.params, 1), tmp_path / "toy.pt")

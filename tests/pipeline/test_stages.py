@@ -95,7 +95,7 @@ def test_stages_in_the_wrong_order_name_the_right_one(
     assert "no start weights" in refused(stage, "train", "shapes-closed-ucdir")
     params = tiny_params("images")
     params["datasets"]["shapes"]["start"] = {
-        "encoder": {"backbone": "convnet", "width": 4},
+        "encoder": {"trunk": {"convnet": {"width": 4}}},
         "checkpoint": "moco.pt",
     }
     write_params(project, params)

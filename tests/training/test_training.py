@@ -29,7 +29,7 @@ from ucir.training.epochs import EpochReport, train
 from ucir.training.start import ViewContrast, ViewContrastParams, given_start
 from ucir.training.training import Training
 
-ENCODER = EncoderParams(backbone="convnet", width=4, feature_dim=8)
+ENCODER = EncoderParams(trunk={"convnet": {"width": 4}}, feature_dim=8)
 VIEW = ViewParams(side=16, eval_crop=1.0)
 PARAMS = {
     "clusters": 3,
@@ -183,9 +183,9 @@ def test_training_moves_the_encoder_and_the_seed_matters(pack: Path, start: Path
         run = training(pack, start, seed=seed)
         before = weights(run)
         train(run, Keep())
-        assert not torch.equal(before["query.net.fc.2.weight"], weights(run)["query.net.fc.2.weight"])
-        assert not torch.equal(before["key.net.fc.2.weight"], weights(run)["key.net.fc.2.weight"])
-        ends.append(weights(run)["query.net.fc.2.weight"])
+        assert not torch.equal(before["query.head.2.weight"], weights(run)["query.head.2.weight"])
+        assert not torch.equal(before["key.head.2.weight"], weights(run)["key.head.2.weight"])
+        ends.append(weights(run)["query.head.2.weight"])
     assert not torch.equal(*ends)
 
 
@@ -220,7 +220,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_named(
     assert set(details["inputs"]) == {"query_a", "key_a", "query_b", "key_b"}
     assert details["inputs"]["query_a"]["not_finite"] == 0
     assert len(details["slots"][0]) == 8
-    assert "net.fc.2.weight" in details["weights"]
+    assert "head.2.weight" in details["weights"]
 
 
 def test_weights_that_the_last_step_spoilt_are_not_reported_as_finished(

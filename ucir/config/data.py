@@ -48,8 +48,8 @@ class AugmentParams(Block):
 class ViewParams(Block):
     """How stored pictures become the network's input; shared by all methods of a data set."""
 
-    side: Annotated[int, Field(ge=16, le=1024)] = 224
-    """Pixels per side of the network's input."""
+    side: Annotated[int, Field(ge=16, le=1024)] | None = None
+    """Pixels per side of the network's input; None = what its trunk is made for."""
     eval_crop: Annotated[float, Field(gt=0, le=1)] = 224 / 256
     """Centre square that features are taken from, as a share of the shorter side."""
     augment: AugmentParams = AugmentParams()

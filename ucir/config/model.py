@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
 
@@ -12,29 +12,19 @@ DIGEST = r"^(md5|sha256):[0-9a-f]{6,64}$"
 
 
 class EncoderParams(Block):
-    """The network: backbone, two-layer head as in MoCo v2, L2-normalised output."""
+    """The network: trunk, two-layer head as in MoCo v2, L2-normalised output."""
 
-    backbone: Literal[
-        "convnet",
-        "resnet18",
-        "resnet34",
-        "resnet50",
-        "resnet101",
-        "resnet152",
-        "resnext50_32x4d",
-        "resnext101_32x8d",
-        "wide_resnet50_2",
-    ] = "resnet50"
-    """torchvision's ResNets by their names there, or our small ``convnet``."""
-    width: Annotated[int, Field(ge=4, le=512)] = 64
-    """Channels of the first block; the ResNets are built for 64."""
+    trunk: dict[str, Any] = Field(
+        default_factory=lambda: {"torchvision": "resnet50"}, min_length=1, max_length=1
+    )
+    """Its kind, one of :mod:`ucir.models.trunks`, with the kind's options."""
     feature_dim: Annotated[int, Field(ge=2, le=2048)] = 128
 
-    @model_validator(mode="after")
-    def _resnet_width(self) -> Self:
-        if self.backbone != "convnet" and self.width != 64:
-            raise ValueError(f"width: {self.backbone} has width 64; only 'convnet' takes another")
-        return self
+    @property
+    def trunk_name(self) -> str:
+        """For people: ``resnet50``, ``convnet``."""
+        ((kind, options),) = self.trunk.items()
+        return options if isinstance(options, str) else kind
 
 
 class PretrainParams(Block):
@@ -57,7 +47,7 @@ class StartParams(Block):
     digest: Annotated[str | None, Field(pattern=DIGEST)] = None
     """Of the checkpoint, whole or its beginning: ``md5:a04e12f8``."""
     torchvision: str | None = None
-    """torchvision's weights for the backbone by name, e.g. IMAGENET1K_V2: learnt *with* ImageNet's labels."""
+    """torchvision's weights for the trunk by name, e.g. IMAGENET1K_V2: learnt *with* ImageNet's labels."""
     pretrain: PretrainParams | None = None
     """A label-free pretraining of our own."""
 

@@ -11,18 +11,32 @@ Shapes: B batch, S side of the stored square, s side of the view.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ucir.config.data import AugmentParams
+from ucir.config.data import AugmentParams, ViewParams
 
-MEAN = (0.485, 0.456, 0.406)
-STD = (0.229, 0.224, 0.225)
 GREY = (0.299, 0.587, 0.114)
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
+
+
+@dataclass(frozen=True)
+class InputFormat:
+    """The pictures that a network takes; mean and deviation are ImageNet's unless it says otherwise."""
+
+    side: int
+    """Pixels per side that it is made for."""
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+
+    def described(self) -> dict[str, Any]:
+        """As plain data."""
+        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -82,9 +96,9 @@ def draw_view(params: AugmentParams, size_B2: Tensor, generator: torch.Generator
     )
 
 
-def render_views(images_BSS3: Tensor, draw: ViewDraw, side: int) -> Tensor:
+def render_views(images_BSS3: Tensor, draw: ViewDraw, view: ViewParams, form: InputFormat) -> Tensor:
     """Apply a draw to stored images (uint8). Returns normalised float32 (B, 3, side, side)."""
-    x = resized_crops(images_BSS3, draw.box_B4, side)
+    x = resized_crops(images_BSS3, draw.box_B4, view.side or form.side, form.interpolation)
     if draw.turn_B.any() or draw.slant_B.any():
         x = _lean(x, draw.turn_B, draw.slant_B)
     x = torch.where(draw.inverted_B.to(x.device)[:, None, None, None], 1 - x, x)
@@ -98,22 +112,23 @@ def render_views(images_BSS3: Tensor, draw: ViewDraw, side: int) -> Tensor:
     flipped = draw.flipped_B.nonzero().flatten().to(x.device)
     if len(flipped):
         x[flipped] = x[flipped].flip(-1)
-    return normalised(x)
+    return normalised(x, form)
 
 
-def eval_views(images_BSS3: Tensor, size_B2: Tensor, side: int, crop: float) -> Tensor:
+def eval_views(images_BSS3: Tensor, size_B2: Tensor, view: ViewParams, form: InputFormat) -> Tensor:
     """The view that features are taken from: the centre square of the original picture.
 
     Args:
         images_BSS3: stored images, uint8.
         size_B2: original widths and heights.
-        side: side of the view in pixels.
-        crop: side of the square as a share of the shorter side; 224/256 is the papers'
+        view: its ``eval_crop`` is the square's side as a share of the shorter side; 224/256 is the papers'
             ``Resize(256), CenterCrop(224)``.
+        form: of the network's input.
     """
     size = size_B2.float()
-    extent = crop * size.amin(dim=1, keepdim=True) / size
-    return normalised(resized_crops(images_BSS3, torch.cat([(1 - extent) / 2, extent], dim=1), side))
+    extent = view.eval_crop * size.amin(dim=1, keepdim=True) / size
+    box_B4 = torch.cat([(1 - extent) / 2, extent], dim=1)
+    return normalised(resized_crops(images_BSS3, box_B4, view.side or form.side, form.interpolation), form)
 
 
 def _crop_boxes(params: AugmentParams, size_B2: Tensor, generator: torch.Generator) -> Tensor:
@@ -155,39 +170,46 @@ def _crop_boxes(params: AugmentParams, size_B2: Tensor, generator: torch.Generat
     return torch.cat([corner / size_B2, extent / size_B2], dim=1)
 
 
-def resized_crops(images_BSS3: Tensor, box_B4: Tensor, side: int) -> Tensor:
+def resized_crops(images_BSS3: Tensor, box_B4: Tensor, side: int, interpolation: str = "bilinear") -> Tensor:
     """Crop and resize each image with its own box, antialiased; outside the picture its edge repeats.
 
-    Bilinear resampling is linear in the pixels and separable: two batched matrix products, the same
-    on CPU and GPU. The whole picture gives what ``F.interpolate(..., mode="bilinear", antialias=True)``
-    gives; a crop differs from crop-then-resize only at its rim, where the filter sees the picture go on.
+    Resampling is linear in the pixels and separable: two batched matrix products, the same on CPU and GPU.
+    The whole picture gives what ``F.interpolate(..., mode=interpolation, antialias=True)`` gives; a crop
+    differs from crop-then-resize only at its rim, where the filter sees the picture go on.
 
     Args:
         images_BSS3: stored images, uint8.
         box_B4: left, top, width, height as shares of the image.
         side: side of the result in pixels.
+        interpolation: ``bilinear`` or ``bicubic``.
 
     Returns:
         (B, 3, side, side) float32 in 0..1.
     """
     stored = images_BSS3.shape[1]
     box = box_B4.to(images_BSS3.device) * stored
-    across_BsS = _resampling(box[:, 0], box[:, 2], stored, side)
-    down_BsS = _resampling(box[:, 1], box[:, 3], stored, side)
+    across_BsS = _resampling(box[:, 0], box[:, 2], stored, side, interpolation)
+    down_BsS = _resampling(box[:, 1], box[:, 3], stored, side, interpolation)
     rows = down_BsS @ images_BSS3.float().div_(255).flatten(2)  # (B, side, S * 3)
     rows = rows.reshape(-1, side, stored, 3).permute(0, 3, 1, 2)
     crops: Tensor = rows @ across_BsS.transpose(1, 2).unsqueeze(1)
-    return crops
+    return crops if interpolation == "bilinear" else crops.clamp_(0, 1)  # a cubic overshoots
 
 
-def _resampling(start_B: Tensor, extent_B: Tensor, stored: int, side: int) -> Tensor:
-    """Weights (B, side, S) of the stored pixels in each resampled one: a triangle as wide as the step."""
+def _resampling(start_B: Tensor, extent_B: Tensor, stored: int, side: int, interpolation: str) -> Tensor:
+    """Weights (B, side, S) of the stored pixels in each resampled one: a triangle or a cubic (a = -0.5), as
+    wide as the step."""
     step_B1 = (extent_B / side)[:, None]
     centre_Bs = start_B[:, None] + (torch.arange(side, device=start_B.device) + 0.5) * step_B1
     centre_Bs = centre_Bs.clamp(0.5, stored - 0.5)  # outside, the edge goes on
     pixel = torch.arange(stored, device=start_B.device) + 0.5
     distance = (pixel - centre_Bs[:, :, None]).abs() / step_B1[:, :, None].clamp(min=1)
-    weight = (1 - distance).clamp(min=0)
+    if interpolation == "bilinear":
+        weight = (1 - distance).clamp(min=0)
+    else:
+        near = (1.5 * distance - 2.5) * distance**2 + 1
+        far = ((-0.5 * distance + 2.5) * distance - 4) * distance + 2
+        weight = torch.where(distance < 1, near, torch.where(distance < 2, far, torch.zeros_like(far)))
     return weight / weight.sum(dim=2, keepdim=True)
 
 
@@ -267,21 +289,21 @@ def gaussian_blur(x: Tensor, sigma_B: Tensor) -> Tensor:
     return flat.reshape(count, channels, height, width)
 
 
-def whole_views(images_BSS3: Tensor, side: int) -> Tensor:
+def whole_views(images_BSS3: Tensor, side: int, form: InputFormat) -> Tensor:
     """The whole stored picture, resized and normalised."""
     box = torch.tensor([[0.0, 0.0, 1.0, 1.0]]).expand(len(images_BSS3), 4)
-    return normalised(resized_crops(images_BSS3, box, side))
+    return normalised(resized_crops(images_BSS3, box, side, form.interpolation), form)
 
 
-def as_pixels(view_B3SS: Tensor) -> Tensor:
+def as_pixels(view_B3SS: Tensor, form: InputFormat) -> Tensor:
     """What :func:`normalised` was given, back in 0..1."""
-    mean = torch.tensor(MEAN, device=view_B3SS.device)[None, :, None, None]
-    std = torch.tensor(STD, device=view_B3SS.device)[None, :, None, None]
+    mean = torch.tensor(form.mean, device=view_B3SS.device)[None, :, None, None]
+    std = torch.tensor(form.std, device=view_B3SS.device)[None, :, None, None]
     return (view_B3SS * std + mean).clamp(0, 1)
 
 
-def normalised(x: Tensor) -> Tensor:
-    """Pictures in 0..1 with ImageNet's mean and deviation, channels last."""
-    mean = torch.tensor(MEAN, device=x.device)[None, :, None, None]
-    std = torch.tensor(STD, device=x.device)[None, :, None, None]
+def normalised(x: Tensor, form: InputFormat) -> Tensor:
+    """Pictures in 0..1 as the network takes them, channels last."""
+    mean = torch.tensor(form.mean, device=x.device)[None, :, None, None]
+    std = torch.tensor(form.std, device=x.device)[None, :, None, None]
     return ((x - mean) / std).contiguous(memory_format=torch.channels_last)

@@ -149,13 +149,19 @@ def open_domain(pack: Path, domain: str, index: Sequence[Picture] | None = None)
     info = read_info(pack)
     index = read_index(pack, domain) if index is None else index
     row_N = np.array([picture.slot for picture in index], np.int64)
-    size_N2 = np.array([(picture.width, picture.height) for picture in index], np.int64)
-    if info.fit != "squash":  # the stored region is a square of the picture
-        side_N1 = (size_N2.min if info.fit == "crop" else size_N2.max)(axis=1, keepdims=True)
-        size_N2 = np.broadcast_to(side_N1, size_N2.shape).copy()
+    sizes = [stored_size((picture.width, picture.height), info.fit) for picture in index]
+    size_N2 = np.array(sizes, np.int64).reshape(-1, 2)
     return DomainImages(
         domain, map_rows(pack / f"{domain}.u8", info.counts[domain], info.side), row_N, size_N2
     )
+
+
+def stored_size(size: tuple[int, int], fit: Fit) -> tuple[int, int]:
+    """Width and height of the region of a picture that is stored: all of it, or a square."""
+    if fit == "squash":
+        return size
+    side = min(size) if fit == "crop" else max(size)
+    return side, side
 
 
 def map_rows(path: Path, count: int, side: int) -> np.ndarray:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ucir.data.augment import as_pixels, luma, normalised
+from ucir.data.augment import InputFormat, as_pixels, luma, normalised
 
 AMPLITUDE = 50_000 / 255 / 224
 """Amplitude of every frequency of a phase picture, over its side."""
@@ -40,27 +40,29 @@ def draw_spectrum(
     return SpectrumDraw(most_amplitude * share[0], most_phase * share[1])
 
 
-def phase_views(view_B3SS: Tensor) -> Tensor:
+def phase_views(view_B3SS: Tensor, form: InputFormat) -> Tensor:
     """The phase of the grey picture with one amplitude at all frequencies, as three equal channels.
 
     Args:
         view_B3SS: normalised views; so is what is returned.
+        form: how they are normalised.
     """
-    grey = luma(as_pixels(view_B3SS))
+    grey = luma(as_pixels(view_B3SS, form))
     side = view_B3SS.shape[-1]
     angle = torch.fft.fft2(grey).angle()
     flat = torch.fft.ifft2(torch.polar(torch.full_like(angle, AMPLITUDE * side), angle)).real
-    return normalised(flat.clamp(0, 1).expand(-1, 3, -1, -1))
+    return normalised(flat.clamp(0, 1).expand(-1, 3, -1, -1), form)
 
 
-def mixed_views(view_B3SS: Tensor, partner_B3SS: Tensor, draw: SpectrumDraw) -> Tensor:
+def mixed_views(view_B3SS: Tensor, partner_B3SS: Tensor, draw: SpectrumDraw, form: InputFormat) -> Tensor:
     """Views with some of a partner's amplitude, and of its phase at low frequencies.
 
     Args:
         view_B3SS, partner_B3SS: normalised; so is what is returned.
         draw: one for each view.
+        form: how they are normalised.
     """
-    own, other = (torch.fft.fft2(as_pixels(x)) for x in (view_B3SS, partner_B3SS))
+    own, other = (torch.fft.fft2(as_pixels(x, form)) for x in (view_B3SS, partner_B3SS))
     lam, share = (x.to(own.device)[:, None, None, None] for x in (draw.amplitude_B, draw.phase_B))
     amplitude = lam * other.abs() + (1 - lam) * own.abs()
     side = view_B3SS.shape[-1]
@@ -70,4 +72,4 @@ def mixed_views(view_B3SS: Tensor, partner_B3SS: Tensor, draw: SpectrumDraw) -> 
     low[first:last, first:last] = 1
     share = share * torch.fft.ifftshift(low)
     angle = (1 - share) * own.angle() + share * other.angle()
-    return normalised(torch.fft.ifft2(torch.polar(amplitude, angle)).real.clamp(0, 1))
+    return normalised(torch.fft.ifft2(torch.polar(amplitude, angle)).real.clamp(0, 1), form)

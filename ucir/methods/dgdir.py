@@ -79,7 +79,7 @@ class SpectralStep(Step):
         """As of :class:`Step`; the method is shown those of the phase views, by the query encoder, too."""
         if encoder is None:
             query = self.networks.query
-            both = extract_features(query, self.images, self.view, self.device, "both", phase_views)
+            both = extract_features(query, self.images, self.view, self.device, "both", self._phase)
             (head_a, pooled_a), (head_b, pooled_b) = (
                 [Features(part, len(x)) for part in x.own_ND.tensor_split([query.feature_dim], 1)]
                 for x in both
@@ -94,18 +94,21 @@ class SpectralStep(Step):
         images, params = len(slots[0]) + len(slots[1]), self.method.params
         x = super().rendered(slots, draw, rows % images, generator)
         spectrum = draw_spectrum(images, params.most_amplitude, params.most_phase, generator)
-        count = len(self.images[0])
+        count, form = len(self.images[0]), self.networks.query.form
         partner = torch.randint(count + len(self.images[1]), (images,), generator=generator)
         mixed = rows >= images
         out = x.clone()
         if not mixed.all():
-            out[~mixed] = phase_views(x[~mixed])
+            out[~mixed] = self._phase(x[~mixed])
         if mixed.any():
             place = rows[mixed] - images
             domain = (partner[place] >= count).long()
             stored = stored_pictures(self.images, domain, partner[place] - count * domain)
-            out[mixed] = mixed_views(x[mixed], whole_views(stored, x.shape[-1]), spectrum[place])
+            out[mixed] = mixed_views(x[mixed], whole_views(stored, x.shape[-1], form), spectrum[place], form)
         return out
+
+    def _phase(self, view_B3SS: Tensor) -> Tensor:
+        return phase_views(view_B3SS, self.networks.query.form)
 
     def forward(self, views: Views) -> tuple[DomainBatch, DomainBatch]:
         self.follow()

@@ -158,7 +158,7 @@ class Step:
     ) -> Tensor:
         """Views of these rows of the batch [first domain; second domain]."""
         stored = stored_pictures(self.images, (rows >= len(slots[0])).long(), torch.cat(slots)[rows])
-        return render_views(stored, draw[rows], self.view.side)
+        return render_views(stored, draw[rows], self.view, self.networks.query.form)
 
     def forward(self, views: Views) -> Any:
         """What the method's losses are given: both domains' part of the global batch.

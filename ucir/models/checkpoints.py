@@ -16,10 +16,16 @@ from ucir.models.encoder import Encoder
 PREFIXES = ("module.encoder_q.", "encoder_q.")
 
 
-def save_encoder(encoder: Encoder, path: Path) -> None:
-    """Write ``{"state_dict": {"module.encoder_q.<name>": tensor}}``."""
-    state = {PREFIXES[0] + name: value for name, value in encoder.net.state_dict().items()}
-    save_atomically({"state_dict": state}, path)
+def save_encoder(encoder: Encoder, path: Path, model: dict[str, Any] | None = None) -> None:
+    """Write ``{"state_dict": {"module.encoder_q.<name>": tensor}}``.
+
+    Args:
+        encoder: whose weights.
+        path: of the file.
+        model: what the file says beside them, see :mod:`ucir.models.model`.
+    """
+    state = {PREFIXES[0] + name: value for name, value in encoder.moco_state().items()}
+    save_atomically({"state_dict": state, **({"model": model} if model else {})}, path)
 
 
 def load_encoder(encoder: Encoder, path: Path) -> None:
@@ -42,10 +48,10 @@ def load_encoder(encoder: Encoder, path: Path) -> None:
             f"(the first key is {next(iter(tensors), None)!r})"
         )
     given = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-    wanted = encoder.net.state_dict()
+    wanted = encoder.moco_state()
     faults = [
         *(f"{key} is missing" for key in wanted if key not in given),
-        *(f"{key} is unknown to this backbone" for key in given if key not in wanted),
+        *(f"{key} is unknown to this trunk" for key in given if key not in wanted),
         *(
             f"{key} has shape {tuple(given[key].shape)}, not {tuple(value.shape)}"
             for key, value in wanted.items()
@@ -55,30 +61,33 @@ def load_encoder(encoder: Encoder, path: Path) -> None:
     if faults:
         more = f" and {len(faults) - 5} more" if len(faults) > 5 else ""
         raise UserError(f"{path}: does not fit the encoder: {'; '.join(faults[:5])}{more}")
-    encoder.net.load_state_dict(given)
+    encoder.load_moco_state(given)
 
 
-def load_torchvision(encoder: Encoder, backbone: str, name: str) -> None:
-    """Fill the backbone from torchvision's weights ``name``; the head stays random, as there is none.
+def load_torchvision(encoder: Encoder, name: str) -> None:
+    """Fill the trunk from torchvision's weights ``name``; the head stays random, as there is none.
 
     The file comes from torchvision's own address, once, into torch's cache.
 
     Raises:
-        UserError: the backbone has no weights of this name, or they cannot be fetched.
+        UserError: the trunk has no weights of this name, or they cannot be fetched.
     """
     from torchvision.models import get_model_weights
 
-    known = {} if backbone == "convnet" else get_model_weights(backbone).__members__
+    network = encoder.params.trunk.get("torchvision")
+    known = get_model_weights(network).__members__ if network else {}
     if name not in known:
-        raise UserError(f"start.torchvision: {backbone} has no weights {name!r}; {nearest(name, known)}")
+        raise UserError(
+            f"start.torchvision: {encoder.params.trunk_name} has no weights {name!r}; {nearest(name, known)}"
+        )
     weights = known[name]
     try:
         state = weights.get_state_dict(progress=True, check_hash=True)
     except (OSError, RuntimeError) as error:
         folder = Path(torch.hub.get_dir()) / "checkpoints"
         raise UserError(f"{weights.url}: {error}; or put the file into {folder} yourself") from None
-    own = {key: value for key, value in state.items() if not key.startswith("fc.")}
-    encoder.net.load_state_dict({**encoder.net.state_dict(), **own})
+    given = {key: value for key, value in state.items() if not key.startswith("fc.")}
+    encoder.load_moco_state({**encoder.moco_state(), **given})
 
 
 def save_atomically(state: Any, path: Path) -> None:

@@ -1,21 +1,22 @@
-"""The encoder: backbone, two-layer head as in MoCo v2, L2-normalised output; and its moving average.
-
-The parameter names are torchvision's ResNet names with the head as ``fc.0`` and ``fc.2``, so that a
-state dict is interchangeable with MoCo v2's published checkpoints.
-"""
+"""The encoder: trunk, two-layer head as in MoCo v2, L2-normalised output; and its moving average."""
 
 from __future__ import annotations
 
 import copy
 from functools import partial
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ucir.config.model import EncoderParams
+from ucir.data.augment import InputFormat
 from ucir.models.norm import GroupedBatchNorm2d
+from ucir.models.trunk import new_trunk
+
+HEAD = "fc."
+"""What the head's parameters are called in MoCo v2's checkpoints; the trunk's have torchvision's names."""
 
 
 class Encoder(nn.Module):
@@ -28,75 +29,51 @@ class Encoder(nn.Module):
 
     def __init__(self, params: EncoderParams, norm_groups: int = 1) -> None:
         super().__init__()
-        norm = partial(GroupedBatchNorm2d, groups=norm_groups)
-        if params.backbone == "convnet":
-            self.net: nn.Module = ConvNet(params.width, norm)
-        else:
-            from torchvision.models import get_model
-
-            self.net = get_model(params.backbone, norm_layer=norm)
-        pooled_dim = cast(nn.Linear, self.net.fc).in_features
-        self.net.fc = nn.Sequential(
+        self.params = params
+        self.trunk = new_trunk(params.trunk, partial(GroupedBatchNorm2d, groups=norm_groups))
+        pooled_dim = self.trunk.pooled_dim
+        self.head = nn.Sequential(
             nn.Linear(pooled_dim, pooled_dim), nn.ReLU(), nn.Linear(pooled_dim, params.feature_dim)
         )
 
     def forward(self, x: Tensor, pooled: bool | Literal["both"] = False) -> Tensor:
         """Normalised images (B, 3, s, s) to unit features (B, D), float32; with ``pooled`` those before the
         head (2048 of a ResNet-50), with ``both`` the head's and these side by side."""
-        if not pooled:
-            return F.normalize(self.net(x).float(), dim=1)
-        kept: list[Tensor] = []
-        hook = self.head.register_forward_pre_hook(lambda head, given: kept.append(given[0]))
-        try:
-            out = self.net(x)
-        finally:
-            hook.remove()
-        before = F.normalize(kept[0].float(), dim=1)
-        return torch.cat([F.normalize(out.float(), dim=1), before], dim=1) if pooled == "both" else before
+        before = self.trunk(x)
+        if pooled is True:
+            return F.normalize(before.float(), dim=1)
+        out = F.normalize(self.head(before).float(), dim=1)
+        return torch.cat([out, F.normalize(before.float(), dim=1)], dim=1) if pooled else out
 
     @property
     def feature_dim(self) -> int:
         """Length of the head's output."""
-        return cast(nn.Linear, self.head[-1]).out_features
+        return self.params.feature_dim
 
     @property
     def pooled_dim(self) -> int:
         """Length of what goes into the head."""
-        return cast(nn.Linear, self.head[0]).in_features
+        return self.trunk.pooled_dim
+
+    @property
+    def form(self) -> InputFormat:
+        """Of the pictures that it takes."""
+        return self.trunk.form
 
     @property
     def device(self) -> torch.device:
         return next(self.parameters()).device
 
-    @property
-    def head(self) -> nn.Sequential:
-        """The two-layer head."""
-        return cast(nn.Sequential, self.net.fc)
+    def moco_state(self) -> dict[str, Tensor]:
+        """Its state by MoCo v2's names: torchvision's, and the head as ``fc.0`` and ``fc.2``."""
+        head = {HEAD + name: value for name, value in self.head.state_dict().items()}
+        return {**self.trunk.net.state_dict(), **head}
 
-
-class ConvNet(nn.Module):
-    """Four 3 x 3 convolution blocks, each halving the side and doubling the channels, and mean pooling.
-
-    For small pictures on a CPU; not from the papers.
-    """
-
-    def __init__(self, width: int, norm: partial[GroupedBatchNorm2d]) -> None:
-        super().__init__()
-        layers: list[nn.Module] = []
-        channels = 3
-        for out in (width, 2 * width, 4 * width, 8 * width):
-            layers += [
-                nn.Conv2d(channels, out, 3, padding=1, bias=False),
-                norm(out),
-                nn.ReLU(inplace=True),
-                nn.MaxPool2d(2),
-            ]
-            channels = out
-        self.blocks = nn.Sequential(*layers[:-1])  # the last block is pooled as a whole
-        self.fc: nn.Module = nn.Linear(channels, channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return cast(Tensor, self.fc(self.blocks(x).mean(dim=(2, 3))))
+    def load_moco_state(self, state: dict[str, Tensor]) -> None:
+        """Take up :meth:`moco_state`'s value."""
+        head = {name.removeprefix(HEAD): x for name, x in state.items() if name.startswith(HEAD)}
+        self.head.load_state_dict(head)
+        self.trunk.net.load_state_dict({n: x for n, x in state.items() if not n.startswith(HEAD)})
 
 
 def new_encoder(params: EncoderParams, seed: int, norm_groups: int = 1) -> Encoder:

@@ -52,7 +52,7 @@ def _domain_features(
     def render(first: int) -> Tensor:
         rows = slice(first, min(first + CHUNK, own.stop))
         pixels = torch.from_numpy(domain.pixels(rows))
-        views = eval_views(pixels, torch.from_numpy(domain.size_N2[rows]), view.side, view.eval_crop)
+        views = eval_views(pixels, torch.from_numpy(domain.size_N2[rows]), view, encoder.form)
         return change(views) if change else views
 
     starts = range(own.start, own.stop, CHUNK)

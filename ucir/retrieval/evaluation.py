@@ -246,7 +246,7 @@ def scored_images(
 
 
 def _tracker(dataset: str, setting: str, method: str, block: DatasetParams) -> tracking.ScoreTracker:
-    params = {"backbone": block.start.encoder.backbone, "side": block.view.side}
+    params = {"trunk": block.start.encoder.trunk_name, "side": block.view.side}
     return tracking.ScoreTracker(dataset, setting, method, params)
 
 

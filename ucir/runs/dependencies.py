@@ -12,6 +12,7 @@ import hashlib
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
+from pkgutil import iter_modules
 
 import ucir
 
@@ -50,6 +51,10 @@ STAGES = {
 """Stage of dvc.yaml to where it begins; `train` and `tune` depend on their method's training as well."""
 
 
+ENCODING = ("pretrain", "evaluate_start", "evaluate")
+"""Those of them that compute with an encoder."""
+
+
 def training_modules(method: str) -> tuple[str, ...]:
     """Where a training of a method begins."""
     from ucir.methods.registry import METHODS
@@ -58,14 +63,19 @@ def training_modules(method: str) -> tuple[str, ...]:
 
 
 def stage_modules() -> dict[str, tuple[str, ...]]:
-    """Every stage by its name, ``train-<block>`` and ``tune-<block>`` for each method's block."""
-    from ucir.methods.registry import METHODS, VARIANTS
+    """Every stage by its name, ``train-<block>`` and ``tune-<block>`` for each method's block.
 
+    They depend on all kinds of trunks, of which a run's key holds its own.
+    """
+    from ucir.methods.registry import METHODS, VARIANTS
+    from ucir.models import trunks
+
+    kinds = tuple(f"{trunks.__name__}.{name}" for _, name, _ in iter_modules(trunks.__path__))
     blocks = [name for name in METHODS if name not in VARIANTS]
     return {
-        **STAGES,
-        **{f"train-{block}": training_modules(block) for block in blocks},
-        **{f"tune-{block}": (*training_modules(block), "ucir.runs.sweep") for block in blocks},
+        **{name: (*begin, *(kinds if name in ENCODING else ())) for name, begin in STAGES.items()},
+        **{f"train-{block}": (*training_modules(block), *kinds) for block in blocks},
+        **{f"tune-{block}": (*training_modules(block), *kinds, "ucir.runs.sweep") for block in blocks},
     }
 
 

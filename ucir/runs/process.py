@@ -108,7 +108,7 @@ def reason(run: Run, error: Exception) -> str:
 
 
 def tracked_run_of(run: Run, uri: str) -> tracking.TrackedRun:
-    params = {**run.params.model_dump(), "backbone": run.encoder.backbone, "side": run.view.side}
+    params = {**run.params.model_dump(), "trunk": run.encoder.trunk_name, "side": run.view.side}
     return tracking.tracked_run(
         uri,
         f"ucir/{run.dataset}",

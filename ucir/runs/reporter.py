@@ -14,7 +14,8 @@ import numpy as np
 from torch import Tensor
 
 from ucir.distributed import any_worker
-from ucir.models.checkpoints import load_state, save_atomically, save_encoder
+from ucir.models.checkpoints import load_state, save_atomically
+from ucir.models.model import Model, save_model
 from ucir.paths import write_atomically
 from ucir.retrieval.criteria import criteria
 from ucir.retrieval.metrics import retrieval_scores
@@ -91,7 +92,7 @@ class RunReporter:
             entry |= self._scores(self.run, first, second)
             selector = f"val/P_at_{self.run.cutoffs[0]}"
             if selector in entry and all(entry[selector] > earlier[selector] for earlier in self.history):
-                save_encoder(report.encoder, self.run.folder / "best.pt")
+                self._save(report, "best.pt")
         self.history.append(entry)
         last = report.epoch + 1 == self.run.params.epochs
         state = self.run.folder / "state.pt"
@@ -100,10 +101,15 @@ class RunReporter:
             self.kept = time.monotonic()
         self.on_epoch(self.history)
         if last:
-            save_encoder(report.encoder, self.run.folder / "last.pt")
+            self._save(report, "last.pt")
             facts = {**self.run.tags(), **self.run.facts(), "history": self.history}
             write_atomically(json.dumps(facts, indent=1) + "\n", self.run.folder / "done.json")
             state.unlink(missing_ok=True)
+
+    def _save(self, report: EpochReport, name: str) -> None:
+        facts = {**self.run.tags(), "run_key": self.run.key, "epoch": report.epoch + 1}
+        model = Model(report.encoder, self.run.view, self.run.stored, facts)
+        save_model(model, self.run.folder / name)
 
     def fault(self, details: dict[str, Any]) -> None:
         if self.writes:

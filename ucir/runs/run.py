@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from ucir.config.data import DatasetParams, ViewParams
+from ucir.config.data import DatasetParams, PackParams, ViewParams
 from ucir.config.load import Params
 from ucir.config.model import EncoderParams
 from ucir.data.pack import DomainImages, Picture, open_domain, read_index, read_info
@@ -35,6 +35,7 @@ from ucir.methods.base import MethodParams
 from ucir.methods.registry import METHODS
 from ucir.models.checkpoints import load_encoder, load_state
 from ucir.models.encoder import new_encoder
+from ucir.models.trunk import trunk_module
 from ucir.paths import PACKS, RUNS, STARTS, check_writable
 from ucir.runs.dependencies import START, code_version, training_modules
 from ucir.runs.params import method_params
@@ -56,6 +57,8 @@ class Run(ABC):
     encoder: EncoderParams
     params: MethodParams
     pack: Path
+    stored: PackParams
+    """How its pictures are stored."""
     key: str
     folder: Path
 
@@ -190,7 +193,7 @@ def plan_start(block: DatasetParams, dataset: str) -> StartRun:
         "view": block.view.model_dump(mode="json"),
         "encoder": block.start.encoder.model_dump(mode="json"),
         "data": list(info.fingerprints.items()),
-        "code": code_version(START),
+        "code": code_version((*START, trunk_module(block.start.encoder.trunk))),
     }
     key = _key(content)
     return StartRun(
@@ -201,6 +204,7 @@ def plan_start(block: DatasetParams, dataset: str) -> StartRun:
         encoder=block.start.encoder,
         params=params,
         pack=(PACKS / dataset).resolve(),
+        stored=block.pack,
         key=key,
         folder=(RUNS / f"{dataset}-{PRETRAIN}-{key}").resolve(),
         domains=tuple(info.counts),
@@ -248,7 +252,7 @@ def plan_runs(
         "view": block.view.model_dump(mode="json"),
         "encoder": block.start.encoder.model_dump(mode="json"),
         "start": hashlib.sha256(start.read_bytes()).hexdigest(),
-        "code": code_version(training_modules(method)),
+        "code": code_version((*training_modules(method), trunk_module(block.start.encoder.trunk))),
     }
     runs = []
     known = trainings(setting, block.pairs, list(info.counts))
@@ -276,6 +280,7 @@ def plan_runs(
                     encoder=block.start.encoder,
                     params=wanted,
                     pack=(PACKS / dataset).resolve(),
+                    stored=block.pack,
                     key=key,
                     folder=(RUNS / slug).resolve(),
                     setting=setting,

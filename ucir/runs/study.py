@@ -15,6 +15,7 @@ from ucir.data.prepare import source_classes, source_faults
 from ucir.data.splits import label_spaces
 from ucir.errors import UserError, nearest
 from ucir.methods.registry import METHODS, TO_COME, params_block
+from ucir.models.trunk import check_trunk
 from ucir.runs.params import method_params
 
 DATASET_BLOCKS = ("pack", "view", "evaluate", "split")
@@ -38,7 +39,14 @@ def load_study() -> Params:
     params = load_params()
     for run in params.study.runs.values():
         method_params(params, run.method, run.dataset)
+    for dataset in params.study.datasets:
+        _check_encoder(params, dataset)
     return params
+
+
+def _check_encoder(params: Params, dataset: str) -> None:
+    trunk = params.datasets[dataset].start.encoder.trunk
+    check_trunk(trunk, f"{PARAMS_FILE}: datasets.{dataset}.start.encoder.trunk")
 
 
 def study_runs(params: Params, name: str) -> list[tuple[str, dict[str, Any]]]:
@@ -80,6 +88,7 @@ def study_block(params: Params, name: str) -> tuple[dict[str, Any], list[str]]:
             missing.append(run["method"])
             continue
         method_params(params, run["method"], run["dataset"])
+        _check_encoder(params, run["dataset"])
         setting = {key: run[key] for key in ("dataset", "setting", "pairs")}
         own = {**run, "block": params_block(run["method"])}
         _join(runs, f"{run['dataset']}-{run['setting']}-{run['method']}", own)

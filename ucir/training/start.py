@@ -109,7 +109,7 @@ class UnionStep(Step):
             if len(place):
                 slot = row_B[place] - first_row[domain_B[place]]
                 stored = stored_pictures(self.images, domain_B[place], slot)
-                parts.append(render_views(stored, draw[place], self.view.side))
+                parts.append(render_views(stored, draw[place], self.view, self.networks.query.form))
         return Views((row_B, domain_B), torch.cat(parts), None, torch.arange(count))
 
     def forward(self, views: Views) -> ContrastBatch:
@@ -180,5 +180,5 @@ def given_start(start: StartParams) -> Encoder:
     if start.checkpoint is not None:
         load_encoder(encoder, Path(start.checkpoint))
     elif start.torchvision is not None:
-        load_torchvision(encoder, start.encoder.backbone, start.torchvision)
+        load_torchvision(encoder, start.torchvision)
     return encoder
