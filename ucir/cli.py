@@ -210,11 +210,12 @@ def train(
         return
     from ucir.cluster.launch import train_all
     from ucir.reports.table import direction_table, display_name, plain
+    from ucir.retrieval.metrics import precision_name
     from ucir.runs.scores import last_scores
 
     train_all(runs, params.cluster)
     block = params.datasets[dataset]
-    metric = display_name(f"P_at_{block.evaluate.cutoffs[0]}")
+    metric = display_name(precision_name(block.evaluate.cutoffs[0]))
     if scores := last_scores(params, runs):
         typer.echo("\n" + plain(direction_table(dataset, setting, {method: scores}, metric)))
     else:

@@ -21,7 +21,7 @@ import torch
 from PIL import Image, ImageFilter
 from torchvision import transforms as T
 
-from ucir.config.data import AugmentParams, PackParams
+from ucir.config.data import AugmentParams, PackParams, ViewParams
 from ucir.data.augment import InputFormat, draw_view, render_views
 from ucir.data.batches import seeded
 from ucir.data.decode import decode_image, fitted

@@ -285,8 +285,8 @@ def test_pcs_trains_the_head_faster_and_leaves_batch_norm_undecayed() -> None:
     assert len(where) == len(list(encoder.parameters()))
     for name, parameter in encoder.named_parameters():
         group = where[id(parameter)]
-        assert group["lr_scale"] == (1.0 if ".fc." in name else 0.1)
-        norm = parameter.ndim == 1 and ".fc." not in name
+        assert group["lr_scale"] == (1.0 if name.startswith("head.") else 0.1)
+        norm = parameter.ndim == 1 and not name.startswith("head.")
         assert group["weight_decay"] == (0.0 if norm else 5e-4)
         assert group["nesterov"]
 

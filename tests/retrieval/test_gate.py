@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -12,7 +11,8 @@ from ucir.losses.universal import product_dissimilarity
 from ucir.prototypes.clustering import kmeans
 from ucir.prototypes.merging import unify
 from ucir.retrieval.gate import fit_gate
-from ucir.retrieval.metrics import RetrievalScores, percent, retrieval_scores, universal_scores
+from ucir.retrieval.metrics import Decisions, metric_values
+from ucir.retrieval.ranking import rank
 
 CENTRES = normalize(torch.randn(8, 16, generator=torch.Generator().manual_seed(0)), dim=1)
 
@@ -47,12 +47,12 @@ def test_private_queries_alone_are_rejected(kind: str) -> None:
     query, labels = domain([0, 1, 2, 3, 4, 5], 40, seed=1)
     gallery, gallery_labels = domain([0, 1, 2], 40, seed=2)
     gate = fit_gate(kind, query, gallery, "elbow")
-    scores = retrieval_scores(query, gallery, labels, gallery_labels, (5,))
-    told = universal_scores(scores, labels, gate.scores(query, gallery).numpy())
+    ranking = rank(query, gallery, labels, gallery_labels)
+    told = metric_values(ranking, (5,), Decisions(gate.scores(query, gallery).numpy()))
     assert told["null_private"] > 90
     assert told["null_shared"] < 10
     assert told["null_AUROC"] > 95
-    assert told["mAP_gated_at_All"] <= scores.mean_average_precision
+    assert told["mAP_gated_at_All"] <= told["mAP_at_All"]
 
 
 def test_the_merged_gates_limit_is_the_widest_pair_of_members() -> None:
@@ -82,37 +82,3 @@ def test_degenerate_features_give_a_defined_answer() -> None:
             for k in (1, 2):
                 assert fit_gate(kind, a, b, k).scores(a, b).isfinite().all()
     assert float((fit_gate("merged", query, query, 2).scores(query, query) > 0).float().mean()) == 0
-
-
-def test_universal_scores_by_hand() -> None:
-    # two queries of a, one of b, two without a counterpart
-    ap = np.array([1.0, 0.5, 0.25, np.nan, np.nan])
-    scores = RetrievalScores({}, ap, np.array([1.0, 0.75, 0.5, np.nan, np.nan]))
-    beyond = np.array([-1.0, 2.0, -3.0, 1.0, -2.0])
-    told = universal_scores(scores, ["a", "a", "b", "c", "d"], beyond)
-    assert told == {
-        "mAP_interpolated_at_All": pytest.approx(75),
-        "mAP_macro_at_All": pytest.approx(50),
-        "mAP_macro_interpolated_at_All": pytest.approx(100 * (0.875 + 0.5) / 2),
-        "mAP_gated_at_All": pytest.approx(100 * 1.25 / 3),
-        "null_shared": pytest.approx(100 / 3),
-        "null_private": pytest.approx(50),
-        "null_accuracy": pytest.approx(60),
-        # of the six pairs (shared, private) three have the private one farther out
-        "null_AUROC": pytest.approx(50),
-    }
-    closed = universal_scores(RetrievalScores({}, ap[:3], ap[:3]), ["a", "a", "b"], beyond[:3])
-    assert set(closed) == {k for k in told if k not in {"null_private", "null_accuracy", "null_AUROC"}}
-    disjoint = universal_scores(RetrievalScores({}, ap[3:], ap[3:]), ["c", "d"], beyond[3:])
-    assert set(disjoint) == {"null_private", "null_accuracy"}
-    assert np.isnan(percent(ap[3:]))
-
-
-def test_interpolated_precision_is_the_best_at_this_rank_or_later() -> None:
-    query = normalize(torch.tensor([[1.0, 0.0]]), dim=1)
-    angles = torch.linspace(0.1, 1.5, 6)
-    gallery = torch.stack([angles.cos(), angles.sin()], dim=1)
-    found = retrieval_scores(query, gallery, ["a"], ["b", "a", "b", "a", "a", "b"], (5,))
-    precision = [1 / 2, 2 / 4, 3 / 5]
-    assert found.ap_Q[0] == pytest.approx(sum(precision) / 3)
-    assert found.interpolated_ap_Q[0] == pytest.approx(3 / 5)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ucir.data.pack import DomainImages
 from ucir.reports.table import Cell
+from ucir.retrieval.metrics import metrics, precision_name
 
 matplotlib.use("Agg")
 
@@ -27,7 +28,7 @@ POINTS = 600
 
 def curves(histories: Mapping[str, Sequence[Mapping[str, float]]], cutoff: int) -> bytes:
     """Loss terms and retrieval scores by epoch, a column for each run; SVG."""
-    scored = any(f"val/P_at_{cutoff}" in entry for history in histories.values() for entry in history)
+    scored = any(f"val/{precision_name(cutoff)}" in entry for h in histories.values() for entry in h)
     figure, axes = plt.subplots(
         1 + scored,
         len(histories),
@@ -43,8 +44,9 @@ def curves(histories: Mapping[str, Sequence[Mapping[str, float]]], cutoff: int) 
             values = [entry.get(term, np.nan) for entry in history]
             axes[0, column].plot(epochs, values, label=term.removeprefix("train/loss_"))
         if scored:
-            for metric, label in ((f"P_at_{cutoff}", f"P@{cutoff}"), ("mAP_at_All", "mAP@All")):
-                axes[1, column].plot(epochs, [e[f"val/{metric}"] for e in history], label=label)
+            for metric in (m for m in metrics((cutoff,)) if m.curve):
+                values = [entry[f"val/{metric.identifier}"] for entry in history]
+                axes[1, column].plot(epochs, values, label=metric.name)
         axes[0, column].set_title(name)
         axes[-1, column].set_xlabel("epoch")
     axes[0, 0].set_ylabel("loss term (unweighted)")

@@ -11,6 +11,7 @@ import numpy as np
 
 from ucir.reports.reference import AVERAGE, PrintedCell
 from ucir.retrieval.evaluation import LAST, DirectionScore, read_scores
+from ucir.retrieval.metrics import metrics
 
 Scores = Mapping[str, Sequence[DirectionScore]]
 """By method, in the order of the tables."""
@@ -51,16 +52,8 @@ class Cell:
         return f"{self.mean:.1f}" if self.std is None else f"{self.mean:.1f} ± {self.std:.1f}"
 
 
-DISPLAYED = {
-    "mAP_interpolated_at_All": "interpolated mAP@All",
-    "mAP_macro_at_All": "macro mAP@All",
-    "mAP_macro_interpolated_at_All": "macro interpolated mAP@All",
-    "mAP_gated_at_All": "gated mAP@All",
-    "null_shared": "rejected though shared",
-    "null_private": "open-set accuracy",
-    "null_accuracy": "open-set accuracy of all queries",
-    "null_AUROC": "gate AUROC",
-}
+DISPLAYED = {metric.identifier: metric.name for metric in metrics(())}
+"""Of the metrics without a cutoff; the others follow a rule."""
 
 
 def display_name(metric: str) -> str:

@@ -38,7 +38,7 @@ from ucir.reports.table import (
     write_csv,
 )
 from ucir.retrieval.evaluation import BEST, LAST, PRETRAINED, UNTRAINED, load_features, scored_images
-from ucir.retrieval.metrics import top_ranked
+from ucir.retrieval.ranking import top_ranked
 from ucir.tracking import git_sha
 
 SHOWN = 10

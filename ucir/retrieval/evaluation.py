@@ -26,7 +26,8 @@ from ucir.models.features import extract_features
 from ucir.paths import PACKS, STARTS
 from ucir.prototypes.clustering import kmeans
 from ucir.retrieval.gate import GateChoice, fit_gate
-from ucir.retrieval.metrics import retrieval_scores, universal_scores
+from ucir.retrieval.metrics import Decisions, metric_values
+from ucir.retrieval.ranking import rank
 
 UNTRAINED = "untrained"
 PRETRAINED = "pretrained"
@@ -75,10 +76,10 @@ def score_direction(
     query, gallery = direction
     if not any(labels[query]) or not any(labels[gallery]):
         return []
-    scores = retrieval_scores(features[query], features[gallery], labels[query], labels[gallery], cutoffs)
+    ranking = rank(features[query], features[gallery], labels[query], labels[gallery])
     fitted = fit_gate(gate.kind, features[query], features[gallery], gate.clusters, seed)
     beyond_Q = fitted.scores(features[query], features[gallery]).numpy()
-    named = scores.named() | universal_scores(scores, labels[query], beyond_Q)
+    named = metric_values(ranking, cutoffs, Decisions(beyond_Q))
     named |= cluster_agreement(features[query], labels[query], len(set(labels[query])))
     return [DirectionScore(query, gallery, seed, epoch_choice, named)]
 

@@ -1,92 +1,181 @@
-"""Ranking metrics, as the papers define them.
+"""Retrieval metrics: one pure function each over a ranking, and the table that names them all.
 
-Q queries, G gallery images, R relevant ones. All functions are pure and read labels: nothing under
-``ucir.training`` or ``ucir.methods`` may import this module.
+Curves, final scores, sweeps and reports read :func:`metrics`: a new metric is a function and a row there.
+Values are percent; ``nan`` is what cannot be told. The paper of UEM (section 4.1) does not say which mAP, nor
+over which queries accuracy is taken, so that each reading has a row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
-import torch
-from torch import Tensor
 
-CHUNK = 256
+from ucir.retrieval.ranking import Ranking
+
+NOTHING = float("nan")
 
 
 @dataclass(frozen=True)
-class RetrievalScores:
-    """One direction's scores, in percent; ``nan`` where no query has a counterpart in the gallery."""
+class Decisions:
+    """What a gate said of the queries of a ranking."""
 
-    precision: dict[int, float]  # K to P@K
-    ap_Q: np.ndarray
-    """Each query's average precision over the whole ranking, 0 to 1; ``nan`` without a counterpart."""
-    interpolated_ap_Q: np.ndarray
-    """The same with the best precision at each rank or any later one (VOC 2010), as CoDA's code has it."""
+    score_Q: np.ndarray
+    """How far a query lies beyond its limit."""
 
     @property
-    def mean_average_precision(self) -> float:
-        """mAP@All: over the queries with a counterpart, not interpolated."""
-        return percent(self.ap_Q)
-
-    def named(self) -> dict[str, float]:
-        """Metric identifiers that MLflow accepts: ``P_at_50``, ``mAP_at_All``."""
-        scores = {f"P_at_{k}": value for k, value in self.precision.items()}
-        return {**scores, "mAP_at_All": self.mean_average_precision}
+    def rejected_Q(self) -> np.ndarray:
+        """Above the limit, bool."""
+        return self.score_Q > 0
 
 
-def retrieval_scores(
-    query_QD: Tensor,
-    gallery_GD: Tensor,
-    query_label_Q: Sequence[str],
-    gallery_label_G: Sequence[str],
-    cutoffs: Sequence[int],
-) -> RetrievalScores:
-    """P@K and mAP@All of ranking the gallery by cosine similarity.
+@dataclass(frozen=True)
+class Metric:
+    """A row of the table."""
 
-    P@K = 100 * sum_q hits_q(t_q) / sum_q t_q with t_q = min(K, R_q): the micro average of UCDIR's and
-    ProtoOT's ``retrieval_precision_cal``; a query without a counterpart counts on neither side.
-    mAP@All = 100 * mean over queries with R_q > 0 of (1 / R_q) sum_i i / rank_i over the whole ranking,
-    not interpolated. Equal similarities rank irrelevant images first, so that no order of files helps.
+    identifier: str
+    """Such as MLflow accepts: ``P_at_50``."""
+    name: str
+    """For people: ``P@50``."""
+    value: Callable[[Ranking, Decisions], float]
+    curve: bool = False
+    """Whether it is followed over the epochs, too: then it needs no gate."""
+
+
+def metrics(cutoffs: Sequence[int]) -> tuple[Metric, ...]:
+    """All metrics.
 
     Args:
-        query_QD, gallery_GD: unit features.
-        query_label_Q, gallery_label_G: class names.
-        cutoffs: the K.
+        cutoffs: the K of P@K.
     """
-    gallery_labels = np.asarray(gallery_label_G)
-    query_labels = np.asarray(query_label_Q)
-    hits = dict.fromkeys(cutoffs, 0)
-    shown = dict.fromkeys(cutoffs, 0)
-    average_precisions: list[np.ndarray] = [np.empty(0)]
-    interpolated: list[np.ndarray] = [np.empty(0)]
-    for first in range(0, len(query_labels), CHUNK):
-        rows = slice(first, first + CHUNK)
-        relevant_QG = gallery_labels[None, :] == query_labels[rows, None]
-        ranked_QG = ranked_relevance((query_QD[rows] @ gallery_GD.T).cpu().numpy(), relevant_QG)
-        found_QG = ranked_QG.cumsum(axis=1)
-        total_Q = found_QG[:, -1]
-        for k in cutoffs:
-            top_Q = np.minimum(k, total_Q)
-            has = top_Q > 0
-            hits[k] += int(found_QG[has, top_Q[has] - 1].sum())
-            shown[k] += int(top_Q.sum())
-        place_G = np.arange(1, len(gallery_labels) + 1)
-        precision_QG = found_QG / place_G
-        envelope_QG = np.maximum.accumulate(precision_QG[:, ::-1], axis=1)[:, ::-1]
-        with np.errstate(invalid="ignore"):  # 0 / 0 is nan: no counterpart
-            average_precisions.append((precision_QG * ranked_QG).sum(axis=1) / total_Q)
-            interpolated.append((envelope_QG * ranked_QG).sum(axis=1) / total_Q)
-    return RetrievalScores(
-        {k: 100 * hits[k] / shown[k] if shown[k] else float("nan") for k in cutoffs},
-        np.concatenate(average_precisions),
-        np.concatenate(interpolated),
+    return (
+        *(Metric(precision_name(k), f"P@{k}", partial(precision_at, k=k), curve=True) for k in cutoffs),
+        Metric("mAP_at_All", "mAP@All", mean_average_precision, curve=True),
+        Metric("mAP_interpolated_at_All", "interpolated mAP@All", interpolated),
+        Metric("mAP_macro_at_All", "macro mAP@All", macro),
+        Metric("mAP_macro_interpolated_at_All", "macro interpolated mAP@All", macro_interpolated),
+        Metric("mAP_gated_at_All", "gated mAP@All", gated),
+        Metric("null_shared", "rejected though shared", rejected_though_shared),
+        Metric("null_private", "open-set accuracy", rejected_of_private),
+        Metric("null_accuracy", "open-set accuracy of all queries", right_decisions),
+        Metric("null_AUROC", "gate AUROC", auroc),
     )
 
 
-def percent(value_Q: np.ndarray, label_Q: Sequence[str] | None = None) -> float:
+def precision_name(k: int) -> str:
+    """``P_at_50``."""
+    return f"P_at_{k}"
+
+
+def metric_values(
+    ranking: Ranking, cutoffs: Sequence[int], decisions: Decisions | None = None
+) -> dict[str, float]:
+    """Every metric by its identifier; without decisions those of curves.
+
+    What cannot be told is left out, but for P@K and mAP, which are ``nan`` then.
+    """
+    unknown = Decisions(np.zeros(len(ranking.relevant_Q)))
+    values = {
+        metric.identifier: metric.value(ranking, decisions or unknown)
+        for metric in metrics(cutoffs)
+        if metric.curve or decisions
+    }
+    always = {metric.identifier for metric in metrics(cutoffs) if metric.curve}
+    return {name: value for name, value in values.items() if name in always or not np.isnan(value)}
+
+
+def precision_at(ranking: Ranking, _: Decisions | None = None, *, k: int) -> float:
+    """P@K = 100 sum_q hits_q(t_q) / sum_q t_q with t_q = min(K, R_q).
+
+    The micro average of UCDIR's and ProtoOT's ``retrieval_precision_cal``; a query without a counterpart
+    counts on neither side.
+
+    >>> precision_at(Ranking(np.array([1, 3, 2]), np.array([2, 1]), np.array(["a", "b"])), k=2)
+    33.333333333333336
+    """
+    shown_Q = np.minimum(k, ranking.relevant_Q)
+    hits = int((ranking.rank_R <= shown_Q[ranking.query_R]).sum())
+    shown = int(shown_Q.sum())
+    return 100 * hits / shown if shown else NOTHING
+
+
+def average_precision(ranking: Ranking, interpolate: bool = False) -> np.ndarray:
+    """Each query's (1 / R_q) sum_i i / rank_i over the whole ranking, (Q,), 0 to 1; ``nan`` without a
+    counterpart.
+
+    Args:
+        ranking: of the gallery.
+        interpolate: the best precision at each rank or any later one (VOC 2010), as CoDA's code has it.
+
+    >>> average_precision(Ranking(np.array([2, 3]), np.array([2]), np.array(["a"])))
+    array([0.58333333])
+    """
+    precision_R = ranking.place_R / ranking.rank_R
+    if interpolate:
+        # the largest of a query's from here on; a query's own offset keeps the others out
+        offset_R = 2.0 * (len(ranking.relevant_Q) - ranking.query_R)
+        precision_R = np.maximum.accumulate((precision_R + offset_R)[::-1])[::-1] - offset_R
+    total_Q = np.bincount(ranking.query_R, precision_R, len(ranking.relevant_Q))
+    with np.errstate(invalid="ignore"):  # 0 / 0 is nan: no counterpart
+        mean_Q: np.ndarray = total_Q / ranking.relevant_Q
+    return mean_Q
+
+
+def mean_average_precision(ranking: Ranking, _: Decisions | None = None) -> float:
+    """mAP@All: over the queries with a counterpart, not interpolated."""
+    return percent(average_precision(ranking))
+
+
+def interpolated(ranking: Ranking, _: Decisions | None = None) -> float:
+    """mAP@All of interpolated precision."""
+    return percent(average_precision(ranking, interpolate=True))
+
+
+def macro(ranking: Ranking, _: Decisions | None = None) -> float:
+    """Mean over classes of the classes' mAP@All."""
+    return percent(average_precision(ranking), ranking.label_Q)
+
+
+def macro_interpolated(ranking: Ranking, _: Decisions | None = None) -> float:
+    """Macro and interpolated: CoDA's code, which UEM says it follows."""
+    return percent(average_precision(ranking, interpolate=True), ranking.label_Q)
+
+
+def gated(ranking: Ranking, decisions: Decisions) -> float:
+    """mAP@All where a query with a counterpart that the gate rejects has an average precision of 0."""
+    precision_Q = average_precision(ranking)
+    return percent(np.where(decisions.rejected_Q, 0 * precision_Q, precision_Q))
+
+
+def rejected_though_shared(ranking: Ranking, decisions: Decisions) -> float:
+    """Rejected share of the queries with a counterpart: an error."""
+    return _share(decisions.rejected_Q[ranking.shared_Q])
+
+
+def rejected_of_private(ranking: Ranking, decisions: Decisions) -> float:
+    """Rejected share of the queries without a counterpart: accuracy of open-set detection, as recall."""
+    return _share(decisions.rejected_Q[~ranking.shared_Q])
+
+
+def right_decisions(ranking: Ranking, decisions: Decisions) -> float:
+    """Right decisions over all queries; nothing where all have a counterpart."""
+    if ranking.shared_Q.all():
+        return NOTHING
+    return _share(decisions.rejected_Q == ~ranking.shared_Q)
+
+
+def auroc(ranking: Ranking, decisions: Decisions) -> float:
+    """Of the gate's score, which needs no threshold; nothing where all queries are of one kind."""
+    from sklearn.metrics import roc_auc_score
+
+    if ranking.shared_Q.all() or not ranking.shared_Q.any():
+        return NOTHING
+    return float(100 * roc_auc_score(~ranking.shared_Q, decisions.score_Q))
+
+
+def percent(value_Q: np.ndarray, label_Q: np.ndarray | None = None) -> float:
     """100 times the mean of what is not ``nan``; ``nan`` if nothing is.
 
     Args:
@@ -95,70 +184,12 @@ def percent(value_Q: np.ndarray, label_Q: Sequence[str] | None = None) -> float:
     """
     there = ~np.isnan(value_Q)
     if not there.any():
-        return float("nan")
+        return NOTHING
     if label_Q is None:
         return float(100 * value_Q[there].mean())
-    labels = np.asarray(label_Q)
-    classes = dict.fromkeys(labels[there].tolist())
-    return float(100 * np.mean([value_Q[there & (labels == label)].mean() for label in classes]))
+    classes = dict.fromkeys(label_Q[there].tolist())
+    return float(100 * np.mean([value_Q[there & (label_Q == label)].mean() for label in classes]))
 
 
-def universal_scores(
-    scores: RetrievalScores, label_Q: Sequence[str], gate_score_Q: np.ndarray
-) -> dict[str, float]:
-    """Scores of retrieval where some queries have no counterpart, in percent; UEM section 4.1.
-
-    The paper does not say which mAP, nor over which queries accuracy is taken: each reading has a name.
-
-    - ``mAP_interpolated_at_All``, ``mAP_macro_at_All``, ``mAP_macro_interpolated_at_All``: the last is CoDA's
-      code, which UEM says it follows
-    - ``mAP_gated_at_All``: a query with a counterpart that the gate rejects has an average precision of 0
-    - ``null_shared``: rejected share of the queries with a counterpart, an error
-    - ``null_private``: rejected share of those without: the accuracy of open-set detection, read as recall
-    - ``null_accuracy``: right decisions over all queries
-    - ``null_AUROC``: of the gate's score, which needs no threshold
-
-    The last three are left out where every query has a counterpart, the mAPs where none has.
-
-    Args:
-        scores: what :func:`retrieval_scores` found.
-        label_Q: class names of the queries.
-        gate_score_Q: of a gate; above 0 is rejected.
-    """
-    from sklearn.metrics import roc_auc_score
-
-    shared = ~np.isnan(scores.ap_Q)
-    rejected = gate_score_Q > 0
-    told: dict[str, float] = {}
-    if shared.any():
-        told["mAP_interpolated_at_All"] = percent(scores.interpolated_ap_Q)
-        told["mAP_macro_at_All"] = percent(scores.ap_Q, label_Q)
-        told["mAP_macro_interpolated_at_All"] = percent(scores.interpolated_ap_Q, label_Q)
-        told["mAP_gated_at_All"] = percent(np.where(rejected, 0 * scores.ap_Q, scores.ap_Q))
-        told["null_shared"] = float(100 * rejected[shared].mean())
-    if not shared.all():
-        told["null_private"] = float(100 * rejected[~shared].mean())
-        told["null_accuracy"] = float(100 * (rejected == ~shared).mean())
-        if shared.any():
-            told["null_AUROC"] = float(100 * roc_auc_score(~shared, gate_score_Q))
-    return told
-
-
-def ranked_relevance(similarity_QG: np.ndarray, relevant_QG: np.ndarray) -> np.ndarray:
-    """Relevance in ranked order, bool (Q, G); among equal similarities irrelevant images come first.
-
-    The relevance rides in the lowest bit of the similarity, so that values alone are sorted, several
-    times faster than sorting indices; similarities closer than 5e-7 count as equal.
-    """
-    negative = similarity_QG.astype(np.float32) - np.float32(2)  # below 0: a larger bit pattern is less
-    bits = negative.view(np.uint32)
-    bits = (bits & np.uint32(0xFFFFFFFE)) | relevant_QG
-    bits.sort(axis=1)
-    relevant: np.ndarray = (bits & np.uint32(1)).astype(bool)
-    return relevant
-
-
-def top_ranked(query_QD: Tensor, gallery_GD: Tensor, count: int) -> np.ndarray:
-    """Slots of the ``count`` most similar gallery images for each query, best first, int64."""
-    count = min(count, len(gallery_GD))
-    return torch.topk(query_QD @ gallery_GD.T, count, dim=1).indices.cpu().numpy()
+def _share(true_Q: np.ndarray) -> float:
+    return float(100 * true_Q.mean()) if len(true_Q) else NOTHING

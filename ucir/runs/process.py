@@ -16,6 +16,7 @@ from ucir.config.cluster import ClusterParams
 from ucir.devices import choose_device
 from ucir.errors import UserError
 from ucir.progress import Progress
+from ucir.retrieval.metrics import precision_name
 from ucir.runs.reporter import RunReporter
 from ucir.runs.run import PRETRAIN, PairRun, Run
 from ucir.training.epochs import train
@@ -129,7 +130,7 @@ def track_finished(run: Run, uri: str) -> None:
 def epoch_line(run: Run, entry: dict[str, float]) -> str:
     """What a finished epoch showed, in a line."""
     cutoff = run.cutoffs[0] if isinstance(run, PairRun) else None
-    score = entry.get(f"val/P_at_{cutoff}")
+    score = entry.get(f"val/{precision_name(cutoff)}") if cutoff else None
     chosen = isinstance(getattr(run.params, "clusters", None), str) and "cluster/count_a" in entry
     counts = f" K {entry['cluster/count_a']:.0f} and {entry['cluster/count_b']:.0f}" if chosen else ""
     found = "" if score is None else f" P@{cutoff} {score:.1f}"

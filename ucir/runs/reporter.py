@@ -18,7 +18,8 @@ from ucir.models.checkpoints import load_state, save_atomically
 from ucir.models.model import Model, save_model
 from ucir.paths import write_atomically
 from ucir.retrieval.criteria import criteria
-from ucir.retrieval.metrics import retrieval_scores
+from ucir.retrieval.metrics import metric_values, precision_name
+from ucir.retrieval.ranking import rank
 from ucir.runs.run import PairRun, Run
 from ucir.training.epochs import EpochReport
 
@@ -90,7 +91,7 @@ class RunReporter:
             first, second = features
             entry |= {f"quality/{name}": value for name, value in criteria(first, second).items()}
             entry |= self._scores(self.run, first, second)
-            selector = f"val/P_at_{self.run.cutoffs[0]}"
+            selector = f"val/{precision_name(self.run.cutoffs[0])}"
             if selector in entry and all(entry[selector] > earlier[selector] for earlier in self.history):
                 self._save(report, "best.pt")
         self.history.append(entry)
@@ -127,11 +128,11 @@ class RunReporter:
         if not all(any(labels) for labels in self.labels.values()):
             return {}
         features = dict(zip(self.labels, features_ND, strict=True))
-        scores = [
-            retrieval_scores(features[q], features[g], self.labels[q], self.labels[g], run.cutoffs).named()
+        each = [
+            metric_values(rank(features[q], features[g], self.labels[q], self.labels[g]), run.cutoffs)
             for q, g in (run.pair, run.pair[::-1])
         ]
-        return {f"val/{name}": float(np.mean([s[name] for s in scores])) for name in scores[0]}
+        return {f"val/{name}": float(np.mean([s[name] for s in each])) for name in each[0]}
 
 
 def _plain(value: Any) -> Any:

@@ -21,6 +21,7 @@ from ucir.config.sweep import Dimension, SweepParams
 from ucir.errors import UserError, nearest
 from ucir.methods.registry import params_block
 from ucir.retrieval.criteria import CRITERIA
+from ucir.retrieval.metrics import precision_name
 from ucir.runs.params import method_params
 from ucir.runs.run import PairRun, plan_runs
 
@@ -160,7 +161,7 @@ def epoch_scores(runs: Sequence[PairRun], entries: Sequence[Mapping[str, float]]
     """Mean over the runs of one epoch's criteria, oracle and loss."""
     named = {
         **{name: f"quality/{name}" for name in CRITERIA},
-        ORACLE: f"val/P_at_{runs[0].cutoffs[0]}",
+        ORACLE: f"val/{precision_name(runs[0].cutoffs[0])}",
         "loss": "train/loss_total",
     }
     return {
