@@ -15,6 +15,8 @@ os.environ.update(
     RAY_AUTH_MODE="disabled",
     RAY_USAGE_STATS_ENABLED="0",
     RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.2",
+    # an elastic training that lost a machine asks for it once more and waits this long
+    RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S="90",
     RAY_TRAIN_ENABLE_PREEMPTION_WATCHER="0",
     RAY_TRAIN_METRICS_ENABLED="0",
     RAY_ENABLE_UV_RUN_RUNTIME_ENV="0",

@@ -19,7 +19,7 @@ import json
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,7 @@ class Run(ABC):
     method: str
     seed: int
     view: ViewParams
-    encoder: EncoderParams
+    encoder: EncoderParams = field(hash=False)  # of dicts; the key holds it
     params: MethodParams
     pack: Path
     stored: PackParams
