@@ -22,7 +22,7 @@ from typing import Any
 import faiss
 import numpy as np
 import torch
-from torch import Tensor, multiprocessing
+from torch import Tensor
 from torch import distributed as dist
 from torch.nn import functional as F
 
@@ -98,7 +98,7 @@ def main() -> None:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         with tempfile.TemporaryDirectory() as out:
-            multiprocessing.spawn(worker, (world, port, rows, steps, out), nprocs=world)
+            spawn(worker, (world, port, rows, steps, out), nprocs=world)
             found = [torch.load(f"{out}/{rank}") for rank in range(world)]
         seconds, held, extra, travelled, clustering = (max(values) for values in zip(*found, strict=True))
         alone = alone or (seconds, clustering)

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from torch import distributed as dist
-from torch import multiprocessing
+from torch.multiprocessing.spawn import spawn
 
 from ucir.config.load import load_params
 from ucir.runs.run import PairRun, plan_runs
@@ -79,7 +79,7 @@ def curve(run: PairRun, world: int, factor: float, double: bool) -> list[dict[st
         port = probe.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
         out = f"{folder}/losses.pt"
-        multiprocessing.spawn(worker, (world, port, run, factor, double, out), nprocs=world)
+        spawn(worker, (world, port, run, factor, double, out), nprocs=world)
         losses: list[dict[str, float]] = torch.load(out)
     return losses
 

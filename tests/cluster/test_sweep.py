@@ -26,7 +26,7 @@ from ucir.config.load import Params, load_params
 from ucir.errors import UserError
 from ucir.retrieval.criteria import CRITERIA
 from ucir.runs.reporter import RunReporter
-from ucir.runs.run import plan_runs
+from ucir.runs.run import PairRun, plan_runs
 from ucir.runs.sweep import SweepResult, Trial, check_sweep, describe_sweep, plan_candidate, write_result
 from ucir.training.diagnosis import NotFiniteError
 from ucir.training.epochs import EpochReport
@@ -133,6 +133,7 @@ def test_a_killed_trial_goes_on_where_its_pairs_were(
 
     def killed(self: RunReporter, report: EpochReport) -> None:
         original(self, report)
+        assert isinstance(self.run, PairRun)
         ended.append(self.run.slug)
         if len(ended) == 5:  # the first pair is an epoch ahead
             raise KeyboardInterrupt

@@ -268,7 +268,7 @@ def test_a_full_disk_is_told_before_any_work(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, decoded: list[int]
 ) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr(prepare.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     with pytest.raises(UserError, match=r"26 pictures at 20 px need up to .* GiB .* free: make room"):
         write_pack(source, ["art", "photo"], tmp_path / "pack", LENIENT)
     assert not decoded

@@ -150,8 +150,8 @@ def test_a_damaged_member_is_one_bad_file(tree: Path, tmp_path: Path) -> None:
         info = opened.getinfo("art/circle/0.png")
     data[info.header_offset + 60] ^= 0xFF
     archive.write_bytes(data)
-    info, check = write_pack(archive, DOMAINS, tmp_path / "pack", PARAMS)
-    assert info.counts["art"] == 9
+    pack, check = write_pack(archive, DOMAINS, tmp_path / "pack", PARAMS)
+    assert pack.counts["art"] == 9
     assert [file.path for file in check.bad] == ["art/circle/0.png"]
     assert "broken in its archive" in check.bad[0].reason
 

@@ -23,7 +23,7 @@ from ucir.config.cluster import ClusterParams
 from ucir.config.load import load_params
 from ucir.doctor import examine
 from ucir.runs.reporter import RunReporter
-from ucir.runs.run import plan_runs
+from ucir.runs.run import PairRun, plan_runs
 from ucir.training.epochs import EpochReport
 
 pytestmark = pytest.mark.slow
@@ -156,6 +156,7 @@ def test_a_training_goes_on_while_the_server_is_away(
     original = RunReporter.end_epoch
 
     def server_dies(self: RunReporter, report: EpochReport) -> None:
+        assert isinstance(self.run, PairRun)
         if (self.run.pair[1], report.epoch) == ("photo", 2):
             server.stop()
         original(self, report)

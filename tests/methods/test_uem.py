@@ -129,8 +129,8 @@ def test_the_second_phases_match_is_switched_by_the_structure() -> None:
     plain = uem("uem-no-sn2m")
     plain.start_epoch(20, x)
     nearest_B = (parts[0].q_BD.detach() @ x[1].T).argmax(dim=1)
-    found = plain.losses(20, parts)["matching_a"].value
-    assert torch.allclose(found, bank_discrimination(parts[0].q_BD, nearest_B, Bank(x[1]), 0.07))
+    nearest = plain.losses(20, parts)["matching_a"].value
+    assert torch.allclose(nearest, bank_discrimination(parts[0].q_BD, nearest_B, Bank(x[1]), 0.07))
 
 
 def test_identical_domains_merge_wholly_and_without_merging_not_at_all() -> None:
@@ -155,7 +155,8 @@ def test_the_adversary_pulls_the_encoder_the_other_way() -> None:
 
     def loss(q: Tensor) -> Tensor:
         logits = [method.discriminator(x)[:, 0] for x in (q, parts[1].q_BD)]
-        return -(logits[0].sigmoid().log().mean() + (-logits[1]).sigmoid().log().mean()) / 2
+        value: Tensor = -(logits[0].sigmoid().log().mean() + (-logits[1]).sigmoid().log().mean()) / 2
+        return value
 
     down_q, down_g = torch.autograd.grad(loss(parts[0].q_BD), [parts[0].q_BD, weight])
     assert torch.allclose(to_q, -down_q, atol=1e-7)

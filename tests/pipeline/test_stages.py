@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,11 @@ import pytest
 from tests.conftest import ROOT, tiny_params, write_params
 from ucir.errors import UserError
 
+Stage = Callable[..., None]
+
 
 @pytest.fixture
-def stage(project: Path, monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
+def stage(project: Path, monkeypatch: pytest.MonkeyPatch) -> Stage:
     """Call a stage's main as DVC's command would."""
 
     def call(name: str, *arguments: str) -> None:
@@ -26,7 +29,7 @@ def stage(project: Path, monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-un
     return call
 
 
-def refused(stage, *command: str) -> str:  # type: ignore[no-untyped-def]
+def refused(stage: Stage, *command: str) -> str:
     with pytest.raises(UserError) as caught:
         stage(*command)
     assert "\n" not in str(caught.value)
@@ -62,7 +65,7 @@ def test_a_typo_in_a_method_stops_the_first_stage_with_one_line(project: Path) -
         ("read-only", "data/packs/shapes: cannot be written to"),
     ],
 )
-def test_bad_data_stops_prepare(project: Path, stage, fault: str, told: str) -> None:  # type: ignore[no-untyped-def]
+def test_bad_data_stops_prepare(project: Path, stage: Stage, fault: str, told: str) -> None:
     images = project / "images"
     if fault == "no folder":
         shutil.rmtree(images)
@@ -84,7 +87,7 @@ def test_bad_data_stops_prepare(project: Path, stage, fault: str, told: str) -> 
 
 def test_stages_in_the_wrong_order_name_the_right_one(
     project: Path,
-    stage,  # type: ignore[no-untyped-def]
+    stage: Stage,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert "no finished pack; run `uv run dvc repro prepare` first" in refused(stage, "pretrain", "shapes")

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import distributed as dist
-from torch.multiprocessing import spawn
+from torch.multiprocessing.spawn import spawn
 from torch.nn.functional import normalize
 
 from ucir.distributed import all_reduce_sum, world_size

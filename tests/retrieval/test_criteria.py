@@ -27,8 +27,8 @@ CENTRES = F.normalize(torch.randn(5, 16, generator=torch.Generator().manual_seed
 
 def slow_neighbours(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
     """mutual_neighbours and mixing, image by image."""
-    there = [max(range(len(b)), key=lambda j, x=x: x @ b[j]) for x in a]
-    back = [max(range(len(a)), key=lambda i, y=y: y @ a[i]) for y in b]
+    there = [int(np.argmax([x @ y for y in b])) for x in a]
+    back = [int(np.argmax([y @ x for x in a])) for y in b]
     mutual = sum(back[there[i]] == i for i in range(len(a))) / min(len(a), len(b))
     both, domain = np.concatenate([a, b]), [0] * len(a) + [1] * len(b)
     shares = []

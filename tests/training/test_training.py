@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch import distributed as dist
-from torch.multiprocessing import spawn
+from torch.multiprocessing.spawn import spawn
 
 from tests.conftest import CLASSES, make_images
 from ucir.config.data import AugmentParams, PackParams, ViewParams
