@@ -104,15 +104,19 @@ class TrackedRun:
         """Find the run by its key, or make it; whether the store could be reached."""
         return self._send({})
 
-    def _send(self, told: dict[str, Any]) -> bool:
+    def _send(self, message: dict[str, Any]) -> bool:
         """Deliver, with what was kept before; or keep."""
         kept = self.unsent / f"{self.key}.json"
         if kept.exists():
             before = json.loads(kept.read_text("utf-8"))["told"]
-            told = {**before, **told, "artifacts": [*before.get("artifacts", []), *told.get("artifacts", [])]}
+            message = {
+                **before,
+                **message,
+                "artifacts": [*before.get("artifacts", []), *message.get("artifacts", [])],
+            }
         if time.monotonic() >= _silent_until.get(self.uri, 0.0):
             try:
-                self._deliver(told)
+                self._deliver(message)
             except Exception as error:
                 if not _is_down(error):
                     raise
@@ -126,24 +130,24 @@ class TrackedRun:
             else:
                 kept.unlink(missing_ok=True)
                 return True
-        if any(told.values()):
+        if any(message.values()):
             self.unsent.mkdir(parents=True, exist_ok=True)
-            own = {**asdict(self), "unsent": str(self.unsent), "run_id": None}
-            write_atomically(json.dumps({"run": own, "told": told}), kept)
+            description = {**asdict(self), "unsent": str(self.unsent), "run_id": None}
+            write_atomically(json.dumps({"run": description, "told": message}), kept)
         return False
 
-    def _deliver(self, told: Mapping[str, Any]) -> None:
+    def _deliver(self, message: Mapping[str, Any]) -> None:
         client = _client(self.uri)
         if self.run_id is None:
             self._find_or_create(client)
-        if told.get("history"):
-            self._deliver_history(client, told["history"])
-        if told.get("scores"):
-            self._deliver_scores(client, told["scores"])
-        for artifact in dict.fromkeys(told.get("artifacts", [])):
+        if message.get("history"):
+            self._deliver_history(client, message["history"])
+        if message.get("scores"):
+            self._deliver_scores(client, message["scores"])
+        for artifact in dict.fromkeys(message.get("artifacts", [])):
             if Path(artifact).exists():  # by now it may have been written anew elsewhere
                 client.log_artifact(self.run_id, artifact)
-        status = told.get("status")
+        status = message.get("status")
         if status == "RUNNING":
             client.update_run(self.run_id, status=status)
         elif status and not self.finished:
@@ -152,8 +156,8 @@ class TrackedRun:
     def _find_or_create(self, client: Any) -> None:
         from mlflow.entities import Param
 
-        found = client.get_experiment_by_name(self.experiment)
-        experiment_id = found.experiment_id if found else client.create_experiment(self.experiment)
+        experiment = client.get_experiment_by_name(self.experiment)
+        experiment_id = experiment.experiment_id if experiment else client.create_experiment(self.experiment)
         runs = client.search_runs([experiment_id], f"tags.{KEY_TAG} = '{self.key}'", max_results=1)
         if runs:
             self.run_id, self.finished = runs[0].info.run_id, runs[0].info.status == "FINISHED"

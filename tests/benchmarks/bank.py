@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch import distributed as dist
+from torch.multiprocessing.spawn import spawn
 from torch.nn import functional as F
 
 from ucir.distributed import own_rows

@@ -25,6 +25,7 @@ from ucir.methods.base import Term
 from ucir.methods.registry import METHODS, VARIANTS
 from ucir.models.checkpoints import load_state, save_encoder
 from ucir.models.encoder import new_encoder
+from ucir.runs.run import PRETRAIN
 from ucir.training.epochs import EpochReport, train
 from ucir.training.start import ViewContrast, ViewContrastParams, given_start
 from ucir.training.training import Training
@@ -313,7 +314,7 @@ def _steps(pack: Path, start: Path, names: list[str]) -> list[dict[str, Any]]:
     """A step of the first and of the last phase of each method: losses, gradients, features afterwards."""
     found = []
     for name, epoch in product(names, (0, 3)):
-        run = training(pack, start, name=name)
+        run = start_training(pack) if name == PRETRAIN else training(pack, start, name=name)
         features = run.features()
         run.method.start(features)
         run.start_epoch(epoch, features)
@@ -335,7 +336,7 @@ def _worker(rank: int, world: int, port: int, pack: Path, start: Path, names: li
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("world", "names"), [(2, list(METHODS)), (3, ["ucdir"]), (4, ["ucdir", "protoot", "uem"])]
+    ("world", "names"), [(2, [*METHODS, PRETRAIN]), (3, ["ucdir"]), (4, ["ucdir", "protoot", "uem"])]
 )
 def test_workers_change_speed_and_never_results(
     pack: Path, start: Path, tmp_path: Path, world: int, names: list[str]

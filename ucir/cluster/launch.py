@@ -93,9 +93,9 @@ def train_all(runs: Sequence[Run], cluster: ClusterParams, title: str = "train")
             progress.message("stopped: the same command goes on from there")
             raise
     if failed:
-        told = "; ".join(f"{name} ({reason})" for name, reason in failed.items())
+        reasons = "; ".join(f"{name} ({reason})" for name, reason in failed.items())
         raise UserError(
-            f"{len(failed)} of {len(runs)} runs failed: {told}. Finished runs and epochs are kept: "
+            f"{len(failed)} of {len(runs)} runs failed: {reasons}. Finished runs and epochs are kept: "
             "the same command goes on with these alone"
         )
 

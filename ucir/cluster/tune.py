@@ -56,22 +56,22 @@ WORST = -1.0
 
 
 def run_sweep(params: Params, name: str) -> Path:
-    """PairRun a sweep, or go on with it, write down and print what it found; returns the folder.
+    """Run a sweep, or go on with it, write down and print what it found; returns the folder.
 
     Raises:
         UserError: as :func:`tune_all`; the folder cannot be written.
     """
     out = RESULTS / "sweeps" / name
     check_writable(out)
-    found = tune_all(params, name)
-    write_result(found, params, name, out)
-    for one in found:
-        print(describe_result(one))
+    results = tune_all(params, name)
+    write_result(results, params, name, out)
+    for result in results:
+        print(describe_result(result))
     return out
 
 
 def tune_all(params: Params, name: str) -> list[SweepResult]:
-    """PairRun a sweep, or go on with it: one result, or one for each pair.
+    """Run a sweep, or go on with it: one result, or one for each pair.
 
     Raises:
         UserError: as :func:`check_sweep`; a trial does not fit the cluster; no trial came to its end.
@@ -89,11 +89,11 @@ def _tune(
     check_writable(RUNS)
     runs = plan_candidate(params, sweep, {}, pairs)
     title = name if sweep.scope == "shared" else f"{name}-{pairs[0].replace('>', '-to-')}"
-    own = {
+    content = {
         "sweep": sweep.model_dump(mode="json"),
         "runs": [run.key for run in runs],
     }
-    key = hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()[:12]
+    key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
     folder = (RUNS / "sweeps").resolve() / f"{title}-{key}"
     kept = folder / "trials.json"
     if kept.exists():
@@ -158,17 +158,17 @@ def _tune(
         if trial_id := (result.metrics or {}).get("trial_id"):
             status = {"finished": "FINISHED", "stopped": "KILLED"}.get(trials[-1].state, "FAILED")
             task.track(trials[-1].values, trial_id).set_status(status)
-    found = SweepResult(title, pairs, sweep.objective, trials)
-    best = {f"best/{metric}": value for metric, value in found.best.scores.items()}
+    result_of_sweep = SweepResult(title, pairs, sweep.objective, trials)
+    best = {f"best/{metric}": value for metric, value in result_of_sweep.best.scores.items()}
     ranks = {
         f"ranks/{row['criterion']}_{what}": row[what]
-        for row in found.ranked()
+        for row in result_of_sweep.ranked()
         for what in ("spearman", "regret")
     }
     parent.log_scores({**best, **ranks, "trials": float(len(trials))})
     if all(trial.state in ("finished", "stopped") for trial in trials):
         write_atomically(json.dumps([asdict(trial) for trial in trials], indent=1) + "\n", kept)
-    return found
+    return result_of_sweep
 
 
 def _ended(result: Any, longest: int) -> Trial:
@@ -239,14 +239,14 @@ class TrialTask:
                 for number, run in enumerate(runs)
                 if not run.done
             }
-            told: list[dict[str, float]] = []
+            epochs_scores: list[dict[str, float]] = []
             for epoch in range(asked):
                 try:
                     for number, training in trainings.items():
                         if done[number] <= epoch:
                             next(training)
                 except NotFiniteError as error:
-                    scores = told[-1] if told else {}
+                    scores = epochs_scores[-1] if epochs_scores else {}
                     report(
                         {**_reported(scores, WORST), "epoch": epoch + 1, "epochs": asked, "fault": str(error)}
                     )
@@ -258,13 +258,15 @@ class TrialTask:
                     (reporter.history or history)[epoch]
                     for reporter, history in zip(reporters, histories, strict=True)
                 ]
-                told.append(epoch_scores(runs, entries))
+                epochs_scores.append(epoch_scores(runs, entries))
                 if tracked:
-                    tracked.log_history([{"epoch": float(i), **entry} for i, entry in enumerate(told)])
-                score = told[-1].get(self.sweep.objective)
+                    tracked.log_history(
+                        [{"epoch": float(i), **entry} for i, entry in enumerate(epochs_scores)]
+                    )
+                score = epochs_scores[-1].get(self.sweep.objective)
                 if score is None:
                     raise UserError("objective: oracle: the pictures have no labels; take another")
-                report({**_reported(told[-1], score), "epoch": epoch + 1, "epochs": asked})
+                report({**_reported(epochs_scores[-1], score), "epoch": epoch + 1, "epochs": asked})
 
     def track(self, values: dict[str, Any], trial: str) -> tracking.TrackedRun:
         """The trial's run in MLflow, below the sweep's."""
@@ -358,8 +360,8 @@ class _Shown(Callback):  # type: ignore[misc]
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
-        told = ", ".join(f"{key} {short(value)}" for key, value in trial.config.items())
-        self._reach(trial, int(result["epoch"]), f"{told}: score {result['score']:.4f}")
+        values = ", ".join(f"{key} {short(value)}" for key, value in trial.config.items())
+        self._reach(trial, int(result["epoch"]), f"{values}: score {result['score']:.4f}")
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._reach(trial, self.longest, f"trial {trial.trial_id} ended")

@@ -58,8 +58,8 @@ def checked(model: type[B], raw: object, file: str, block: str = "") -> B:
         entries = error.errors()
         # a list whose only item is refused is empty for pydantic, which would say so as well
         empty = {e["loc"] for e in entries if e["type"] == "too_short"} & {e["loc"][:-1] for e in entries}
-        told = [e for e in entries if e["type"] != "too_short" or e["loc"] not in empty]
-        faults = "; ".join(_fault(model, entry, block) for entry in told)
+        worth_telling = [e for e in entries if e["type"] != "too_short" or e["loc"] not in empty]
+        faults = "; ".join(_fault(model, entry, block) for entry in worth_telling)
         raise UserError(f"{file}: {faults}") from None
 
 

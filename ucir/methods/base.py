@@ -249,22 +249,22 @@ class ClusteringMethod(BankMethod[CP]):
                     seed=self.seed + number,
                     max_points=p.kmeans_max_points,
                 )
-                for number, k in enumerate(own)
+                for number, k in enumerate(counts)
             ]
-            for x, own in zip(features, self.choose(features), strict=True)
+            for x, counts in zip(features, self.choose(features), strict=True)
         )
         return first, second
 
 
 def cluster_figures(clusters: tuple[list[Clusters], list[Clusters]]) -> dict[str, float]:
     """What is worth logging of an epoch's clusterings; over several K the most extreme."""
-    told: dict[str, float] = {}
-    for side, own in zip("ab", clusters, strict=True):
-        told[f"cluster/count_{side}"] = float(len(own[0].size_K))
-        told[f"cluster/empty_{side}"] = float(max(int((c.size_K == 0).sum()) for c in own))
-        told[f"cluster/smallest_{side}"] = float(min(int(c.size_K.min()) for c in own))
-        told[f"cluster/largest_{side}"] = float(max(int(c.size_K.max()) for c in own))
-    return told
+    figures: dict[str, float] = {}
+    for side, clusterings in zip("ab", clusters, strict=True):
+        figures[f"cluster/count_{side}"] = float(len(clusterings[0].size_K))
+        figures[f"cluster/empty_{side}"] = float(max(int((c.size_K == 0).sum()) for c in clusterings))
+        figures[f"cluster/smallest_{side}"] = float(min(int(c.size_K.min()) for c in clusterings))
+        figures[f"cluster/largest_{side}"] = float(max(int(c.size_K.max()) for c in clusterings))
+    return figures
 
 
 def _stored(value: Any) -> Any:

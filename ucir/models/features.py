@@ -47,15 +47,15 @@ def _domain_features(
     pooled: bool | Literal["both"],
     change: Callable[[Tensor], Tensor] | None,
 ) -> Features:
-    own = own_rows(len(domain))
+    rows_of_worker = own_rows(len(domain))
 
     def render(first: int) -> Tensor:
-        rows = slice(first, min(first + CHUNK, own.stop))
+        rows = slice(first, min(first + CHUNK, rows_of_worker.stop))
         pixels = torch.from_numpy(domain.pixels(rows))
         views = eval_views(pixels, torch.from_numpy(domain.size_N2[rows]), view, encoder.form)
         return change(views) if change else views
 
-    starts = range(own.start, own.stop, CHUNK)
+    starts = range(rows_of_worker.start, rows_of_worker.stop, CHUNK)
     parts = [encoder(views.to(device), pooled) for views in prefetch(render, starts)]
     head, before = encoder.feature_dim, encoder.pooled_dim
     length = {False: head, True: before, "both": head + before}[pooled]

@@ -47,7 +47,7 @@ def criteria(first_ND: Tensor, second_ND: Tensor) -> dict[str, float]:
     """
     first, second = (_some(x.detach().float().cpu()) for x in (first_ND, second_ND))
     both = torch.cat([first, second])
-    own = torch.arange(len(both)) < len(first)
+    of_first = torch.arange(len(both)) < len(first)
     k = max(2, round(math.sqrt(len(both) / 2)))
     labels = [
         kmeans(both, k, iterations=20, restarts=1, seed=seed, max_points=MOST).label_N.numpy()
@@ -64,7 +64,7 @@ def criteria(first_ND: Tensor, second_ND: Tensor) -> dict[str, float]:
         "mutual_neighbours": mutual / min(len(first), len(second)),
         "cluster_cycle": float(cycle.mean()),
         "transport": _transport(first, second),
-        "mixing": _mixing(within, own),
+        "mixing": _mixing(within, of_first),
         "silhouette": _silhouette(both, labels[0]),
         "stability": float(adjusted_rand_score(*labels)),
         "density": _density(within),

@@ -55,8 +55,8 @@ def encoder_features(
     encoder = new_encoder(block.start.encoder, 0)
     load_encoder(encoder, checkpoint)
     pooled = block.evaluate.features == "pooled"
-    found = extract_features(encoder.to(device), tuple(images), block.view, device, pooled)
-    return {domain.name: x.own_ND.cpu() for domain, x in zip(images, found, strict=True)}
+    features = extract_features(encoder.to(device), tuple(images), block.view, device, pooled)
+    return {domain.name: x.own_ND.cpu() for domain, x in zip(images, features, strict=True)}
 
 
 def score_direction(
@@ -89,10 +89,10 @@ def cluster_agreement(features_ND: Tensor, labels: Sequence[str], k: int) -> dic
     from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 
     k = min(k, len(features_ND))
-    found = kmeans(features_ND, k, iterations=20, restarts=5, seed=0, max_points=2000).label_N.numpy()
+    clusters = kmeans(features_ND, k, iterations=20, restarts=5, seed=0, max_points=2000).label_N.numpy()
     return {
-        "NMI": 100 * float(normalized_mutual_info_score(labels, found)),
-        "ARI": 100 * float(adjusted_rand_score(labels, found)),
+        "NMI": 100 * float(normalized_mutual_info_score(labels, clusters)),
+        "ARI": 100 * float(adjusted_rand_score(labels, clusters)),
     }
 
 
@@ -108,8 +108,8 @@ def write_scores(path: Path, scores: list[DirectionScore]) -> None:
         names = [name for name in chosen[0] if all(name in c for c in chosen)]
         mean[choice] = {name: float(np.mean([c[name] for c in chosen])) for name in names}
     path.parent.mkdir(parents=True, exist_ok=True)
-    told = {"mean": mean, "directions": directions}
-    path.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+    content = {"mean": mean, "directions": directions}
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def read_scores(path: Path) -> list[DirectionScore]:
@@ -160,18 +160,18 @@ def evaluate_method(
         run = json.loads(path.read_text("utf-8"))
         spaces = LabelSpaces(**run["label_spaces"])
         pair = split_pair(run["pair"], list(read_info(PACKS / dataset).counts))
-        own = []
+        run_scores = []
         for choice, name in ((LAST, "last.pt"), (BEST, "best.pt")):
             if not (path.parent / name).exists():
                 continue
             features, labels = pair_features(path.parent / name, block, PACKS / dataset, pair, spaces, device)
             for direction in directions(setting, pair):
                 seed, cutoffs = int(run["seed"]), block.evaluate.cutoffs
-                own += score_direction(features, labels, direction, seed, choice, cutoffs, gate)
+                run_scores += score_direction(features, labels, direction, seed, choice, cutoffs, gate)
             if choice == LAST:
                 save_features(folder / "evaluate" / f"{path.parent.name}.npz", features)
-        _log(tracker, run["run_key"], own)
-        scores += own
+        _log(tracker, run["run_key"], run_scores)
+        scores += run_scores
     write_scores(folder / "metrics.json", scores)
 
 
@@ -186,10 +186,12 @@ def evaluate_start(params: Params, key: str, gate: GateChoice, results: Path) ->
     info = read_info(pack)
     spaces = label_spaces(part.setting, info.classes, block.split)
     every_class = tuple(info.classes)
-    told = replace(spaces, query=spaces.query or every_class, gallery=spaces.gallery or every_class)
-    write_label_spaces(results / part.dataset / part.setting / "label_spaces.json", told, block.split)
+    named_spaces = replace(spaces, query=spaces.query or every_class, gallery=spaces.gallery or every_class)
+    write_label_spaces(results / part.dataset / part.setting / "label_spaces.json", named_spaces, block.split)
     every = {domain: read_index(pack, domain) for domain in info.counts}
-    kept = {(domain, role): spaces.scored(own, role) for domain, own in every.items() for role in (0, 1)}
+    kept = {
+        (domain, role): spaces.scored(pictures, role) for domain, pictures in every.items() for role in (0, 1)
+    }
     images = [open_domain(pack, domain) for domain in every]
     device = choose_device(params.cluster)
     for method, name in ((UNTRAINED, "untrained.pt"), (PRETRAINED, "start.pt")):
@@ -203,25 +205,28 @@ def evaluate_start(params: Params, key: str, gate: GateChoice, results: Path) ->
         for pair in trainings(part.setting, part.pairs or block.pairs, list(every)):
             for query, gallery in directions(part.setting, pair):
                 rows = {query: kept[query, 0], gallery: kept[gallery, 1]}
-                found = score_direction(
-                    {domain: features[domain][[p.slot for p in own]] for domain, own in rows.items()},
-                    {domain: [p.label for p in own] for domain, own in rows.items()},
+                direction_scores = score_direction(
+                    {
+                        domain: features[domain][[p.slot for p in pictures]]
+                        for domain, pictures in rows.items()
+                    },
+                    {domain: [p.label for p in pictures] for domain, pictures in rows.items()},
                     (query, gallery),
                     block.start.pretrain.seed if block.start.pretrain else 0,
                     LAST,
                     block.evaluate.cutoffs,
                     gate,
                 )
-                _log(tracker, run_key, found)
-                scores += found
+                _log(tracker, run_key, direction_scores)
+                scores += direction_scores
         write_scores(folder / "metrics.json", scores)
 
 
 def write_label_spaces(path: Path, spaces: LabelSpaces, split: SplitParams) -> None:
     """Who has which classes, so that anybody can repeat it."""
-    told = {**asdict(spaces), "seed": None if split.shared else split.seed}
+    content = {**asdict(spaces), "seed": None if split.shared else split.seed}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def pair_features(
@@ -242,8 +247,8 @@ def scored_images(
 ) -> tuple[dict[str, DomainImages], dict[str, list[str]]]:
     """Pictures that query and gallery consist of, and their class names, by domain."""
     index = {domain: spaces.scored(read_index(pack, domain), role) for role, domain in enumerate(pair)}
-    images = {domain: open_domain(pack, domain, own) for domain, own in index.items()}
-    return images, {domain: [p.label for p in own] for domain, own in index.items()}
+    images = {domain: open_domain(pack, domain, pictures) for domain, pictures in index.items()}
+    return images, {domain: [p.label for p in pictures] for domain, pictures in index.items()}
 
 
 def _tracker(dataset: str, setting: str, method: str, block: DatasetParams) -> tracking.ScoreTracker:

@@ -76,19 +76,19 @@ def fit_gate(
             :func:`ucir.prototypes.clustering.choose_clusters`.
         seed: of K-means.
     """
-    found = []
+    clusterings = []
     for x in (query_QD, gallery_GD):
         k = choose_clusters(x, clusters, seed) if isinstance(clusters, str) else min(clusters, len(x))
-        found.append(kmeans(x, k, iterations=20, restarts=5, seed=seed, max_points=2000))
-    centre_KD, label_Q = centres(query_QD, found[0])
+        clusterings.append(kmeans(x, k, iterations=20, restarts=5, seed=seed, max_points=2000))
+    centre_KD, label_Q = centres(query_QD, clusterings[0])
     limits = query_QD.new_full((len(centre_KD),), -FARTHEST)
     if kind == "spread":
         for k in range(len(centre_KD)):
-            own = query_QD[label_Q == k]
-            limits[k] = _largest(kind, own, own)
+            members = query_QD[label_Q == k]
+            limits[k] = _largest(kind, members, members)
         return Gate(kind, centre_KD, limits)
-    own_structure, other_structure = unify_domains((query_QD, gallery_GD), (found[0], found[1]))
-    _, label_G = centres(gallery_GD, found[1])
+    own_structure, other_structure = unify_domains((query_QD, gallery_GD), (clusterings[0], clusterings[1]))
+    _, label_G = centres(gallery_GD, clusterings[1])
     # a merged prototype of the gallery's structure is that of the query's cluster which it merged with
     for k in own_structure.merged_K.nonzero().flatten().tolist():
         partner = int(other_structure.other_L[k])

@@ -117,16 +117,16 @@ def planned_trainings(params: Params, name: str) -> list[PlannedTraining]:
     Raises:
         UserError: as :func:`ucir.runs.study.study_runs`; a pair of unknown domains.
     """
-    found = []
+    planned = []
     for part, run in study_runs(params, name):
         block = params.datasets[run["dataset"]]
         for pair in trainings(run["setting"], run["pairs"] or block.pairs, _domains(block, run["dataset"])):
             for seed in params.studies[name].seeds:
                 built = run["method"] in METHODS
-                found.append(
+                planned.append(
                     PlannedTraining(part, run["dataset"], run["setting"], run["method"], pair, seed, built)
                 )
-    return found
+    return planned
 
 
 @dataclass(frozen=True)
@@ -169,10 +169,10 @@ def describe_runs(params: Params, plan: StudyPlan) -> str:
             f"{len(params.studies[plan.name].seeds)} seeds = {len(group)} runs"
         )
         for method in methods:
-            own = [t for t in group if t.method == method]
-            done = sum(_identity(t) in plan.done for t in own)
-            state = f"{done} done" if own[0].built else "not built yet"
-            lines.append(f"    {method:<16}{len(own):>5} runs, {state}")
+            trainings = [t for t in group if t.method == method]
+            done = sum(_identity(t) in plan.done for t in trainings)
+            state = f"{done} done" if trainings[0].built else "not built yet"
+            lines.append(f"    {method:<16}{len(trainings):>5} runs, {state}")
     missing = list(dict.fromkeys(t.method for t in plan.planned if not t.built))
     different = len({_identity(t) for t in plan.planned})
     lines.append(
@@ -197,18 +197,18 @@ def describe_hours(params: Params, plan: StudyPlan) -> str:
     total = 0.0
     unknown = set()
     with Progress("measuring this machine", len(groups), "combination") as progress:
-        for (dataset, method), own in groups.items():
+        for (dataset, method), trainings in groups.items():
             wanted = method_params(params, method, dataset)
             pace = measure_pace(params.datasets[dataset], wanted, method, device)
-            counts = [_counts(params, t) for t in own]
+            counts = [_counts(params, t) for t in trainings]
             seconds = sum(wanted.epochs * pace.epoch(wanted, count) for count in counts if count)
             unknown |= {dataset} if None in counts else set()
             total += seconds
-            lines.append(f"  {method} on {dataset}: {len(own)} runs, {_hours(seconds)} h")
+            lines.append(f"  {method} on {dataset}: {len(trainings)} runs, {_hours(seconds)} h")
             progress.advance(1, f"{method} on {dataset}")
     kind = "GPU" if device.type == "cuda" else "machine"
-    told = f" (without {', '.join(sorted(unknown))}: not prepared, so of unknown size)" if unknown else ""
-    lines.append(f"left: about {_hours(total)} {kind}-hours on {device}, one run at a time{told}")
+    without = f" (without {', '.join(sorted(unknown))}: not prepared, so of unknown size)" if unknown else ""
+    lines.append(f"left: about {_hours(total)} {kind}-hours on {device}, one run at a time{without}")
     return "\n".join(lines)
 
 
@@ -260,9 +260,9 @@ def _finished(params: Params, planned: list[PlannedTraining]) -> set[tuple[objec
     """Identities of the trainings that are done, by their run keys."""
     done: set[tuple[object, ...]] = set()
     for dataset, setting, method in {(t.dataset, t.setting, t.method) for t in planned if t.built}:
-        own = [t for t in planned if (t.dataset, t.setting, t.method) == (dataset, setting, method)]
-        pairs = tuple(dict.fromkeys(">".join(t.pair) for t in own))
-        seeds = tuple(dict.fromkeys(t.seed for t in own))
+        trainings = [t for t in planned if (t.dataset, t.setting, t.method) == (dataset, setting, method)]
+        pairs = tuple(dict.fromkeys(">".join(t.pair) for t in trainings))
+        seeds = tuple(dict.fromkeys(t.seed for t in trainings))
         try:
             runs = plan_runs(params, dataset, setting, method, pairs, seeds)
         except UserError:  # not prepared yet: nothing can be done
@@ -279,7 +279,10 @@ def _counts(params: Params, t: PlannedTraining) -> tuple[int, int] | None:
     except UserError:
         # where a class is not known, 500 is what the largest domain has
         published = block.entry.counts.items()
-        counts = {d: float(sum(500 if c is None else c for c in own.values())) for d, own in published}
+        counts = {
+            d: float(sum(500 if c is None else c for c in counts_of_classes.values()))
+            for d, counts_of_classes in published
+        }
         if block.sample:
             counts = dict.fromkeys(t.pair, 10.0 * block.sample.per_class)
     if not set(t.pair) <= set(counts):
@@ -303,14 +306,16 @@ def _disk(params: Params, built: list[PlannedTraining]) -> float:
     total = 0.0
     for dataset in {t.dataset for t in built}:
         block = params.datasets[dataset]
-        own = [t for t in built if t.dataset == dataset]
+        trainings = [t for t in built if t.dataset == dataset]
         weights = sum(p.numel() for p in new_encoder(block.start.encoder, 0).parameters()) * 4.0
         domains = {
             domain: count
-            for t in own
+            for t in trainings
             for domain, count in zip(t.pair, _counts(params, t) or (0, 0), strict=True)
         }
         total += 2 * sum(domains.values()) * 3 * block.pack.side**2
-        features = sum(sum(_counts(params, t) or (0, 0)) for t in own) * 2 * block.start.encoder.feature_dim
-        total += 6 * len(own) * weights + 2 * features
+        features = (
+            sum(sum(_counts(params, t) or (0, 0)) for t in trainings) * 2 * block.start.encoder.feature_dim
+        )
+        total += 6 * len(trainings) * weights + 2 * features
     return total

@@ -102,10 +102,10 @@ def train_one_by_one(runs: list[Run], cluster: ClusterParams, uri: str, progress
 
 def reason(run: Run, error: Exception) -> str:
     kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
-    told = f"{kind}{error}".strip().splitlines()[0]
+    message = f"{kind}{error}".strip().splitlines()[0]
     if (fault := run.folder / "fault.json").exists():
-        told += f"; its inputs are described in {fault}"
-    return told
+        message += f"; its inputs are described in {fault}"
+    return message
 
 
 def tracked_run_of(run: Run, uri: str) -> tracking.TrackedRun:
@@ -133,8 +133,8 @@ def epoch_line(run: Run, entry: dict[str, float]) -> str:
     score = entry.get(f"val/{precision_name(cutoff)}") if cutoff else None
     chosen = isinstance(getattr(run.params, "clusters", None), str) and "cluster/count_a" in entry
     counts = f" K {entry['cluster/count_a']:.0f} and {entry['cluster/count_b']:.0f}" if chosen else ""
-    found = "" if score is None else f" P@{cutoff} {score:.1f}"
+    shown = "" if score is None else f" P@{cutoff} {score:.1f}"
     return (
         f"{run.name} epoch {int(entry['epoch']) + 1}/{run.params.epochs} "
-        f"loss {entry['train/loss_total']:.3f}{found}{counts}"
+        f"loss {entry['train/loss_total']:.3f}{shown}{counts}"
     )

@@ -197,14 +197,10 @@ def plan_start(block: DatasetParams, dataset: str) -> StartRun:
     }
     key = _key(content)
     return StartRun(
-        dataset=dataset,
         method=PRETRAIN,
         seed=pretrain.seed,
-        view=block.view,
-        encoder=block.start.encoder,
+        **_common(block, dataset),
         params=params,
-        pack=(PACKS / dataset).resolve(),
-        stored=block.pack,
         key=key,
         folder=(RUNS / f"{dataset}-{PRETRAIN}-{key}").resolve(),
         domains=tuple(info.counts),
@@ -273,14 +269,10 @@ def plan_runs(
             slug = f"{dataset}-{method}-{'-'.join(order)}-s{seed}-{key}"
             runs.append(
                 PairRun(
-                    dataset=dataset,
                     method=method,
                     seed=seed,
-                    view=block.view,
-                    encoder=block.start.encoder,
+                    **_common(block, dataset),
                     params=wanted,
-                    pack=(PACKS / dataset).resolve(),
-                    stored=block.pack,
                     key=key,
                     folder=(RUNS / slug).resolve(),
                     setting=setting,
@@ -305,8 +297,8 @@ def materialise(run: PairRun, out: Path) -> None:
         if (run.folder / name).exists():  # without labels there is no best epoch
             shutil.copyfile(run.folder / name, target / name)
     done = json.loads((run.folder / "done.json").read_text("utf-8"))
-    told = {**done, **run.tags(), "label_spaces": asdict(run.spaces)}
-    (target / "run.json").write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+    content = {**done, **run.tags(), "label_spaces": asdict(run.spaces)}
+    (target / "run.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def _check_sizes(params: MethodParams, setting: str, pair: tuple[str, str], counts: tuple[int, ...]) -> None:
@@ -327,3 +319,14 @@ def _check_sizes(params: MethodParams, setting: str, pair: tuple[str, str], coun
 
 def _key(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _common(block: DatasetParams, dataset: str) -> dict[str, Any]:
+    """What all runs on a data set have."""
+    return {
+        "dataset": dataset,
+        "view": block.view,
+        "encoder": block.start.encoder,
+        "pack": (PACKS / dataset).resolve(),
+        "stored": block.pack,
+    }

@@ -90,8 +90,8 @@ def study_block(params: Params, name: str) -> tuple[dict[str, Any], list[str]]:
         method_params(params, run["method"], run["dataset"])
         _check_encoder(params, run["dataset"])
         setting = {key: run[key] for key in ("dataset", "setting", "pairs")}
-        own = {**run, "block": params_block(run["method"])}
-        _join(runs, f"{run['dataset']}-{run['setting']}-{run['method']}", own)
+        entry = {**run, "block": params_block(run["method"])}
+        _join(runs, f"{run['dataset']}-{run['setting']}-{run['method']}", entry)
         _join(settings, f"{run['dataset']}-{run['setting']}", setting)
     if not runs:
         raise UserError(
@@ -128,12 +128,12 @@ def describe_recipes() -> str:
     lines = []
     for name, recipe in params.studies.items():
         parts = recipe.parts.values()
-        told = " x ".join(
+        product_of_lists = " x ".join(
             ", ".join(dict.fromkeys(item for part in parts for item in getattr(part, field)))
             for field in ("datasets", "settings", "methods")
         )
         mark = "*" if name == active else " "
-        lines.append(f"{mark} {name}: {told}, seeds {', '.join(map(str, recipe.seeds))}")
+        lines.append(f"{mark} {name}: {product_of_lists}, seeds {', '.join(map(str, recipe.seeds))}")
         try:
             _, missing = study_block(params, name)
         except UserError as error:
@@ -152,26 +152,26 @@ def check_sources(params: Params, name: str) -> None:
     faults = []
     block = study_block(params, name)[0]
     for dataset in block["datasets"]:
-        own = params.datasets[dataset]
-        if own.sample:
+        block_of_dataset = params.datasets[dataset]
+        if block_of_dataset.sample:
             continue
         try:
-            found = source_faults(own)
+            source_errors = source_faults(block_of_dataset)
         except UserError as error:
-            found = [str(error)]
-        if found and own.entry.files:
-            found[-1] += f"; `uv run ucir fetch {dataset}` gets the data set or says how"
-        faults += found
+            source_errors = [str(error)]
+        if source_errors and block_of_dataset.entry.files:
+            source_errors[-1] += f"; `uv run ucir fetch {dataset}` gets the data set or says how"
+        faults += source_errors
         settings = [part["setting"] for part in block["settings"].values() if part["dataset"] == dataset]
-        if not found and not own.entry.counts and set(settings) - {"closed"}:
+        if not source_errors and not block_of_dataset.entry.counts and set(settings) - {"closed"}:
             try:
-                classes = source_classes(own)
+                classes = source_classes(block_of_dataset)
                 for setting in settings:
-                    label_spaces(setting, classes, own.split)
+                    label_spaces(setting, classes, block_of_dataset.split)
             except UserError as error:
                 faults.append(str(error))
         try:
-            check_checkpoint(own.start)
+            check_checkpoint(block_of_dataset.start)
         except UserError as error:
             faults.append(str(error))
     if faults:
@@ -224,16 +224,18 @@ def activate(path: Path, name: str) -> tuple[str, list[str]]:
 
 def _add_own(document: Any, file: Path) -> str:
     """Add a study file's blocks to params.yaml's; returns the study's name."""
-    own = checked(OwnStudy, parse_yaml(file), str(file))
-    if len(own.studies) != 1:
-        raise UserError(f"{file}: 'studies' must hold one study, found {', '.join(own.studies) or 'none'}")
-    for name, block in own.datasets.items():
+    study_file = checked(OwnStudy, parse_yaml(file), str(file))
+    if len(study_file.studies) != 1:
+        raise UserError(
+            f"{file}: 'studies' must hold one study, found {', '.join(study_file.studies) or 'none'}"
+        )
+    for name, block in study_file.datasets.items():
         document["datasets"][name] = block
-    for method, blocks in own.methods.items():
+    for method, blocks in study_file.methods.items():
         for name, block in blocks.items():
             document["methods"].setdefault(method, {})[name] = block
-    (name,) = own.studies
-    document["studies"][name] = own.studies[name]
+    (name,) = study_file.studies
+    document["studies"][name] = study_file.studies[name]
     return name
 
 

@@ -62,8 +62,8 @@ class SweepResult:
             UserError: none did.
         """
         if not self.finished:
-            told = "; ".join(dict.fromkeys(trial.state for trial in self.trials))
-            raise UserError(f"sweep {self.name}: no trial came to its end: {told}")
+            states = "; ".join(dict.fromkeys(trial.state for trial in self.trials))
+            raise UserError(f"sweep {self.name}: no trial came to its end: {states}")
         return max(self.finished, key=lambda trial: trial.scores[self.objective])
 
     def ranked(self) -> list[dict[str, Any]]:
@@ -79,9 +79,9 @@ class SweepResult:
         rows = []
         for name in (*CRITERIA, "loss"):
             sign = -1 if name == "loss" else 1
-            told = [sign * trial.scores[name] for trial in trials]
-            rho = float(spearmanr(told, truth).statistic) if len(set(told)) > 1 < len(set(truth)) else 0.0
-            regret = max(truth) - truth[int(np.argmax(told))]
+            values = [sign * trial.scores[name] for trial in trials]
+            rho = float(spearmanr(values, truth).statistic) if len(set(values)) > 1 < len(set(truth)) else 0.0
+            regret = max(truth) - truth[int(np.argmax(values))]
             rows.append({"criterion": name, "spearman": rho, "regret": regret})
         return sorted(rows, key=lambda row: -row["spearman"])
 
@@ -175,41 +175,49 @@ def short(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def write_result(found: list[SweepResult], params: Params, name: str, out: Path) -> None:
+def write_result(results: list[SweepResult], params: Params, name: str, out: Path) -> None:
     """``trials.csv``, ``criteria.csv`` and ``best.yaml`` in ``out``."""
     from ruamel.yaml import YAML
 
     sweep = params.sweeps[name]
     out.mkdir(parents=True, exist_ok=True)
-    fields = list(dict.fromkeys(key for one in found for trial in one.trials for key in trial.values))
-    scores = list(dict.fromkeys(key for one in found for trial in one.trials for key in trial.scores))
+    fields = list(dict.fromkeys(key for result in results for trial in result.trials for key in trial.values))
+    scores = list(dict.fromkeys(key for result in results for trial in result.trials for key in trial.scores))
     with (out / "trials.csv").open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
         table.writerow(["sweep", "state", "epochs_done", *fields, *scores])
-        for one in found:
-            for trial in one.trials:
+        for result in results:
+            for trial in result.trials:
                 values = [trial.values.get(key, "") for key in fields]
                 table.writerow(
-                    [one.name, trial.state, trial.epochs, *values, *(trial.scores.get(k, "") for k in scores)]
+                    [
+                        result.name,
+                        trial.state,
+                        trial.epochs,
+                        *values,
+                        *(trial.scores.get(k, "") for k in scores),
+                    ]
                 )
     with (out / "criteria.csv").open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
         table.writerow(["sweep", "criterion", "spearman", "regret"])
-        for one in found:
-            for row in one.ranked():
-                table.writerow([one.name, row["criterion"], f"{row['spearman']:.3f}", f"{row['regret']:.2f}"])
+        for result in results:
+            for row in result.ranked():
+                table.writerow(
+                    [result.name, row["criterion"], f"{row['spearman']:.3f}", f"{row['regret']:.2f}"]
+                )
     block = params_block(sweep.method)
     base = params.methods[block][sweep.dataset]
-    best = {one.name: {**base, **one.best.values} for one in found}
+    best = {result.name: {**base, **result.best.values} for result in results}
     with (out / "best.yaml").open("w", encoding="utf-8") as file:
         file.write(
             f"# Found by `ucir tune {name}` by the criterion {sweep.objective}: look at it, then put the "
             f"block into params.yaml as methods.{block}.{sweep.dataset}\n"
         )
-        told = (
+        blocks = (
             {"methods": {block: {sweep.dataset: best[name]}}} if sweep.scope == "shared" else {"pairs": best}
         )
-        YAML().dump(told, file)
+        YAML().dump(blocks, file)
 
 
 def describe_result(one: SweepResult) -> str:
