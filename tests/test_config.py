@@ -13,6 +13,7 @@ from ucir.config.load import load_params
 from ucir.errors import UserError
 from ucir.methods.registry import METHODS
 from ucir.methods.ucdir import UcdirParams
+from ucir.models.encoder import new_encoder
 from ucir.runs.params import method_params
 from ucir.runs.study import activate, study_block
 
@@ -130,7 +131,8 @@ def test_both_published_columns_of_ucdir_are_shipped_and_its_ablation_reads_them
     assert shipped("ucdir-v2", "domainnet")[:3] == (1.0, 0, 0)
     assert shipped("ucdir-v3", "domainnet")[:3] == (1.0, 0, 0.5)
     view = params.datasets["office_home"].view
-    assert (view.side, view.eval_crop, view.augment.crop_area) == (224, 224 / 256, (0.2, 1.0))
+    assert (view.side, view.eval_crop, view.augment.crop_area) == (None, 224 / 256, (0.2, 1.0))
+    assert new_encoder(params.datasets["office_home"].start.encoder, 0).form.side == 224
     assert view.augment.jitter == (0.4, 0.4, 0.4, 0.1)
 
 
