@@ -68,12 +68,10 @@ def _ray() -> Finding:
     address = os.environ.get("RAY_ADDRESS")
     if not address:
         return Finding(True, "RAY_ADDRESS is not set: trainings run on this machine")
-    import ray
+    from ucir.cluster.launch import resources_at
 
     try:
-        ray.init(address, log_to_driver=False)
-        resources = ray.cluster_resources()
-        ray.shutdown()
+        resources = resources_at(address)
     except (ConnectionError, RuntimeError, ValueError) as error:
         return Finding(False, f"Ray at {address} does not answer ({error}): start it or unset RAY_ADDRESS")
     return Finding(

@@ -58,11 +58,12 @@ def trainings(*blocks: str) -> set[str]:
         ("ucir/methods/ucdir.py", "0.5 * weight", "0.4 * weight", trainings("ucdir", "ucdir-ot")),
         ("ucir/prototypes/transport.py", "1e-", "2e-", None),
         (
-            "ucir/retrieval/metrics.py",
+            "ucir/retrieval/ranking.py",
             "np.float32(2)",
             "np.float32(3)",
             {"evaluate", "evaluate_start", "report"},
         ),
+        ("ucir/retrieval/metrics.py", "100 * hits", "101 * hits", SCORES),
         ("ucir/reports/figures.py", "import", "import os\nimport", {"report"}),
         ("ucir/data/digits.py", "SIDE = 40", "SIDE = 41", {"sample"}),
         ("ucir/methods/base.py", "math.pi", "3.14", {"pretrain", *trainings(*BLOCKS)}),

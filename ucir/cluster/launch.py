@@ -236,6 +236,18 @@ def _check_answers(address: str) -> None:
         ) from None
 
 
+def resources_at(address: str) -> dict[str, float]:
+    """What the cluster at an address has in all, by name; raises Ray's own errors where none answers."""
+    import ray
+
+    ray.init(address, log_to_driver=False)
+    try:
+        resources: dict[str, float] = ray.cluster_resources()
+    finally:
+        ray.shutdown()
+    return resources
+
+
 def per_run(cluster: ClusterParams) -> dict[str, float]:
     """What one training takes of the cluster, at least."""
     workers = max(1, cluster.num_workers)
