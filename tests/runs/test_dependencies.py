@@ -20,8 +20,9 @@ from ucir.methods.registry import METHODS, VARIANTS
 from ucir.runs.dependencies import START, WITHOUT_RESULTS, code_hashes, stage_modules, training_modules
 
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
-SCORES = {"evaluate", "evaluate_start", "report"}
 BLOCKS = [name for name in METHODS if name not in VARIANTS]
+SCORES = {"evaluate", "evaluate_start", "report", *(f"tune-{block}" for block in BLOCKS)}
+"""What reads labels; a sweep tells its oracle beside the criteria."""
 
 
 @pytest.fixture
@@ -61,7 +62,7 @@ def trainings(*blocks: str) -> set[str]:
             "ucir/retrieval/ranking.py",
             "np.float32(2)",
             "np.float32(3)",
-            {"evaluate", "evaluate_start", "report"},
+            SCORES,
         ),
         ("ucir/retrieval/metrics.py", "100 * hits", "101 * hits", SCORES),
         ("ucir/reports/figures.py", "import", "import os\nimport", {"report"}),
