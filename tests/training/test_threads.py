@@ -26,7 +26,7 @@ from ucir.training.training import Training
 
 ROOT = Path(__file__).parent.parent.parent
 CORES = 4
-PICTURES = 100
+PICTURES = 130
 
 
 @pytest.fixture(scope="module")
