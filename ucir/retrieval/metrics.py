@@ -77,13 +77,13 @@ def metric_values(
     What cannot be told is left out, but for P@K and mAP, which are ``nan`` then.
     """
     unknown = Decisions(np.zeros(len(ranking.relevant_Q)))
-    values = {
-        metric.identifier: metric.value(ranking, decisions or unknown)
-        for metric in metrics(cutoffs)
-        if metric.curve or decisions
-    }
-    always = {metric.identifier for metric in metrics(cutoffs) if metric.curve}
-    return {name: value for name, value in values.items() if name in always or not np.isnan(value)}
+    values = {}
+    for metric in metrics(cutoffs):
+        if metric.curve or decisions:
+            value = metric.value(ranking, decisions or unknown)
+            if metric.curve or not np.isnan(value):
+                values[metric.identifier] = value
+    return values
 
 
 def precision_at(ranking: Ranking, _: Decisions | None = None, *, k: int) -> float:
