@@ -16,8 +16,8 @@ def main() -> None:
     if block.sample is None:
         raise UserError(f"params.yaml: datasets.{dataset} has no 'sample' block")
     counts = make_digits(Path(block.source), per_class=block.sample.per_class, seed=block.sample.seed)
-    told = ", ".join(f"{count} {domain}" for domain, count in counts.items())
-    print(f"sample: drew {told} images into {block.source}")
+    drawn = ", ".join(f"{count} {domain}" for domain, count in counts.items())
+    print(f"sample: drew {drawn} images into {block.source}")
 
 
 if __name__ == "__main__":

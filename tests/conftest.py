@@ -30,6 +30,7 @@ import torch
 import yaml
 from hypothesis import settings
 from PIL import Image
+from typer.testing import CliRunner
 
 from ucir.config.data import PackParams
 from ucir.config.load import load_params
@@ -47,8 +48,11 @@ CLASSES = ("circle", "cross", "square")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Fast tests first: what is wrong shows within seconds."""
+    """Fast tests first: what is wrong shows within seconds. Those of one workspace stay together."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
+    for item in items:
+        if "workspace" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.xdist_group("workspace"))
 
 
 def draw(label: str, rng: np.random.Generator, side: int = 20) -> Image.Image:
@@ -190,3 +194,12 @@ def run_python(*arguments: str, cwd: Path, check: bool = True) -> subprocess.Com
     if check and done.returncode:
         raise AssertionError(f"{arguments} failed:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
     return done
+
+
+def ucir(*arguments: str) -> str:
+    """Run the command in this process; its mistakes come as they are raised."""
+    from ucir.cli import app
+
+    done = CliRunner().invoke(app, list(arguments), catch_exceptions=False)
+    assert done.exit_code == 0
+    return done.stdout

@@ -6,10 +6,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
-from tests.conftest import ROOT, run_python
-from ucir.cli import app
+from tests.conftest import ROOT, run_python, ucir
 from ucir.config.load import load_params
 from ucir.errors import UserError
 
@@ -26,16 +24,9 @@ UCIR = ("-c", "from ucir.cli import main; main()")
     ],
 )
 def test_help_teaches(command: list[str], taught: list[str], project: Path) -> None:
-    told = " ".join(ucir(*command, "--help").split())
+    text = " ".join(ucir(*command, "--help").split())
     for part in taught:
-        assert part in told
-
-
-def ucir(*arguments: str) -> str:
-    """Run the command in this process; its mistakes come as they are raised."""
-    done = CliRunner().invoke(app, list(arguments), catch_exceptions=False)
-    assert done.exit_code == 0
-    return done.stdout
+        assert part in text
 
 
 def test_studies_are_listed_and_chosen(project: Path) -> None:

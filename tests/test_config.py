@@ -33,7 +33,7 @@ def load(folder: Path, change: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ({"datasets.shapes.veiw": {}}, "datasets.shapes.veiw: unknown key; did you mean 'view'?"),
         ({"datasets.shapes.view.augment.gray_share": 1}, "did you mean 'grey_share'?"),
@@ -56,10 +56,10 @@ def load(folder: Path, change: dict[str, Any]) -> None:
         ({"cluster.max_workers": 4}, "num_workers (0) is the fewest that a training goes on with"),
     ],
 )
-def test_faults_are_named_with_their_field(tmp_path: Path, change: dict[str, Any], told: str) -> None:
+def test_faults_are_named_with_their_field(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError) as caught:
         load(tmp_path, change)
-    assert told in str(caught.value)
+    assert message in str(caught.value)
     assert "params.yaml" in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -67,14 +67,14 @@ def test_faults_are_named_with_their_field(tmp_path: Path, change: dict[str, Any
 def test_a_missing_or_broken_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such file"):
         load_params(tmp_path / "params.yaml")
-    for broken, told in (
+    for broken, message in (
         ("study: [", "not readable as YAML"),
         ("study: 1\nstudy: 2", "duplicate key"),
         ("", "no blocks in it"),
         ("[1]", "no blocks in it"),
     ):
         (tmp_path / "params.yaml").write_text(broken)
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             load_params(tmp_path / "params.yaml")
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from tests.conftest import ROOT
-from tests.training.test_training import CPU, ENCODER, VIEW, Keep
+from tests.trainings import CPU, ENCODER, VIEW, Keep
 from ucir.data.pack import open_domain
 from ucir.methods.registry import METHODS
 from ucir.training.epochs import train

@@ -109,9 +109,9 @@ def check(dataset: Annotated[str, typer.Argument(help="A data set of params.yaml
     from ucir.data.prepare import check_source
     from ucir.progress import by_domain
 
-    found = check_source(_dataset_block(dataset), by_domain("check"))
-    typer.echo(table(found))
-    odd = len(found.faults) + len(found.bad)
+    result = check_source(_dataset_block(dataset), by_domain("check"))
+    typer.echo(table(result))
+    odd = len(result.faults) + len(result.bad)
     typer.echo(f"{dataset}: {f'{odd} to LOOK at' if odd else 'as expected'}")
     raise typer.Exit(1 if odd else 0)
 

@@ -94,10 +94,12 @@ def gather_largest(x_BN: Tensor, count: int, widths: list[int]) -> Tensor:
     Fewer where there are not as many; differentiable.
     """
     most = min(count, max(widths))
-    own = x_BN.topk(min(most, x_BN.shape[1]), dim=1).values
+    largest = x_BN.topk(min(most, x_BN.shape[1]), dim=1).values
     if world_size() == 1:
-        return own
-    padded = torch.cat([own, own.new_full((len(own), most - own.shape[1]), float("-inf"))], dim=1)
+        return largest
+    padded = torch.cat(
+        [largest, largest.new_full((len(largest), most - largest.shape[1]), float("-inf"))], dim=1
+    )
     return gather_rows(padded.T, most * world_size()).T.topk(min(count, sum(widths)), dim=1).values
 
 

@@ -35,7 +35,7 @@ class Features:
         self.own_ND = own_ND
         self.count = len(own_ND) if count is None else count
         self.workers = 1 if count is None else world_size()
-        self.own: slice | Tensor = own_rows(self.count) if self.workers > 1 else slice(0, self.count)
+        self.own_slots: slice | Tensor = own_rows(self.count) if self.workers > 1 else slice(0, self.count)
         """Slots of this worker's rows."""
 
     def __len__(self) -> int:
@@ -44,9 +44,9 @@ class Features:
 
     def place(self, slot_B: Tensor) -> tuple[Tensor, Tensor]:
         """Which of the slots are this worker's, and their rows in ``own_ND`` (0 for the others)."""
-        assert isinstance(self.own, slice)
-        mine_B = (slot_B >= self.own.start) & (slot_B < self.own.stop)
-        return mine_B, torch.where(mine_B, slot_B - self.own.start, torch.zeros_like(slot_B))
+        assert isinstance(self.own_slots, slice)
+        mine_B = (slot_B >= self.own_slots.start) & (slot_B < self.own_slots.stop)
+        return mine_B, torch.where(mine_B, slot_B - self.own_slots.start, torch.zeros_like(slot_B))
 
     def total(self, x: Tensor) -> Tensor:
         """Sum of every worker's ``x``."""
@@ -71,15 +71,15 @@ class Features:
         if self.workers == 1:
             return self.own_ND[slot_B]
         mine_B, place_B = self.place(slot_B)
-        found = self.own_ND.new_zeros(len(slot_B), self.own_ND.shape[1])
-        found[mine_B] = self.own_ND[place_B[mine_B]]
-        return self.total(found)
+        row_BD = self.own_ND.new_zeros(len(slot_B), self.own_ND.shape[1])
+        row_BD[mine_B] = self.own_ND[place_B[mine_B]]
+        return self.total(row_BD)
 
     @torch.no_grad()
     def sums(self, label_N: Tensor, clusters: int) -> Tensor:
         """Sum of the rows of each cluster, (K, D), where ``label_N`` says which is whose."""
         sum_KD = self.own_ND.new_zeros(clusters, self.own_ND.shape[1])
-        return self.total(sum_KD.index_add_(0, label_N[self.own], self.own_ND))
+        return self.total(sum_KD.index_add_(0, label_N[self.own_slots], self.own_ND))
 
     @torch.no_grad()
     def mean(self) -> Tensor:
@@ -95,7 +95,7 @@ class JointFeatures(Features):
         super().__init__(torch.cat([first.own_ND, second.own_ND]))
         self.count, self.workers = first.count + second.count, first.workers
         slot_N = torch.arange(self.count, device=self.own_ND.device)
-        self.own = torch.cat([slot_N[first.own], slot_N[first.count :][second.own]])
+        self.own_slots = torch.cat([slot_N[first.own_slots], slot_N[first.count :][second.own_slots]])
 
     def place(self, slot_B: Tensor) -> tuple[Tensor, Tensor]:
         first, second = self.parts
@@ -126,7 +126,7 @@ class Bank(Features):
         features: what it begins with; a tensor has all rows, on every worker.
     """
 
-    own: slice
+    own_slots: slice
 
     def __init__(self, features: Tensor | Features) -> None:
         count = len(features)
@@ -175,10 +175,10 @@ class Bank(Features):
         if world_size() == 1:
             return distance_BN.argmin(dim=1)
         least_B = distance_BN.new_full((len(x_BD),), float("inf"))
-        slot_B = torch.full((len(x_BD),), self.own.start, device=x_BD.device)
+        slot_B = torch.full((len(x_BD),), self.own_slots.start, device=x_BD.device)
         if distance_BN.shape[1]:
             least_B, place_B = distance_BN.min(dim=1)
-            slot_B = self.own.start + place_B
+            slot_B = self.own_slots.start + place_B
         least_WB, slot_WB = (
             gather_rows(own_B, len(x_BD) * world_size()).view(world_size(), -1) for own_B in (least_B, slot_B)
         )

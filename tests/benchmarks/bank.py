@@ -63,8 +63,8 @@ def worker(rank: int, world: int, port: int, rows: int, steps: int, out: str) ->
     sent = [0]
     counted(sent, "all_reduce")
     generator = torch.Generator().manual_seed(0)
-    own = own_rows(rows)  # drawn where they lie: nobody ever holds all of them
-    drawn = torch.randn(own.stop - own.start, D, generator=torch.Generator().manual_seed(rank))
+    rows_here = own_rows(rows)  # drawn where they lie: nobody ever holds all of them
+    drawn = torch.randn(rows_here.stop - rows_here.start, D, generator=torch.Generator().manual_seed(rank))
     bank = Bank(Features(F.normalize(drawn, dim=1), rows))
     label_N = torch.randint(K, (rows,), generator=generator)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -100,8 +100,8 @@ def main() -> None:
             port = probe.getsockname()[1]
         with tempfile.TemporaryDirectory() as out:
             spawn(worker, (world, port, rows, steps, out), nprocs=world)
-            found = [torch.load(f"{out}/{rank}") for rank in range(world)]
-        seconds, held, extra, travelled, clustering = (max(values) for values in zip(*found, strict=True))
+            figures = [torch.load(f"{out}/{rank}") for rank in range(world)]
+        seconds, held, extra, travelled, clustering = (max(values) for values in zip(*figures, strict=True))
         alone = alone or (seconds, clustering)
         print(
             f"{rows} rows, {world} workers: {1000 * seconds:.0f} ms a step ({alone[0] / seconds:.2f} x one's "

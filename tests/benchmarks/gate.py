@@ -35,30 +35,30 @@ def rejected(run: PairRun, weights: str) -> dict[tuple[str, str], list[float]]:
     features = [x.own_ND for x in shared]
     classes = sorted(set(labels[0]))
     half = np.random.default_rng(0).permutation(classes)[: len(classes) // 2]
-    found: dict[tuple[str, str], list[float]] = {}
+    shares: dict[tuple[str, str], list[float]] = {}
     for query, gallery in ((0, 1), (1, 0)):
         asked = features[query][torch.from_numpy(np.isin(labels[query], half))]
         same = torch.from_numpy(np.isin(labels[gallery], half))
         for name, chosen in (("identical", same), ("disjoint", ~same)):
-            for told, clusters in (("elbow", "elbow"), ("classes", len(half))):
+            for rule, clusters in (("elbow", "elbow"), ("classes", len(half))):
                 there = features[gallery][chosen]
                 gate = fit_gate(GATES.get(params_block(run.method), "spread"), asked, there, clusters)
                 share = (gate.scores(asked, there) > 0).float().mean()
-                found.setdefault((name, told), []).append(100 * float(share))
-    return found
+                shares.setdefault((name, rule), []).append(100 * float(share))
+    return shares
 
 
 def main() -> None:
     torch.set_num_threads(1)
     dataset, *methods = sys.argv[1:] or ["digits", "uem", "ucdir", "protoot"]
     params = load_params()
-    columns = [(name, told) for told in ("elbow", "classes") for name in ("identical", "disjoint")]
-    print(f"{'rejected, percent; K by':<24}" + "".join(f"{told + ', ' + name:>22}" for name, told in columns))
+    columns = [(name, rule) for rule in ("elbow", "classes") for name in ("identical", "disjoint")]
+    print(f"{'rejected, percent; K by':<24}" + "".join(f"{rule + ', ' + name:>22}" for name, rule in columns))
     for method in methods:
         runs = [run for run in plan_runs(params, dataset, "closed", method) if run.done]
         for weights in ("start", "last"):
             all_found = [rejected(run, weights) for run in runs]
-            cells = [np.mean([value for found in all_found for value in found[c]]) for c in columns]
+            cells = [np.mean([value for shares in all_found for value in shares[c]]) for c in columns]
             print(f"{method + ', ' + weights:<24}" + "".join(f"{cell:>22.1f}" for cell in cells), flush=True)
 
 

@@ -35,7 +35,7 @@ OFFICIAL, OURS = "official augmentation, two views", "our augmentation, two view
 def photos(count: int) -> list[bytes]:
     """Pictures of 500 x 375 px with structure at every scale, as JPEG of quality 90."""
     rng = np.random.default_rng(0)
-    found = []
+    pictures = []
     for _ in range(count):
         layers = [
             Image.fromarray(rng.integers(0, 256, (375 // cell + 1, 500 // cell + 1, 3), np.uint8))
@@ -46,8 +46,8 @@ def photos(count: int) -> list[bytes]:
         ]
         buffer = io.BytesIO()
         Image.fromarray(np.mean(scaled, axis=0).astype(np.uint8)).save(buffer, "jpeg", quality=90)
-        found.append(buffer.getvalue())
-    return found
+        pictures.append(buffer.getvalue())
+    return pictures
 
 
 def official(side: int) -> T.Compose:

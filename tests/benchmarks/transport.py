@@ -87,10 +87,10 @@ ARMS: dict[str, Arm] = {"dense": Dense, "streaming": Streaming}
 def step(arm: Arm, banks: list[Tensor], prototypes: list[Tensor], marginal_K: Tensor) -> list[Tensor]:
     """A step's four transports; returns all that the losses need of them."""
     slot_B = torch.arange(BATCH)
-    own = [arm.renew(x, p, marginal_K, slot_B) for x, p in zip(banks, prototypes, strict=True)]
-    renewed = [mean for _, mean in own]
+    plans = [arm.renew(x, p, marginal_K, slot_B) for x, p in zip(banks, prototypes, strict=True)]
+    renewed = [mean for _, mean in plans]
     cross = [arm.match(x, p, marginal_K, slot_B) for x, p in zip(banks, renewed[::-1], strict=True)]
-    return [*renewed, *(label for label, _ in own), *cross]
+    return [*renewed, *(label for label, _ in plans), *cross]
 
 
 def inputs(n: int, k: int) -> tuple[list[Tensor], list[Tensor], Tensor]:
@@ -148,8 +148,8 @@ def main() -> None:
             if n > arguments.largest:
                 continue
             given = inputs(n, k)
-            reference, found = (step(arm, *given) for arm in ARMS.values())
-            for one, other in zip(reference, found, strict=True):
+            reference, ours = (step(arm, *given) for arm in ARMS.values())
+            for one, other in zip(reference, ours, strict=True):
                 if one.is_floating_point():
                     assert float((one - other).abs().max()) < 1e-4
                 else:
@@ -160,9 +160,9 @@ def main() -> None:
                     began = time.perf_counter()
                     step(arm, *given)
                     times[name].append(time.perf_counter() - began)
-            del given, reference, found
+            del given, reference, ours
             ratios = sorted(a / b for a, b in zip(times["dense"], times["streaming"], strict=True))
-            medians = [1000 * statistics.median(own) for own in times.values()]
+            medians = [1000 * statistics.median(samples) for samples in times.values()]
             memory = [extra_megabytes(name, n, k) for name in ARMS]
             print(
                 f"{n:>9} {k:>4}  {medians[0]:>6.0f} ms {medians[1]:>6.0f} ms  "

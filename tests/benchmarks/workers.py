@@ -96,12 +96,12 @@ def main() -> None:
         for name, world in WORLDS.items():
             if kind == "float64" and name == "control":
                 continue
-            found = curve(run, world, 1 + 1e-7 * (name == "control"), kind == "float64")
-            losses = [epoch["train/loss_total"] for epoch in found]
+            losses_E = curve(run, world, 1 + 1e-7 * (name == "control"), kind == "float64")
+            losses = [epoch["train/loss_total"] for epoch in losses_E]
             one = one or losses
             apart = " ".join(f"{abs(x - y) / abs(y):.1e}" for x, y in zip(losses, one, strict=True))
-            told = " ".join(f"{loss:.6f}" for loss in losses)
-            print(f"{method} on {pair}, {kind}, {name:<10} {told}   apart {apart}", flush=True)
+            line = " ".join(f"{loss:.6f}" for loss in losses)
+            print(f"{method} on {pair}, {kind}, {name:<10} {line}   apart {apart}", flush=True)
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ def test_a_key_changes_with_what_the_result_depends_on_and_nothing_else(prepared
 
 
 def test_faults_are_found_before_any_training(prepared: Path) -> None:
-    for changes, told in (
+    for changes, message in (
         ({"methods__ucdir__shapes__clusters": 25}, "clusters = 25 exceeds the 22 images of domain art"),
         ({"methods__ucdir__shapes__batch_size": 64}, "batch_size = 64 exceeds the 28 images"),
         ({"datasets__shapes__pairs": "[art-film]"}, "the domains are art, photo, real-life"),
@@ -70,7 +70,7 @@ def test_faults_are_found_before_any_training(prepared: Path) -> None:
         ),
         ({"methods__ucdir__shape__lr": 1}, "there is no data set 'shape'; did you mean 'shapes'"),
     ):
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             plan(**changes)
     with pytest.raises(UserError, match="data set 'shape' is unknown; did you mean 'shapes'"):
         plan_runs(load_params(), "shape", "closed", "ucdir")

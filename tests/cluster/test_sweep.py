@@ -43,7 +43,7 @@ def with_sweep(folder: Path, **changes: Any) -> Params:
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"space": {"temprature": [0.1]}}, "temprature: did you mean 'temperature'"),
         ({"space": {"temperature": [0.1, -1]}}, "sweeps.try.space: temperature: .*greater than 0"),
@@ -59,8 +59,8 @@ def with_sweep(folder: Path, **changes: Any) -> Params:
         ({"schedular": "asha"}, "did you mean 'scheduler'"),
     ],
 )
-def test_a_sweep_with_a_fault_starts_nothing(changes: dict[str, Any], told: str, prepared: Path) -> None:
-    with pytest.raises(UserError, match=told):
+def test_a_sweep_with_a_fault_starts_nothing(changes: dict[str, Any], message: str, prepared: Path) -> None:
+    with pytest.raises(UserError, match=message):
         check_sweep(with_sweep(prepared, **changes), "try")
     assert not (prepared / "runs/sweeps").exists()
 
@@ -90,17 +90,17 @@ def run_trial(params: Params, store: str, values: dict[str, Any], name: str = "t
     task = TrialTask(
         params, sweep, sweep.pairs or params.datasets["shapes"].pairs, parent, "k", str(Path.cwd())
     )
-    told: list[dict[str, Any]] = []
-    task.run(values, name, torch.device("cpu"), True, told.append)
-    return told
+    reports: list[dict[str, Any]] = []
+    task.run(values, name, torch.device("cpu"), True, reports.append)
+    return reports
 
 
 def test_a_trial_reports_the_mean_over_pairs_and_is_an_ordinary_training(prepared: Path, store: str) -> None:
     params = with_sweep(prepared)
-    told = run_trial(params, store, {"temperature": 0.3})
-    assert [entry["epoch"] for entry in told] == [1, 2, 3, 4]
+    reports = run_trial(params, store, {"temperature": 0.3})
+    assert [entry["epoch"] for entry in reports] == [1, 2, 3, 4]
     runs = plan_candidate(params, params.sweeps["try"], {"temperature": 0.3})
-    for epoch, entry in enumerate(told):
+    for epoch, entry in enumerate(reports):
         for name in CRITERIA:
             mean = sum(run.history()[epoch][f"quality/{name}"] for run in runs) / len(runs)
             assert entry[f"scores_{name}"] == pytest.approx(mean)
@@ -112,7 +112,7 @@ def test_a_trial_reports_the_mean_over_pairs_and_is_an_ordinary_training(prepare
     assert [run.key for run in same] == [run.key for run in runs]
     assert all(run.done for run in same)
     before = [(run.folder / "done.json").stat().st_mtime_ns for run in runs]
-    assert run_trial(params, store, {"temperature": 0.3}, "t1") == told  # from what is there
+    assert run_trial(params, store, {"temperature": 0.3}, "t1") == reports  # from what is there
     assert [(run.folder / "done.json").stat().st_mtime_ns for run in runs] == before
     alone = [run.__class__(**{**run.__dict__, "folder": prepared / "runs" / run.slug}) for run in runs]
     train_all(alone, ClusterParams())
@@ -141,9 +141,9 @@ def test_a_killed_trial_goes_on_where_its_pairs_were(
     monkeypatch.setattr(RunReporter, "end_epoch", killed)
     with pytest.raises(KeyboardInterrupt):
         run_trial(params, store, {"temperature": 0.2})
-    told = run_trial(params, store, {"temperature": 0.2})
+    reports = run_trial(params, store, {"temperature": 0.2})
     assert len(ended) == 8
-    assert told == undisturbed
+    assert reports == undisturbed
 
 
 def test_a_setting_whose_loss_is_no_number_is_the_worst_and_the_rest_goes_on(
@@ -158,10 +158,10 @@ def test_a_setting_whose_loss_is_no_number_is_the_worst_and_the_rest_goes_on(
 
     original = Training.train_epoch
     monkeypatch.setattr(Training, "train_epoch", spoilt)
-    told = run_trial(params, store, {"temperature": 0.2})
-    assert [entry["score"] for entry in told][-1] == -1.0
-    assert "not finite" in told[-1]["fault"]
-    assert len(told) == 3
+    reports = run_trial(params, store, {"temperature": 0.2})
+    assert [entry["score"] for entry in reports][-1] == -1.0
+    assert "not finite" in reports[-1]["fault"]
+    assert len(reports) == 3
 
 
 def a_result(oracle: list[float], cycle: list[float]) -> SweepResult:
@@ -189,9 +189,9 @@ def test_criteria_are_ranked_by_how_well_they_find_what_labels_would_choose(prep
 
 def test_what_is_found_is_a_block_for_params_yaml(prepared: Path) -> None:
     params = with_sweep(prepared, objective="cluster_cycle")
-    found = a_result([10, 30, 20, 40], [0.1, 0.4, 0.2, 0.3])
-    assert found.best.values == {"lr": 0.1}
-    write_result([found], params, "try", prepared / "out")
+    result = a_result([10, 30, 20, 40], [0.1, 0.4, 0.2, 0.3])
+    assert result.best.values == {"lr": 0.1}
+    write_result([result], params, "try", prepared / "out")
     block = yaml.safe_load((prepared / "out/best.yaml").read_text())["methods"]["ucdir"]["shapes"]
     assert block == {**tiny_params("images")["methods"]["ucdir"]["shapes"], "lr": 0.1}
     with (prepared / "out/trials.csv").open() as file:
@@ -240,10 +240,10 @@ def test_a_sweep_is_killed_and_goes_on_and_gives_everything_back(
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert "goes on" in done.stdout
-    told = json.loads(done.stdout.rsplit("RESULT ", 1)[1])
-    assert len(told["states"]) == 5
-    assert "finished" in told["states"]
-    assert told["free"] == told["all"]
+    result = json.loads(done.stdout.rsplit("RESULT ", 1)[1])
+    assert len(result["states"]) == 5
+    assert "finished" in result["states"]
+    assert result["free"] == result["all"]
     assert {path: path.stat().st_mtime_ns for path in finished} == finished, "a finished run was repeated"
     client = MlflowClient(store)
     (experiment,) = client.search_experiments(filter_string="name = 'ucir/sweeps/shapes-ucdir'")
@@ -254,14 +254,14 @@ def test_a_sweep_is_killed_and_goes_on_and_gives_everything_back(
     assert parent.info.status == "FINISHED"
     assert len(children) >= 5
     states = [run.info.status for run in children]
-    assert states.count("FINISHED") == told["states"].count("finished")
-    assert states.count("KILLED") == told["states"].count("stopped")
+    assert states.count("FINISHED") == result["states"].count("finished")
+    assert states.count("KILLED") == result["states"].count("stopped")
     for run in children:
         points = client.get_metric_history(run.info.run_id, "mutual_neighbours")
         assert [p.step for p in points] == list(range(len(points)))
     monkeypatch.setattr("ucir.cluster.tune.connect", lambda *given: pytest.fail("repeated"))
     (again,) = tune_all(load_params(), "try")
-    assert [trial.state for trial in again.trials] == told["states"]
+    assert [trial.state for trial in again.trials] == result["states"]
 
 
 @pytest.mark.slow
@@ -273,8 +273,8 @@ def test_trials_of_two_workers_find_what_trials_in_one_process_do(prepared: Path
     script = TUNE.replace("load_params()", 'load_params(overrides=["cluster.num_workers=2"])')
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    told = json.loads(done.stdout.rsplit("RESULT ", 1)[1])
-    assert told["states"] == ["finished", "finished"]
-    assert told["free"] == told["all"]
-    for temperature, scores in told["scores"].items():
+    result = json.loads(done.stdout.rsplit("RESULT ", 1)[1])
+    assert result["states"] == ["finished", "finished"]
+    assert result["free"] == result["all"]
+    for temperature, scores in result["scores"].items():
         assert scores["loss"] == pytest.approx(alone[float(temperature)]["scores_loss"], rel=0.01)

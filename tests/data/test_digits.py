@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
 
 from ucir.data.digits import make_digits
 
@@ -22,3 +26,26 @@ def test_the_sample_is_ordinary_files_and_always_the_same(tmp_path: Path) -> Non
     assert classes == set("0123456789")
     make_digits(tmp_path / "two", per_class=2, seed=1)  # replaces what is there
     assert digest(tmp_path / "one") != digest(tmp_path / "two")
+
+
+def test_what_was_drawn_before_a_kill_is_not_drawn_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = make_digits(tmp_path / "whole", per_class=3)
+    saved: list[Path] = []
+    save = Image.Image.save
+
+    def killed(self: Image.Image, path: Path, **options: Any) -> None:
+        saved.append(path)
+        if len(saved) == 1810:
+            path.write_bytes(b"half of it")
+            raise KeyboardInterrupt
+        save(self, path, **options)
+
+    monkeypatch.setattr(Image.Image, "save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        make_digits(tmp_path / "killed", per_class=3)
+    assert make_digits(tmp_path / "killed", per_class=3) == whole
+    assert len(saved) == sum(whole.values()) + 1, "the picture of the kill, and no other, is drawn twice"
+    assert digest(tmp_path / "killed") == digest(tmp_path / "whole")
+    assert not list(tmp_path.rglob("*unfinished*"))

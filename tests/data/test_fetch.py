@@ -84,11 +84,11 @@ def digest(data: bytes = CONTENT, kind: str = "sha256") -> str:
 
 
 def test_a_file_comes_whole_and_once(server: Server, tmp_path: Path) -> None:
-    told: list[tuple[int, int | None]] = []
+    progress: list[tuple[int, int | None]] = []
     target = tmp_path / "deep/x.zip"
-    download(address(server), target, digest(), lambda done, total: told.append((done, total)))
+    download(address(server), target, digest(), lambda done, total: progress.append((done, total)))
     assert target.read_bytes() == CONTENT
-    assert told[-1] == (len(CONTENT), len(CONTENT))
+    assert progress[-1] == (len(CONTENT), len(CONTENT))
     assert [p.name for p in target.parent.iterdir()] == ["x.zip"]
     download(address(server), target, digest()[:20])
     assert len(server.asked) == 1

@@ -330,13 +330,13 @@ def test_office_home_is_as_expected_and_every_damage_is_named(tmp_path: Path) ->
     for file in cut:
         file.write_bytes(file.read_bytes()[:-40])
     check = check_source(block)
-    told = table(check)
-    assert "no folder of domain Product (Product); did you mean 'Prodcut'?" in told
-    assert "folder Prodcut is no domain of Office-Home: left out" in told
-    assert "domain Art: no picture of class Drill (15 expected)" in told
-    assert "domain Clipart: class Bed has 88 pictures, 98 expected" in told
+    text = table(check)
+    assert "no folder of domain Product (Product); did you mean 'Prodcut'?" in text
+    assert "folder Prodcut is no domain of Office-Home: left out" in text
+    assert "domain Art: no picture of class Drill (15 expected)" in text
+    assert "domain Clipart: class Bed has 88 pictures, 98 expected" in text
     assert {file.path for file in check.bad} == {f.relative_to(source).as_posix() for f in cut}
     for file in cut:
-        assert f"left out {file.relative_to(source).as_posix()}: broken image: " in told
+        assert f"left out {file.relative_to(source).as_posix()}: broken image: " in text
     with pytest.raises(UserError, match="no folder of domain Product"):
         write_pack(source, list(block.entry.domains), tmp_path / "pack", LENIENT, entry=block.entry)

@@ -63,13 +63,13 @@ def test_archives_in_a_folder_count_as_what_they_hold_and_not_twice(tree: Path, 
         zipped(tree / domain, folder / f"{domain}.zip", f"{domain}/")
     (tree / "art").rename(folder / "art")  # and one of them unpacked
     (folder / "README.txt").write_text("beside the domains: nobody's business")
-    found = survey(Source(folder), entry("folder"))
-    assert {domain: len(files) for domain, files in found.domains.items()} == {
+    contents = survey(Source(folder), entry("folder"))
+    assert {domain: len(files) for domain, files in contents.domains.items()} == {
         "art": 10,
         "photo": 16,
         "real-life": 22,
     }
-    assert not found.strays
+    assert not contents.strays
 
 
 def bomb(opened: zipfile.ZipFile) -> None:
@@ -88,7 +88,7 @@ def many(opened: zipfile.ZipFile) -> None:
 
 
 @pytest.mark.parametrize(
-    ("fill", "told"),
+    ("fill", "message"),
     [
         (lambda z: z.writestr("../../evil.png", b"x"), "member '../../evil.png' leads out"),
         (lambda z: z.writestr("/etc/evil.png", b"x"), "member '/etc/evil.png' leads out"),
@@ -99,7 +99,7 @@ def many(opened: zipfile.ZipFile) -> None:
     ],
 )
 def test_hostile_zips_are_refused_as_a_whole(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fill: Callable[[zipfile.ZipFile], None], told: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fill: Callable[[zipfile.ZipFile], None], message: str
 ) -> None:
     monkeypatch.setattr(source_module, "MAX_MEMBER_BYTES", 4000)
     monkeypatch.setattr(source_module, "MAX_MEMBERS", 50)
@@ -109,7 +109,7 @@ def test_hostile_zips_are_refused_as_a_whole(
     with pytest.raises(UserError) as caught:
         Source(tmp_path / "x.zip")
     assert "x.zip: refused: " in str(caught.value)
-    assert told in str(caught.value)
+    assert message in str(caught.value)
 
 
 @pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE])
@@ -162,9 +162,9 @@ def test_links_in_a_tree_are_followed_but_not_round(tree: Path, tmp_path: Path) 
     outside.mkdir()
     Image.new("RGB", (4, 4)).save(outside / "x.png")
     (tree / "photo/linked").symlink_to(outside, target_is_directory=True)
-    found = survey(Source(tree), entry("folder"))
-    assert "linked" in {file.label for file in found.domains["photo"]}
-    assert len(found.domains["art"]) == 10
+    files = survey(Source(tree), entry("folder"))
+    assert "linked" in {file.label for file in files.domains["photo"]}
+    assert len(files.domains["art"]) == 10
 
 
 def test_spellings_of_known_data_sets(tmp_path: Path) -> None:
@@ -175,10 +175,10 @@ def test_spellings_of_known_data_sets(tmp_path: Path) -> None:
                 folder = root / f"{top}{domain}" / "alarm clock"
                 folder.mkdir(parents=True)
                 (folder / "1.jpg").touch()
-            found = survey(Source(root), entry("office_home"))
-            assert list(found.domains) == ["Art", "Clipart", "Product", "Real"]
-            assert {f.label for files in found.domains.values() for f in files} == {"Alarm_Clock"}
-            assert found.unknown == []
+            contents = survey(Source(root), entry("office_home"))
+            assert list(contents.domains) == ["Art", "Clipart", "Product", "Real"]
+            assert {f.label for files in contents.domains.values() for f in files} == {"Alarm_Clock"}
+            assert contents.unknown == []
 
 
 def test_office31_keeps_its_pictures_one_folder_deeper(tmp_path: Path) -> None:
@@ -186,8 +186,8 @@ def test_office31_keeps_its_pictures_one_folder_deeper(tmp_path: Path) -> None:
         for domain in ("amazon", "dslr", "webcam"):
             member = tarfile.TarInfo(f"domain_adaptation_images/{domain}/images/back_pack/frame_0001.jpg")
             opened.addfile(member, io.BytesIO(b""))
-    found = survey(Source(tmp_path), entry("office31"))
-    assert {domain: [f.label for f in files] for domain, files in found.domains.items()} == {
+    contents = survey(Source(tmp_path), entry("office31"))
+    assert {domain: [f.label for f in files] for domain, files in contents.domains.items()} == {
         domain: ["back_pack"] for domain in ("amazon", "dslr", "webcam")
     }
 
@@ -197,15 +197,15 @@ def test_domainnet_takes_the_seven_classes_and_what_the_lists_name(tmp_path: Pat
         for label in ("bird", "zebra", "aircraft_carrier"):
             for number in range(3):
                 opened.writestr(f"clipart/{label}/clipart_{number}.jpg", b"x")
-    found = survey(Source(tmp_path), entry("domainnet"))
-    assert sorted(f.label for f in found.domains["clipart"]) == ["bird"] * 3 + ["zebra"] * 3
-    assert found.passed_over == 3
+    files = survey(Source(tmp_path), entry("domainnet"))
+    assert sorted(f.label for f in files.domains["clipart"]) == ["bird"] * 3 + ["zebra"] * 3
+    assert files.passed_over == 3
     for part, number in (("train", 0), ("test", 2)):
         lines = [f"clipart/{label}/clipart_{number}.jpg 31" for label in ("bird", "zebra")]
         (tmp_path / f"clipart_{part}.txt").write_text("\n".join(lines) + "\n")
-    found = survey(Source(tmp_path), entry("domainnet"))
-    assert len(found.domains["clipart"]) == 4
-    assert "clipart/bird/clipart_1.jpg" not in {f.path for f in found.domains["clipart"]}
+    files = survey(Source(tmp_path), entry("domainnet"))
+    assert len(files.domains["clipart"]) == 4
+    assert "clipart/bird/clipart_1.jpg" not in {f.path for f in files.domains["clipart"]}
 
 
 def test_every_entry_of_the_catalogue_is_whole() -> None:
@@ -223,8 +223,8 @@ def test_every_entry_of_the_catalogue_is_whole() -> None:
             assert set(known.counts) == set(known.domains)
             assert len(known.class_names()) == known.classes
         if name in totals:
-            found = [known.counts[domain].values() for domain in known.domains]
-            assert [None if None in own else sum(own) for own in found] == totals[name]  # type: ignore[arg-type]
+            counts = [known.counts[domain].values() for domain in known.domains]
+            assert [None if None in by_class else sum(by_class) for by_class in counts] == totals[name]  # type: ignore[arg-type]
     with pytest.raises(UserError, match="did you mean 'office_home'"):
         entry("office-home")
 

@@ -28,8 +28,8 @@ def pictures(count: int, side: int = S, seed: int = 0) -> Tensor:
 
 def test_phase_views_are_the_releases_at_its_size() -> None:
     x = pictures(2)
-    found = as_pixels(phase_views(normalised(x)))
-    for one, view in zip(x, found, strict=True):
+    ours = as_pixels(phase_views(normalised(x)))
+    for one, view in zip(x, ours, strict=True):
         grey = 255 * (0.299 * one[0] + 0.587 * one[1] + 0.114 * one[2]).double().numpy()
         phase = np.angle(np.fft.fft2(grey))
         expected = np.clip(np.real(np.fft.ifft2(50_000 * np.exp(1j * phase))), 0, 255) / 255
@@ -40,18 +40,18 @@ def test_phase_views_are_the_releases_at_its_size() -> None:
 def test_mixed_views_are_the_releases_at_its_size() -> None:
     x, partner = pictures(2), pictures(2, seed=1)
     draw = SpectrumDraw(torch.tensor([0.3, 0.9]), torch.tensor([0.4, 0.1]))
-    found = as_pixels(mixed_views(normalised(x), normalised(partner), draw))
+    ours = as_pixels(mixed_views(normalised(x), normalised(partner), draw))
     low = np.zeros((S, S))
     low[87:137, 87:137] = 1
     for i in range(2):
         lam, share = float(draw.amplitude_B[i]), float(draw.phase_B[i])
-        own, other = (np.fft.fft2(p[i].double().numpy(), axes=(1, 2)) for p in (x, partner))
-        amplitude = lam * np.abs(other) + (1 - lam) * np.abs(own)
-        phases = [np.fft.fftshift(np.angle(f), axes=(1, 2)) for f in (own, other)]
+        spectrum, other = (np.fft.fft2(p[i].double().numpy(), axes=(1, 2)) for p in (x, partner))
+        amplitude = lam * np.abs(other) + (1 - lam) * np.abs(spectrum)
+        phases = [np.fft.fftshift(np.angle(f), axes=(1, 2)) for f in (spectrum, other)]
         mixed = phases[0] * (1 - low) + low * ((1 - share) * phases[0] + share * phases[1])
         angle = np.fft.ifftshift(mixed, axes=(1, 2))
         expected = np.clip(np.real(np.fft.ifft2(amplitude * np.exp(1j * angle), axes=(1, 2))), 0, 1)
-        assert np.abs(found[i].numpy() - expected).mean() < 2e-3
+        assert np.abs(ours[i].numpy() - expected).mean() < 2e-3
 
 
 def test_no_share_of_the_partner_leaves_a_view_as_it_was() -> None:

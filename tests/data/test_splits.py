@@ -70,15 +70,15 @@ def test_class_sizes_in_training_fall_evenly_to_the_ratio(sizes: dict[str, int],
     assert spaces.trained(pictures, 1) == kept  # both domains alike
     assert spaces.scored(pictures, 0) == pictures
     assert [p.slot for p in kept] == sorted({p.slot for p in kept})
-    found = Counter(p.label for p in kept)
-    assert set(found) == set(sizes)
+    counts = Counter(p.label for p in kept)
+    assert set(counts) == set(sizes)
     assert spaces.tail is not None
-    in_order = [found[label] for label in spaces.tail]
+    in_order = [counts[label] for label in spaces.tail]
     assert in_order == sorted(in_order, reverse=True)
     # as many as possible: some class gives all that it has
     ideal = {label: ratio ** (-j / (len(sizes) - 1)) for j, label in enumerate(spaces.tail)}
     most = min(sizes[label] / share for label, share in ideal.items())
-    assert all(found[label] == max(1, int(most * share + 1e-9)) for label, share in ideal.items())
+    assert all(counts[label] == max(1, int(most * share + 1e-9)) for label, share in ideal.items())
     if ratio == 1:
         assert set(in_order) == {min(sizes.values())}
 

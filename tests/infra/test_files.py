@@ -164,9 +164,9 @@ def test_slurm_starts_ray_on_all_machines_and_the_command_once(tmp_path: Path) -
     assert asked[asked.index("--min-nodes") + 1] == "2"
     assert asked[asked.index("--num-gpus") + 1] == "4"
     assert asked[asked.index("--") :] == ["--", "ucir", "tune", "sample"]
-    told = (tmp_path / "environment").read_text()
-    assert f"RAY_ADDRESS={address}" in told
-    assert "RAY_AUTH_MODE=token" in told
+    variables = (tmp_path / "environment").read_text()
+    assert f"RAY_ADDRESS={address}" in variables
+    assert "RAY_AUTH_MODE=token" in variables
 
 
 def test_settings_that_the_comments_name_exist() -> None:

@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,10 +42,11 @@ def may_make_namespaces() -> bool:
 class Hosts:
     """A bridge and hosts on it; host 0 is Ray's head."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, ray_folder: Path) -> None:
         self.folder = folder
         self.environment = {
             **os.environ,
+            "RAY_TMPDIR": str(ray_folder),  # or `ray start` makes this the cluster of every `ray.init` here
             "RAY_health_check_initial_delay_ms": "2000",
             "RAY_health_check_period_ms": "2000",
             "RAY_health_check_timeout_ms": "2000",
@@ -117,12 +119,13 @@ class Hosts:
 def hosts(prepared: Path) -> Iterator[Hosts]:
     if not may_make_namespaces():
         pytest.skip("NOT RUN: hosts in network namespaces need root, iproute2 and the right to make them")
-    made = Hosts(prepared)
-    try:
-        made.up()
-        yield made
-    finally:
-        made.down()
+    with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp") as ray_folder:  # sockets want short paths
+        made = Hosts(prepared, Path(ray_folder))
+        try:
+            made.up()
+            yield made
+        finally:
+            made.down()
 
 
 def test_a_training_over_hosts_outlives_two_of_them(hosts: Hosts, prepared: Path, store: str) -> None:
@@ -142,12 +145,12 @@ def test_a_training_over_hosts_outlives_two_of_them(hosts: Hosts, prepared: Path
         while time.monotonic() < give_up:
             groups = log.read_text().split("worker group of size 2:")[1:]
             lines = re.findall(r"\(ip=10\.77\.0\.(\d+), pid=\d+\) world_rank", "".join(groups[-1:]))
-            found = [int(host) - 1 for host in lines]
-            if len(groups) > after and len(found) == 2 and (run.folder / "state.pt").exists():
+            group = [int(host) - 1 for host in lines]
+            if len(groups) > after and len(group) == 2 and (run.folder / "state.pt").exists():
                 before = len(run.history())
                 time.sleep(1)
                 if len(run.history()) > before:
-                    return found
+                    return group
             time.sleep(0.5)
         raise AssertionError(log.read_text()[-5000:])
 

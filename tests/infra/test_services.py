@@ -39,9 +39,9 @@ def free_port() -> int:
 
 def postgres_programs() -> Path | None:
     """Where Debian or the PATH has them."""
-    found = [Path(path).resolve().parent for path in [shutil.which("initdb")] if path]
-    found += sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)
-    return found[0] if found else None
+    folders = [Path(path).resolve().parent for path in [shutil.which("initdb")] if path]
+    folders += sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)
+    return folders[0] if folders else None
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.losses.test_equations import SLOT, B, D, N, agree, dot, log_softmax, mean, unit
+from tests.losses.reference import SLOT, B, D, N, agree, dot, log_softmax, mean, unit
 from ucir.losses.universal import (
     batch_contrast,
     domain_confusion,
@@ -133,11 +133,11 @@ def test_switchable_match(kind: str, t: float) -> None:
 def test_product_dissimilarity() -> None:
     """Eq. 15's measure: lengths count, and a vector is at 0 from itself alone."""
     u, v = 0.5 * unit(3, D, seed=1), unit(4, D, seed=2)
-    found = product_dissimilarity(u, v)
+    ours = product_dissimilarity(u, v)
     for i in range(3):
         for j in range(4):
             cosine = dot(u[i], v[j]) / norm(u[i]) / norm(v[j])
-            assert float(found[i, j]) == pytest.approx(float((1 - cosine) * norm(u[i] - v[j])))
+            assert float(ours[i, j]) == pytest.approx(float((1 - cosine) * norm(u[i] - v[j])))
     assert float(product_dissimilarity(v, v).diagonal().max()) == pytest.approx(0, abs=1e-9)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -11,53 +10,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from tests.steps import N, batch, features, make
 from ucir.config.model import EncoderParams
 from ucir.losses.instance import instance_contrast
 from ucir.losses.prototype import bank_discrimination, neighbour_entropy, prototype_contrast
 from ucir.memory import Bank
-from ucir.methods.base import Method
 from ucir.methods.coda import Coda, CodaParams
-from ucir.methods.dgdir import DgdirParams, PhaseFeatures, SpectralBatch
-from ucir.methods.registry import METHODS, VARIANTS
-from ucir.methods.uem import FrozenBatch
+from ucir.methods.dgdir import DgdirParams
+from ucir.methods.registry import METHODS
 from ucir.models.encoder import new_encoder
 from ucir.prototypes.clustering import choose_clusters, concentration, kmeans, raw_centroids
-
-N, D, B = 40, 8, 6
-
-
-def features(seed: int, count: int = N) -> Tensor:
-    return normalize(torch.randn(count, D, generator=torch.Generator().manual_seed(seed)), dim=1)
-
-
-def make(name: str, **changes: Any) -> Method[Any]:
-    kind = METHODS[name]
-    params = {"epochs": 10, **changes, **VARIANTS.get(name, ("", {}))[1]}
-    if name == "coda":
-        params.setdefault("clusters", [4, 8])
-    if "clusters" in kind.params_type.model_fields:
-        params.setdefault("clusters", 4)
-    method = kind(kind.params_type(**params), seed=0)
-    method.build(new_encoder(EncoderParams(trunk={"convnet": {"width": 4}}, feature_dim=D), 0))
-    if name == "dgdir":
-        method.phase = PhaseFeatures(  # type: ignore[attr-defined]
-            (features(7), features(8, N - 5)), (features(9), features(10, N - 5))
-        )
-    method.start((features(0), features(1, N - 5)))
-    return method
-
-
-@dataclass(frozen=True)
-class AnyBatch(SpectralBatch, FrozenBatch):
-    """A domain's part of a step of whatever method."""
-
-
-def batch(seed: int, key: bool) -> AnyBatch:
-    slots = torch.tensor([1, 5, 5, 9, 0, 30])
-    q = features(seed, B).requires_grad_(True)
-    k = features(seed + 1, B) if key else q.detach()
-    phase_q, phase_k, phase_pooled, pooled = (features(seed + i, B) for i in (20, 30, 40, 50))
-    return AnyBatch(slots, q, k, features(seed + 2, B), pooled, phase_q, phase_k, phase_pooled)
 
 
 def terms_at(name: str, epoch: int, **changes: Any) -> dict[str, tuple[float, Tensor]]:
@@ -110,8 +72,8 @@ def test_the_published_constants() -> None:
     }
     assert (defaults("protonce")["lr"], defaults("protonce")["temperature"]) == (0.03, 0.2)
     cds = defaults("cds")
-    found = [cds[name] for name in ("lr", "temperature", "nearest", "weight_decay", "epochs")]
-    assert found == [0.003, 0.1, 700, 5e-4, 7]
+    ours = [cds[name] for name in ("lr", "temperature", "nearest", "weight_decay", "epochs")]
+    assert ours == [0.003, 0.1, 700, 5e-4, 7]
     pcs = defaults("pcs")
     assert (pcs["lr"], pcs["repeats"], pcs["kmeans_iterations"], pcs["cross_temperature"]) == (
         0.01,
@@ -137,9 +99,9 @@ def test_codas_constants_and_where_its_classifiers_begin() -> None:
     x = features(0), features(1, N - 5)
     options: dict[str, Any] = {"iterations": 20, "restarts": 1, "seed": 0, "max_points": 2000}
     common = kmeans(torch.cat(x), 8, **options).centroid_KD
-    for own, domain in zip(method.classifiers, x, strict=True):
+    for classifiers, domain in zip(method.classifiers, x, strict=True):
         expected = kmeans(domain, 8, **options, initial_KD=common).centroid_KD
-        assert torch.equal(own[1], expected)  # type: ignore[index]
+        assert torch.equal(classifiers[1], expected)  # type: ignore[index]
     # from the same beginning, and no iteration, both domains' would be equal: they name the same things
     still = [kmeans(d, 8, **{**options, "iterations": 0}, initial_KD=common).centroid_KD for d in x]
     assert torch.allclose(still[0], still[1], atol=1e-6)
@@ -171,10 +133,10 @@ def test_dgdirs_terms() -> None:
         assert weight == 0.25
         assert torch.allclose(value, instance_contrast(q, k, part.slot_B, Bank(banks[bank]), 0.2))
     both = torch.cat([features(9), features(10, N - 5)])
-    found = kmeans(both, 4, iterations=20, restarts=5, seed=0, max_points=2000)
-    label_B = found.label_N[part.slot_B]
+    clusters = kmeans(both, 4, iterations=20, restarts=5, seed=0, max_points=2000)
+    label_B = clusters.label_N[part.slot_B]
     seen = [part.phase_pooled_BP, part.pooled_BP]
-    expected = [prototype_contrast(x, label_B, found.centroid_KD, 1.0) for x in seen]
+    expected = [prototype_contrast(x, label_B, clusters.centroid_KD, 1.0) for x in seen]
     weight, value = terms["cluster_a"]
     assert weight == pytest.approx(0.05)
     assert torch.allclose(value, torch.stack(expected).mean())
@@ -310,15 +272,15 @@ def test_the_number_of_clusters_is_found_where_they_are_clear(how: str, k: int) 
     centres = torch.eye(16)[:k]
     points = centres.repeat_interleave(30, dim=0)
     points = normalize(points + 0.05 * torch.randn(points.shape, generator=generator), dim=1)
-    found = choose_clusters(points, how, seed=0)
-    assert abs(found - k) <= max(1, k // 5)
+    chosen = choose_clusters(points, how, seed=0)
+    assert abs(chosen - k) <= max(1, k // 5)
 
 
 def test_a_chosen_k_is_kept_and_may_differ_between_domains() -> None:
     method = make("ucdir", clusters="elbow")
-    told = method.start_epoch(9, (features(0), features(1, N - 5)))
+    figures = method.start_epoch(9, (features(0), features(1, N - 5)))
     chosen = list(method.chosen)  # type: ignore[attr-defined]
-    assert [told["cluster/count_a"], told["cluster/count_b"]] == [float(own[0]) for own in chosen]
+    assert [figures["cluster/count_a"], figures["cluster/count_b"]] == [float(counts[0]) for counts in chosen]
     method.start_epoch(9, (features(5), features(6, N - 5)))
     assert method.chosen == chosen  # type: ignore[attr-defined]
     terms = method.losses(9, (batch(2, True), batch(4, True)))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from tests.methods.test_baselines import batch, features
+from tests.steps import batch, features
 from ucir.config.model import EncoderParams
 from ucir.memory import Bank
 from ucir.methods.protoot import ProtoOt, ProtoOtParams
@@ -41,13 +41,13 @@ def test_the_neighbour_is_the_true_one_and_never_oneself() -> None:
     """The first release took the argmax of a row without its own column as an index of the whole row."""
     bank = Bank(normalize(torch.randn(30, 8, generator=torch.Generator().manual_seed(3)), dim=1))
     slots = torch.tensor([0, 7, 7, 29, 15])
-    found = bank.nearest(bank.features_ND[slots], slots)
+    nearest_B = bank.nearest(bank.features_ND[slots], slots)
     for place, slot in enumerate(slots.tolist()):
         similar = [
             float(bank.features_ND[slot] @ row) if i != slot else -9.0
             for i, row in enumerate(bank.features_ND)
         ]
-        assert torch.equal(found[place], bank.features_ND[similar.index(max(similar))])
+        assert torch.equal(nearest_B[place], bank.features_ND[similar.index(max(similar))])
 
 
 def test_phases_weights_and_ablations() -> None:
@@ -111,8 +111,8 @@ def test_an_empty_cluster_keeps_its_place_among_the_marginals() -> None:
     x = normalize(torch.eye(8)[torch.arange(N) % 2], dim=1)
     method = make()
     method.start((x, x))
-    told = method.start_epoch(0, (x, x))
-    assert told["cluster/empty_a"] >= 1
+    figures = method.start_epoch(0, (x, x))
+    assert figures["cluster/empty_a"] >= 1
     assert len(method.marginals[0]) == 4
     terms = method.losses(9, (batch(2, True), batch(4, True)))
     assert all(term.value.isfinite() for term in terms.values())
@@ -134,9 +134,9 @@ def test_the_other_domains_prototypes_take_their_own_shares() -> None:
 
         method.__class__ = Watched
         method.losses(9, (batch(2, True), batch(4, True)))
-        own = [m.tolist() for m in method.marginals]
-        assert seen[:2] == own
-        assert seen[2:] == (own[::-1] if choice == "other" else own)
+        shares = [m.tolist() for m in method.marginals]
+        assert seen[:2] == shares
+        assert seen[2:] == (shares[::-1] if choice == "other" else shares)
 
 
 def test_keys_that_contradict_each_other_are_refused() -> None:
@@ -166,7 +166,7 @@ def test_file_order_does_not_matter() -> None:
     x = (features(0), features(1, N))
     order = torch.randperm(N, generator=torch.Generator().manual_seed(1))
     place = order.argsort()
-    found = []
+    losses = []
     for moved in (False, True):
         method = make(kmeans_restarts=1)
         method.start(tuple(f[order] if moved else f for f in x))  # type: ignore[arg-type]
@@ -175,9 +175,9 @@ def test_file_order_does_not_matter() -> None:
         parts = [batch(2, True), batch(4, True)]
         if moved:
             parts = [replace(p, slot_B=place[p.slot_B]) for p in parts]
-        found.append(method.losses(9, (parts[0], parts[1])))
-    for name, term in found[0].items():
-        assert torch.allclose(term.value, found[1][name].value, atol=1e-5), name
+        losses.append(method.losses(9, (parts[0], parts[1])))
+    for name, term in losses[0].items():
+        assert torch.allclose(term.value, losses[1][name].value, atol=1e-5), name
 
 
 @pytest.mark.parametrize("assignment", ["kmeans", "unbalanced", "partial"])

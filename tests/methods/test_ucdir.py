@@ -147,8 +147,8 @@ def test_empty_clusters_keep_their_place(name: str) -> None:
     kind = METHODS[name]
     method = kind(kind.params_type(clusters=4, epochs=10), 0)
     method.start((x, x))
-    told = method.start_epoch(9, (x, x))
-    assert told["cluster/empty_a"] >= 1
+    figures = method.start_epoch(9, (x, x))
+    assert figures["cluster/empty_a"] >= 1
     terms = method.losses(9, (batch(2), batch(4)))
     total = sum(term.weight * term.value for term in terms.values())
     assert isinstance(total, Tensor)

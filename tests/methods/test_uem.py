@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from tests.methods.test_baselines import B, N, batch, features, make
+from tests.steps import B, N, batch, features, make
 from ucir.config.model import EncoderParams
 from ucir.losses.prototype import bank_discrimination, prototype_contrast
 from ucir.losses.universal import batch_contrast, product_dissimilarity, semantic_pull, switchable_match
@@ -59,10 +59,10 @@ def test_alpha_is_a_step_around_the_middle_of_the_first_phase() -> None:
     """Eq. 10 with E = 100, as on Office-Home."""
     method = uem(epochs=150)
     assert method.border == 100
-    told = {e: method.alpha(e) for e in (0, 40, 45, 50, 55, 60, 99)}
+    alphas = {e: method.alpha(e) for e in (0, 40, 45, 50, 55, 60, 99)}
     expected = {40: 4.5398e-5, 45: 0.0066929, 50: 0.5, 55: 0.9933071, 60: 0.9999546, 99: 1.0}
-    assert {e: told[e] for e in expected} == pytest.approx(expected, rel=1e-4)
-    assert told[0] < 1e-21
+    assert {e: alphas[e] for e in expected} == pytest.approx(expected, rel=1e-4)
+    assert alphas[0] < 1e-21
     assert uem(epochs=3000).alpha(0) >= 0  # no overflow
     assert (
         terms_at(19)["prototype_a"][0]
@@ -111,11 +111,11 @@ def test_the_second_phases_match_is_switched_by_the_structure() -> None:
     other = method.structures[1]
     target, near, reliable = [], [], []
     for q in parts[0].q_BD.detach():
-        own = int(product_dissimilarity(q[None], method.centres[0]).argmin())
-        target.append(int(other.other_L[own]))
+        cluster = int(product_dissimilarity(q[None], method.centres[0]).argmin())
+        target.append(int(other.other_L[cluster]))
         near.append(int(product_dissimilarity(q[None], x[1]).argmin()))
-        found = int(product_dissimilarity(x[1][near[-1]][None], other.prototype_CD).argmin())
-        reliable.append(found == target[-1])
+        closest = int(product_dissimilarity(x[1][near[-1]][None], other.prototype_CD).argmin())
+        reliable.append(closest == target[-1])
     expected = switchable_match(
         parts[0].q_BD,
         torch.tensor(target),
@@ -138,8 +138,8 @@ def test_identical_domains_merge_wholly_and_without_merging_not_at_all() -> None
     for name, merged in (("uem", 4), ("uem-no-merging", 0)):
         method = uem(name)
         method.start(x)
-        told = method.start_epoch(20, x)
-        assert told["prototypes/merged"] == merged
+        figures = method.start_epoch(20, x)
+        assert figures["prototypes/merged"] == merged
         terms = method.losses(20, (batch(2, False), batch(4, False)))
         assert all(term.value.isfinite() for term in terms.values())
 
@@ -165,8 +165,8 @@ def test_the_adversary_pulls_the_encoder_the_other_way() -> None:
 
 def test_params() -> None:
     published = UemParams()
-    found = (published.epochs, published.matching_epochs, published.temperature, published.bank_momentum)
-    assert found == (150, 50, 0.07, 0.99)
+    ours = (published.epochs, published.matching_epochs, published.temperature, published.bank_momentum)
+    assert ours == (150, 50, 0.07, 0.99)
     assert (published.lr, published.momentum, published.batch_size) == (2e-4, 0.9, 64)
     assert published.clusters == "elbow"
     with pytest.raises(ValueError, match="leaves no epoch of 3"):

@@ -55,7 +55,7 @@ def test_a_typo_in_a_method_stops_the_first_stage_with_one_line(project: Path) -
 
 
 @pytest.mark.parametrize(
-    ("fault", "told"),
+    ("fault", "message"),
     [
         ("no folder", "images: no such folder"),
         ("one domain", "1 domain folder(s) (art); cross-domain retrieval needs at least two"),
@@ -65,7 +65,7 @@ def test_a_typo_in_a_method_stops_the_first_stage_with_one_line(project: Path) -
         ("read-only", "data/packs/shapes: cannot be written to"),
     ],
 )
-def test_bad_data_stops_prepare(project: Path, stage: Stage, fault: str, told: str) -> None:
+def test_bad_data_stops_prepare(project: Path, stage: Stage, fault: str, message: str) -> None:
     images = project / "images"
     if fault == "no folder":
         shutil.rmtree(images)
@@ -81,7 +81,7 @@ def test_bad_data_stops_prepare(project: Path, stage: Stage, fault: str, told: s
         (images / "art/cross/x.png").write_bytes(b"no image")
     else:  # the tests may run as root, whom no mode stops
         (project / "data").write_text("a file where a folder should be")
-    assert told in refused(stage, "prepare", "shapes")
+    assert message in refused(stage, "prepare", "shapes")
     assert not (project / "data/packs/shapes/pack.json").exists()
 
 

@@ -45,13 +45,13 @@ def run(x: torch.Tensor, k: int, seed: int = 0):  # type: ignore[no-untyped-def]
 
 
 def test_kmeans_finds_what_is_there() -> None:
-    found = run(blobs(4, 25), 4)
-    assert sorted(found.size_K.tolist()) == [25] * 4
-    labels = found.label_N.reshape(4, 25)
+    clusters = run(blobs(4, 25), 4)
+    assert sorted(clusters.size_K.tolist()) == [25] * 4
+    labels = clusters.label_N.reshape(4, 25)
     assert (labels == labels[:, :1]).all()
-    assert torch.allclose(found.centroid_KD.norm(dim=1), torch.ones(4), atol=1e-6)
-    nearest = (blobs(4, 25) @ found.centroid_KD.T).argmax(dim=1)
-    assert torch.equal(nearest, found.label_N)
+    assert torch.allclose(clusters.centroid_KD.norm(dim=1), torch.ones(4), atol=1e-6)
+    nearest = (blobs(4, 25) @ clusters.centroid_KD.T).argmax(dim=1)
+    assert torch.equal(nearest, clusters.label_N)
 
 
 def test_kmeans_repeats_itself() -> None:
@@ -61,10 +61,10 @@ def test_kmeans_repeats_itself() -> None:
 
 def test_empty_clusters_keep_their_place() -> None:
     same = normalize(torch.ones(30, 8), dim=1)
-    found = run(same, 5)
-    assert len(found.size_K) == len(found.centroid_KD) == 5
-    assert found.size_K.sum() == 30
-    assert torch.isfinite(found.centroid_KD).all()
+    clusters = run(same, 5)
+    assert len(clusters.size_K) == len(clusters.centroid_KD) == 5
+    assert clusters.size_K.sum() == 30
+    assert torch.isfinite(clusters.centroid_KD).all()
 
 
 def test_more_clusters_than_images_are_refused() -> None:
@@ -132,18 +132,18 @@ def test_kmeans_is_that_of_faiss(count: int, k: int, most: int, iterations: int,
         restarts = 1 if k == 38 else 3  # there all cost nothing, and rounding chooses
         options = {"seed": seed, "nredo": restarts, "niter": iterations, "max_points_per_centroid": most}
         expected = by_faiss(x, k, spherical, **options)
-        found = kmeans(
+        ours = kmeans(
             x, k, iterations=iterations, restarts=restarts, seed=seed, max_points=most, spherical=spherical
         )
-        assert torch.allclose(found.centroid_KD, normalize(expected, dim=1), atol=1e-5)
-        assert torch.equal(found.label_N, torch.cdist(x, expected).argmin(dim=1)) or k == 38
+        assert torch.allclose(ours.centroid_KD, normalize(expected, dim=1), atol=1e-5)
+        assert torch.equal(ours.label_N, torch.cdist(x, expected).argmin(dim=1)) or k == 38
 
 
 def _clustered(bank: Bank) -> torch.Tensor:
     """K-means in all its variants, and what is made of it: labels, centroids, K, concentration, means."""
     options: dict[str, Any] = {"iterations": 6, "restarts": 3, "seed": 2, "max_points": 2000}
     other = Features(torch.flip(bank.own_ND, (1,)), bank.count)
-    found = [
+    clusterings = [
         kmeans(bank, 4, **options),
         kmeans(bank, 4, **options, spherical=True),
         kmeans(bank, 4, **options, initial_KD=torch.eye(6)[:4]),
@@ -153,8 +153,8 @@ def _clustered(bank: Bank) -> torch.Tensor:
         kmeans(Features(bank.own_ND[:, :1].ceil(), bank.count), 5, **options),  # two places: empty clusters
     ]
     chosen = [float(choose_clusters(bank, how, 0)) for how in ("elbow", "silhouette")]
-    first, last = found[0], found[0].centroid_KD
-    parts = [x.flatten().float() for c in found for x in (c.label_N, c.size_K, c.centroid_KD)]
+    first, last = clusterings[0], clusterings[0].centroid_KD
+    parts = [x.flatten().float() for c in clusterings for x in (c.label_N, c.size_K, c.centroid_KD)]
     parts += [concentration(bank, first.label_N, last), raw_centroids(bank, first).flatten(), bank.mean()]
     return torch.cat([*parts, torch.tensor(chosen)])
 
@@ -167,8 +167,8 @@ def test_a_bank_that_workers_share_answers_like_a_whole_one(world: int, tmp_path
         port = free.getsockname()[1]
     spawn(_shares, (world, port, str(tmp_path)), nprocs=world)
     alone = _answers()
-    found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(world)]
-    assert sum(int(one.pop("rows held")) for one in found) == int(alone.pop("rows held")) == 23
-    for one in found:
+    answers = [torch.load(tmp_path / f"{rank}.pt") for rank in range(world)]
+    assert sum(int(one.pop("rows held")) for one in answers) == int(alone.pop("rows held")) == 23
+    for one in answers:
         for name, value in alone.items():
             assert torch.allclose(one[name], value, atol=2e-6, rtol=2e-5), name

@@ -15,14 +15,14 @@ ZERO: Tensor = torch.zeros(2)
 
 
 def test_prototypes_are_moved_and_merge_where_they_fit() -> None:
-    own = torch.tensor([[0.0, 0.0], [4.0, 0.0], [0.0, 4.0]])
+    one = torch.tensor([[0.0, 0.0], [4.0, 0.0], [0.0, 4.0]])
     shift = torch.tensor([10.0, -3.0])
     other = torch.tensor([[4.5, 0.0], [9.0, 9.0]]) - shift
-    found = unify(own, other, shift, ZERO)
-    assert found.merged_K.tolist() == [False, True, False]
-    assert found.other_L.tolist() == [1, 3]
-    assert torch.allclose(found.prototype_CD, torch.tensor([[0, 0], [4.25, 0], [0, 4], [9, 9]]))
-    back = unify(other, own, ZERO, shift)
+    unified = unify(one, other, shift, ZERO)
+    assert unified.merged_K.tolist() == [False, True, False]
+    assert unified.other_L.tolist() == [1, 3]
+    assert torch.allclose(unified.prototype_CD, torch.tensor([[0, 0], [4.25, 0], [0, 4], [9, 9]]))
+    back = unify(other, one, ZERO, shift)
     assert back.merged_K.tolist() == [True, False]
     assert back.other_L.tolist() == [2, 0, 3]
     assert torch.allclose(back.prototype_CD + shift, torch.tensor([[4.25, 0], [9, 9], [0, 0], [0, 4]]))
@@ -31,9 +31,9 @@ def test_prototypes_are_moved_and_merge_where_they_fit() -> None:
 @pytest.mark.parametrize("gap", [0.99, 1.01])
 def test_a_pair_merges_only_below_the_least_distance_within_a_domain(gap: float) -> None:
     """Eq. 9: the other domain's two prototypes are 1 apart."""
-    own = torch.tensor([[0.0, 0.0], [50.0, 0.0]])
+    one = torch.tensor([[0.0, 0.0], [50.0, 0.0]])
     other = torch.tensor([[0.0, gap], [0.0, gap + 1]])
-    assert unify(own, other, ZERO, ZERO).merged_K.tolist() == [gap < 1, False]
+    assert unify(one, other, ZERO, ZERO).merged_K.tolist() == [gap < 1, False]
 
 
 def test_degenerate_structures() -> None:

@@ -33,8 +33,8 @@ def marginal(k: int, seed: int) -> Tensor:
 
 
 def whole_plan(x: Tensor, p: Tensor, b: Tensor, eps: float, **options: object) -> Tensor:
-    found = transport(x, p, b, eps, **options)  # type: ignore[arg-type]
-    return plan_rows(x, p, found.potential_K, eps) / len(x)
+    plan = transport(x, p, b, eps, **options)  # type: ignore[arg-type]
+    return plan_rows(x, p, plan.potential_K, eps) / len(x)
 
 
 def reference(s: Tensor, b: Tensor, eps: float, iterations: int) -> np.ndarray:
@@ -57,11 +57,11 @@ def test_three_iterations_are_the_recipes_three(
     x, p, b = unit(200, 16, seed=0), unit(k, 16, seed=1), marginal(k, 2)
     plan = whole_plan(x, p, b, eps, iterations=3)
     assert np.allclose(plan.numpy(), reference(similarity(x, p), b, eps, 3), rtol=1e-4, atol=1e-9)
-    found = transport(x, p, b, eps)
-    assert torch.equal(potential(x, p, b, eps), found.potential_K)
-    assert torch.allclose(found.column_K, plan.sum(dim=0), atol=1e-6)
-    assert float(found.error) == pytest.approx(float((plan.sum(dim=0) - b).abs().max()), abs=1e-6)
-    assert torch.allclose(found.mean_KD, normalize(plan.T @ x, dim=1), atol=1e-5)
+    ours = transport(x, p, b, eps)
+    assert torch.equal(potential(x, p, b, eps), ours.potential_K)
+    assert torch.allclose(ours.column_K, plan.sum(dim=0), atol=1e-6)
+    assert float(ours.error) == pytest.approx(float((plan.sum(dim=0) - b).abs().max()), abs=1e-6)
+    assert torch.allclose(ours.mean_KD, normalize(plan.T @ x, dim=1), atol=1e-5)
 
 
 @pytest.mark.parametrize("eps", [0.05, 0.01])
@@ -95,18 +95,18 @@ def test_far_and_tight_prototypes_give_a_right_plan_or_an_error(eps: float, shap
     if shape in ("tight", "both"):
         p[1:] = normalize(normalize(x.mean(dim=0), dim=0) + 1e-3 * unit(4, 16, seed=3), dim=1)
     b = marginal(5, 4)
-    found = transport(x, p, b, eps)
-    for part in (found.potential_K, found.column_K, found.mean_KD, found.error):
+    ours = transport(x, p, b, eps)
+    for part in (ours.potential_K, ours.column_K, ours.mean_KD, ours.error):
         assert part.isfinite().all()
-    plan = plan_rows(x, p, found.potential_K, eps).numpy() / 300
+    plan = plan_rows(x, p, ours.potential_K, eps).numpy() / 300
     assert np.allclose(plan, log_reference(similarity(x, p), b, eps), atol=1e-6)
-    told = ""
+    message = ""
     try:
         converged = whole_plan(x, p, b, eps, iterations=500, tolerance=1e-5)
     except TransportError as error:
-        told = str(error)
-    if told:
-        assert "more than 1e-05" in told
+        message = str(error)
+    if message:
+        assert "more than 1e-05" in message
     else:
         assert torch.allclose(converged.sum(dim=0), b, atol=1e-5)
 
@@ -132,23 +132,23 @@ def log_reference(s: Tensor, b: Tensor, eps: float, iterations: int = 3) -> np.n
 )
 def test_rows_are_whole_and_columns_what_the_error_says(n: int, k: int, seed: int, eps: float) -> None:
     x, p, b = unit(n, 8, seed=seed), unit(k, 8, seed=seed + 1), marginal(k, seed)
-    found = transport(x, p, b, eps)
-    rows = plan_rows(x, p, found.potential_K, eps)
+    plan = transport(x, p, b, eps)
+    rows = plan_rows(x, p, plan.potential_K, eps)
     assert torch.allclose(rows.sum(dim=1), torch.ones(n), atol=1e-5)
     assert (rows >= 0).all()
-    assert float((rows.mean(dim=0) - b).abs().max()) == pytest.approx(float(found.error), abs=1e-5)
+    assert float((rows.mean(dim=0) - b).abs().max()) == pytest.approx(float(plan.error), abs=1e-5)
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
     other = transport(x[order], p, b, eps)
-    assert torch.allclose(other.potential_K, found.potential_K, atol=1e-4), "no order of files helps"
+    assert torch.allclose(other.potential_K, plan.potential_K, atol=1e-4), "no order of files helps"
 
 
 def test_a_prototype_of_no_mass_takes_nothing() -> None:
     x, p = unit(50, 8, seed=0), unit(4, 8, seed=1)
     b = torch.tensor([0.5, 0.0, 0.25, 0.25])
-    found = transport(x, p, b, 0.05)
-    assert float(found.column_K[1]) == 0
-    assert found.mean_KD.isfinite().all()
-    assert (plan_rows(x, p, found.potential_K, 0.05)[:, 1] == 0).all()
+    plan = transport(x, p, b, 0.05)
+    assert float(plan.column_K[1]) == 0
+    assert plan.mean_KD.isfinite().all()
+    assert (plan_rows(x, p, plan.potential_K, 0.05)[:, 1] == 0).all()
 
 
 @pytest.mark.parametrize(("kind", "strength"), [("unbalanced", 1.0), ("partial", 0.6)])
@@ -200,14 +200,14 @@ def test_relaxed_plans_leave_empty_prototypes_empty_and_never_fail_silently(kind
 @pytest.mark.parametrize("count", [1, 2, 10, 65])
 def test_permuted_prototypes_find_their_own(count: int) -> None:
     generator = torch.Generator().manual_seed(count)
-    own = normalize(torch.randn(count, 32, generator=generator), dim=1)
+    one = normalize(torch.randn(count, 32, generator=generator), dim=1)
     order = torch.randperm(count, generator=generator)
-    noisy = normalize(own[order] + 0.05 * torch.randn(count, 32, generator=generator), dim=1)
-    assert torch.equal(order[match_prototypes(own, noisy)], torch.arange(count))
+    noisy = normalize(one[order] + 0.05 * torch.randn(count, 32, generator=generator), dim=1)
+    assert torch.equal(order[match_prototypes(one, noisy)], torch.arange(count))
 
 
 def test_other_numbers_and_coinciding_prototypes_are_matched_to_something() -> None:
-    own = normalize(torch.ones(3, 4), dim=1)
-    match = match_prototypes(own, torch.eye(4)[:2])
+    one = normalize(torch.ones(3, 4), dim=1)
+    match = match_prototypes(one, torch.eye(4)[:2])
     assert match.shape == (3,)
     assert set(match.tolist()) <= {0, 1}

@@ -59,7 +59,7 @@ def test_scores_come_back_and_the_mean_stands_first(tmp_path: Path) -> None:
 def test_imbalance_is_compared_over_the_directions_that_all_have() -> None:
     one_way = [s for s in scores(10) if s.query == "art"]
     cells = imbalance_cells({1: {"x": scores(0), "y": scores(5)}, 10: {"x": one_way, "y": scores(1)}}, "P@2")
-    assert {m: {r: c.mean for r, c in own.items()} for m, own in cells.items()} == {
+    assert {m: {r: c.mean for r, c in by_ratio.items()} for m, by_ratio in cells.items()} == {
         "x": {1: 50.5, 10: 60.5},
         "y": {1: 55.5, 10: 51.5},
     }
@@ -72,10 +72,10 @@ def test_imbalance_is_compared_over_the_directions_that_all_have() -> None:
 
 
 def test_tables_hold_means_deviations_and_the_best(tmp_path: Path) -> None:
-    for method, found in (("pretrained", scores(-30, (0,), (LAST,))), ("ucdir", scores(0))):
-        write_scores(tmp_path / "x/closed" / method / "metrics.json", found)
-    own = read_results(tmp_path, "x", "closed", ["pretrained", "ucdir"])
-    table = direction_table("x", "closed", own, "P@2")
+    for method, given in (("pretrained", scores(-30, (0,), (LAST,))), ("ucdir", scores(0))):
+        write_scores(tmp_path / "x/closed" / method / "metrics.json", given)
+    results = read_results(tmp_path, "x", "closed", ["pretrained", "ucdir"])
+    table = direction_table("x", "closed", results, "P@2")
     assert table.columns == ["art → photo", "photo → art", "mean"]
     assert table.rows == [
         ("pretrained", ["20.0", "10.0", "15.0"]),
@@ -84,9 +84,9 @@ def test_tables_hold_means_deviations_and_the_best(tmp_path: Path) -> None:
     assert "| ucdir | **50.5 ± 0.7** | **40.5 ± 0.7** | **45.5 ± 0.7** |" in markdown(table)
     assert plain(table).splitlines()[-1].split()[:4] == ["ucdir", "50.5", "±", "0.7"]
     # by labels: the start has no epochs to choose from and shows its only scores
-    best = direction_table("x", "closed", own, "P@2", BEST)
+    best = direction_table("x", "closed", results, "P@2", BEST)
     assert [cells[-1] for _, cells in best.rows] == ["15.0", "46.5 ± 0.7"]
-    write_csv(result_rows("x", "closed", own), tmp_path / "results.csv")
+    write_csv(result_rows("x", "closed", results), tmp_path / "results.csv")
     written = list(csv.DictReader((tmp_path / "results.csv").open()))
     columns = "dataset,setting,method,query_domain,gallery_domain,metric,epoch_choice,mean,std,seeds,"
     assert list(written[0]) == f"{columns}paper_value,paper_source".split(",")
@@ -99,17 +99,19 @@ def test_tables_hold_means_deviations_and_the_best(tmp_path: Path) -> None:
 
 def test_the_deviation_of_a_mean_is_over_seeds_not_over_directions() -> None:
     # seed 0: 10 and 30, seed 1: 20 and 40: the means are 20 and 30
-    own = [
+    results = [
         DirectionScore(q, g, seed, LAST, {"P_at_2": value + 10 * seed})
         for q, g, value in (("a", "b", 10.0), ("b", "a", 30.0))
         for seed in (0, 1)
     ]
-    found = cell(own, "P@2", LAST, [("a", "b"), ("b", "a")])
-    assert found is not None
-    assert (found.mean, found.seeds) == (25.0, 2)
-    assert found.std == pytest.approx(10 / 2**0.5)
-    assert cell(own[:3], "P@2", LAST, [("a", "b"), ("b", "a")]) is None, "a mean of what is there is no mean"
-    assert cell(own[:1], "P@2", LAST, [("a", "b")]).std is None  # type: ignore[union-attr]
+    mean = cell(results, "P@2", LAST, [("a", "b"), ("b", "a")])
+    assert mean is not None
+    assert (mean.mean, mean.seeds) == (25.0, 2)
+    assert mean.std == pytest.approx(10 / 2**0.5)
+    assert cell(results[:3], "P@2", LAST, [("a", "b"), ("b", "a")]) is None, (
+        "a mean of what is there is no mean"
+    )
+    assert cell(results[:1], "P@2", LAST, [("a", "b")]).std is None  # type: ignore[union-attr]
 
 
 def paper(method: str, query: str, gallery: str, value: float | None) -> PrintedCell:
@@ -117,7 +119,7 @@ def paper(method: str, query: str, gallery: str, value: float | None) -> Printed
 
 
 def test_ours_stand_beside_the_printed_numbers() -> None:
-    own = {"ucdir": scores(0), "mine": scores(5)}
+    results = {"ucdir": scores(0), "mine": scores(5)}
     printed = [
         paper("pcs", "art", "photo", 41.04),
         paper("pcs", "photo", "art", None),
@@ -125,14 +127,14 @@ def test_ours_stand_beside_the_printed_numbers() -> None:
         paper("ucdir", "photo", "art", None),
         paper("ucdir", "AVERAGE", "AVERAGE", 44.0),
     ]
-    (table,) = comparison_tables(own, printed)
+    (table,) = comparison_tables(results, printed)
     assert table.columns == ["art → photo", "photo → art", "mean"]
     assert table.rows == [
         ("pcs", ["(41.0)", "(lost)", ""]),
         ("ucdir", ["50.5 ± 0.7 (52.0, −1.5)", "40.5 ± 0.7 (lost)", "45.5 ± 0.7 (44.0, +1.5)"]),
     ]
     assert table.best == [{1}, {1}, {1}]
-    every = result_rows("x", "closed", own, printed)
+    every = result_rows("x", "closed", results, printed)
     rows = {(r.method, r.query_domain, r.epoch_choice): r for r in every if r.metric == "P@2"}
     assert rows["ucdir", "art", LAST].paper_value == 52.0
     assert rows["ucdir", "art", LAST].paper_source == "UCDIR Table 9"
@@ -149,13 +151,13 @@ def test_ours_stand_beside_the_printed_numbers() -> None:
 
 
 def test_equal_values_share_the_bold() -> None:
-    own = {"one": scores(0, (0,)), "two": scores(0.01, (0,)), "three": scores(-5, (0,))}
-    assert direction_table("x", "closed", own, "P@2").best == [{0, 1}] * 3
+    results = {"one": scores(0, (0,)), "two": scores(0.01, (0,)), "three": scores(-5, (0,))}
+    assert direction_table("x", "closed", results, "P@2").best == [{0, 1}] * 3
 
 
 def test_latex_has_booktabs_rules_and_escapes() -> None:
-    own = {"a_b&c": scores(0), "d": scores(5)}
-    text = latex(direction_table("x_y", "closed", own, "P@2"))
+    results = {"a_b&c": scores(0), "d": scores(5)}
+    text = latex(direction_table("x_y", "closed", results, "P@2"))
     for part in (r"\toprule", r"\midrule", r"\bottomrule", r"a\_b\&c & 50.5 $\pm$ 0.7", r"art $\to$ photo"):
         assert part in text
     assert r"d & \textbf{55.5 $\pm$ 0.7} & \textbf{45.5 $\pm$ 0.7} & \textbf{50.5 $\pm$ 0.7} \\" in text

@@ -34,18 +34,18 @@ def slow_neighbours(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
     shares = []
     for i, x in enumerate(both):
         others = sorted((j for j in range(len(both)) if j != i), key=lambda j: -(x @ both[j]))[:NEIGHBOURS]
-        found = np.mean([domain[j] != domain[i] for j in others])
-        shares.append(found / (domain.count(1 - domain[i]) / len(domain)))
+        share = np.mean([domain[j] != domain[i] for j in others])
+        shares.append(share / (domain.count(1 - domain[i]) / len(domain)))
     return mutual, float(np.mean(shares))
 
 
 def test_neighbours_against_loops() -> None:
     a, b = cloud(30, 0, CENTRES), cloud(40, 1, CENTRES)
-    told = criteria(a, b)
-    assert set(told) == set(CRITERIA)
+    ours = criteria(a, b)
+    assert set(ours) == set(CRITERIA)
     mutual, mixing = slow_neighbours(a.double().numpy(), b.double().numpy())
-    assert told["mutual_neighbours"] == pytest.approx(mutual)
-    assert told["mixing"] == pytest.approx(mixing, rel=1e-5)
+    assert ours["mutual_neighbours"] == pytest.approx(mutual)
+    assert ours["mixing"] == pytest.approx(mixing, rel=1e-5)
 
 
 def test_transport_against_pot() -> None:
@@ -64,11 +64,11 @@ def test_density_and_rank_against_their_equations() -> None:
     for i, x in enumerate(both):
         p = np.exp([x @ y / 0.05 for j, y in enumerate(both) if j != i])
         entropies.append(-sum(v * math.log(v) for v in p / p.sum()))
-    told = criteria(a, b)
-    assert told["density"] == pytest.approx(np.mean(entropies) / math.log(20), rel=1e-4)
+    ours = criteria(a, b)
+    assert ours["density"] == pytest.approx(np.mean(entropies) / math.log(20), rel=1e-4)
     share = np.linalg.svd(both, compute_uv=False)
     share = share / share.sum()
-    assert told["rank"] == pytest.approx(math.exp(-(share * np.log(share)).sum()) / 16, rel=1e-3)
+    assert ours["rank"] == pytest.approx(math.exp(-(share * np.log(share)).sum()) / 16, rel=1e-3)
 
 
 def test_domains_that_match_score_above_domains_that_do_not() -> None:

@@ -22,9 +22,9 @@ def test_clusters_that_are_the_classes_agree_wholly_and_random_ones_not_at_all()
     clear = normalize(torch.eye(8)[:3].repeat_interleave(40, dim=0) + 0.01 * torch.randn(120, 8), dim=1)
     assert cluster_agreement(clear, labels, 3) == {"NMI": pytest.approx(100), "ARI": pytest.approx(100)}
     noise = normalize(torch.randn(120, 8), dim=1)
-    found = cluster_agreement(noise, labels, 3)
-    assert abs(found["ARI"]) < 10
-    assert found["NMI"] < 15
+    agreement = cluster_agreement(noise, labels, 3)
+    assert abs(agreement["ARI"]) < 10
+    assert agreement["NMI"] < 15
     features, names = {"x": clear, "y": noise}, {"x": labels, "y": labels}
     (score,) = score_direction(features, names, ("x", "y"), 0, "last", (5,), GateChoice("spread", 3))
     assert score.scores["NMI"] == pytest.approx(100), "of the query domain"

@@ -48,11 +48,11 @@ def test_private_queries_alone_are_rejected(kind: str) -> None:
     gallery, gallery_labels = domain([0, 1, 2], 40, seed=2)
     gate = fit_gate(kind, query, gallery, "elbow")
     ranking = rank(query, gallery, labels, gallery_labels)
-    told = metric_values(ranking, (5,), Decisions(gate.scores(query, gallery).numpy()))
-    assert told["null_private"] > 90
-    assert told["null_shared"] < 10
-    assert told["null_AUROC"] > 95
-    assert told["mAP_gated_at_All"] <= told["mAP_at_All"]
+    values = metric_values(ranking, (5,), Decisions(gate.scores(query, gallery).numpy()))
+    assert values["null_private"] > 90
+    assert values["null_shared"] < 10
+    assert values["null_AUROC"] > 95
+    assert values["mAP_gated_at_All"] <= values["mAP_at_All"]
 
 
 def test_the_merged_gates_limit_is_the_widest_pair_of_members() -> None:
@@ -60,18 +60,18 @@ def test_the_merged_gates_limit_is_the_widest_pair_of_members() -> None:
     query, _ = domain([0, 1], 12, seed=1)
     gallery, _ = domain([0, 1], 9, seed=2)
     gate = fit_gate("merged", query, gallery, 2)
-    own, other = (
+    one, other = (
         kmeans(x, 2, iterations=20, restarts=5, seed=0, max_points=2000).label_N for x in (query, gallery)
     )
     for k in range(2):
-        members = query[own == k]
+        members = query[one == k]
         partner = max(range(2), key=lambda j: float((members.mean(0) * gallery[other == j].mean(0)).sum()))
         pairs = [(u, v) for u in members for v in gallery[other == partner]]
         widest = max(float(product_dissimilarity(u[None], v[None])) for u, v in pairs)
         assert float(gate.limit_K[k]) == pytest.approx(widest, abs=1e-6)
     score = gate.scores(query, gallery)
     nearest = product_dissimilarity(query, gallery).amin(dim=1)
-    assert torch.allclose(score, nearest - gate.limit_K[own], atol=1e-6)
+    assert torch.allclose(score, nearest - gate.limit_K[one], atol=1e-6)
 
 
 def test_degenerate_features_give_a_defined_answer() -> None:

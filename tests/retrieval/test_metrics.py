@@ -17,9 +17,9 @@ def brute_force(similarity: np.ndarray, query: list[str], gallery: list[str], k:
     """P@K and mAP@All from the definitions; ties rank irrelevant images first."""
     hits = shown = 0
     precisions = []
-    for row, own in zip(similarity, query, strict=True):
-        order = sorted(range(len(gallery)), key=lambda g: (-row[g], gallery[g] == own))
-        relevant = [gallery[g] == own for g in order]
+    for row, label in zip(similarity, query, strict=True):
+        order = sorted(range(len(gallery)), key=lambda g: (-row[g], gallery[g] == label))
+        relevant = [gallery[g] == label for g in order]
         top = min(k, sum(relevant))
         hits += sum(relevant[:top])
         shown += top
@@ -107,8 +107,8 @@ def queries(rows: slice) -> Ranking:
 
 def test_metrics_of_universal_retrieval_by_hand() -> None:
     second = (1 / 3 + 2 / 4) / 2
-    told = metric_values(RANKING, (2,), Decisions(BEYOND))
-    assert told == {
+    values = metric_values(RANKING, (2,), Decisions(BEYOND))
+    assert values == {
         "P_at_2": pytest.approx(100 * 1 / 4),
         "mAP_at_All": pytest.approx(100 * (1 + second + 1 / 4) / 3),
         "mAP_interpolated_at_All": pytest.approx(100 * (1 + 1 / 2 + 1 / 4) / 3),
@@ -122,7 +122,7 @@ def test_metrics_of_universal_retrieval_by_hand() -> None:
         "null_AUROC": pytest.approx(50),
     }
     closed = metric_values(queries(slice(3)), (2,), Decisions(BEYOND[:3]))
-    assert set(closed) == set(told) - {"null_private", "null_accuracy", "null_AUROC"}
+    assert set(closed) == set(values) - {"null_private", "null_accuracy", "null_AUROC"}
     disjoint = metric_values(queries(slice(3, 5)), (2,), Decisions(BEYOND[3:]))
     assert set(disjoint) == {"P_at_2", "mAP_at_All", "null_private", "null_accuracy"}
     assert np.isnan(disjoint["mAP_at_All"])

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.conftest import ROOT
-from tests.test_cli import ucir
+from tests.conftest import ROOT, ucir
 from ucir.cluster.launch import train_all
 from ucir.config.load import Params, load_params
 from ucir.data.splits import directions
@@ -33,7 +32,7 @@ def test_the_paper_study_has_every_row_and_column_of_every_table(shipped: Params
     assert len({table for table, _, _ in tables}) == 3 + 8
     for table, dataset, setting in tables:
         cells = [c for c in printed_cells() if (c.table, c.dataset, c.setting) == (table, dataset, setting)]
-        own = [
+        selected = [
             t for t in planned if t.part.startswith(table) and (t.dataset, t.setting) == (dataset, setting)
         ]
         rows = list(dict.fromkeys(c.method for c in cells))
@@ -41,15 +40,15 @@ def test_the_paper_study_has_every_row_and_column_of_every_table(shipped: Params
         if not columns:  # Table 4 prints averages over the directions of Tables 3, 7 and 8
             same = {"domainnet": "UEM Table 3", "office31": "UEM Table 7", "office_home": "UEM Table 8"}
             columns = {c.direction for c in printed_cells() if c.table == same[dataset]} - {MEAN}
-        scored = {d for t in own for d in directions(setting, t.pair)}
-        assert list(dict.fromkeys(t.method for t in own)) == rows
+        scored = {d for t in selected for d in directions(setting, t.pair)}
+        assert list(dict.fromkeys(t.method for t in selected)) == rows
         if setting == "closed":  # one training serves both directions, also where one is printed
             assert scored == columns | {(gallery, query) for query, gallery in columns}
             trainings = len({frozenset(column) for column in columns})
         else:
             assert scored == columns
             trainings = len(columns)
-        assert len(own) == len(set(own)) == len(rows) * trainings * seeds
+        assert len(selected) == len(set(selected)) == len(rows) * trainings * seeds
         cutoffs = {f"P@{k}" for k in shipped.datasets[dataset].evaluate.cutoffs}
         assert {c.metric for c in cells if c.metric.startswith("P@")} <= cutoffs
 
@@ -82,14 +81,14 @@ def test_a_plan_counts_shared_runs_once_and_says_what_is_not_built(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(plan, "measure_pace", lambda *arguments: Pace(step=1.0, image=0.01))
     study = plan.plan_study(shipped, "paper")
-    told = describe_runs(shipped, study)
-    assert "UCDIR Table 1: office_home, closed: 5 methods x 6 trainings x 3 seeds = 90 runs" in told
-    assert "UEM Table 8: office_home, open: 8 methods x 12 trainings x 3 seeds = 288 runs" in told
-    assert "    ucdir              18 runs, 0 done\n" in told
-    assert "    darl               18 runs, not built yet\n" in told
+    text = describe_runs(shipped, study)
+    assert "UCDIR Table 1: office_home, closed: 5 methods x 6 trainings x 3 seeds = 90 runs" in text
+    assert "UEM Table 8: office_home, open: 8 methods x 12 trainings x 3 seeds = 288 runs" in text
+    assert "    ucdir              18 runs, 0 done\n" in text
+    assert "    darl               18 runs, not built yet\n" in text
     # UCDIR's 6 pairs of Office-Home, closed, stand in UCDIR's Table 1 and UEM's Table 5
     identities = {plan._identity(t) for t in study.planned}
-    assert f"in all: {len(identities)} different runs" in told
+    assert f"in all: {len(identities)} different runs" in text
     one = ("office_home", "closed", "ucdir")
     closed = [t for t in study.planned if (t.dataset, t.setting, t.method) == one]
     assert len(closed) == 2 * len({plan._identity(t) for t in closed}) == 36

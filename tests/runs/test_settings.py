@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.conftest import make_images, tiny_params, write_params
-from tests.test_cli import ucir
+from tests.conftest import make_images, tiny_params, ucir, write_params
 from ucir.cluster.launch import train_all
 from ucir.config.load import load_params
 from ucir.data.pack import read_index
@@ -90,8 +89,8 @@ def test_partial_and_open_train_each_direction_on_its_label_spaces(prepared: Pat
         for method in ("untrained", "pretrained", "ucdir"):
             scores = read_scores(folder / method / "metrics.json")
             assert list(dict.fromkeys((s.query, s.gallery) for s in scores)) == wanted
-        told = json.loads((folder / "ucdir/train/art-photo-s0/run.json").read_text())
-        assert told["label_spaces"] == {k: v for k, v in spaces.items() if k != "seed"}
+        facts = json.loads((folder / "ucdir/train/art-photo-s0/run.json").read_text())
+        assert facts["label_spaces"] == {k: v for k, v in spaces.items() if k != "seed"}
         features = load_features(folder / "ucdir/evaluate/art-photo-s0.npz")
         circles = sum(p.label == "circle" for p in read_index(PACKS / "shapes", "art"))
         assert len(features["art"]) == (circles if setting == "partial" else 22)
@@ -144,16 +143,16 @@ def test_two_folders_without_labels_go_all_the_way(
     project: Path, store: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flat(project / "mine")
-    own = tiny_params("images")
-    block = own["datasets"]["shapes"] | {"source": "mine", "pairs": ["sketches-photos"]}
+    study = tiny_params("images")
+    block = study["datasets"]["shapes"] | {"source": "mine", "pairs": ["sketches-photos"]}
     mine = {
         "datasets": {"mine": block},
-        "methods": {"ucdir": {"mine": own["methods"]["ucdir"]["shapes"]}},
-        "studies": {"mine": own["studies"]["tiny"] | {"datasets": ["mine"]}},
+        "methods": {"ucdir": {"mine": study["methods"]["ucdir"]["shapes"]}},
+        "studies": {"mine": study["studies"]["tiny"] | {"datasets": ["mine"]}},
     }
     (project / "mine.yaml").write_text(json.dumps(mine))
-    told = ucir("study", "mine.yaml")
-    assert "`uv run dvc repro` now runs the study 'mine'" in told
+    text = ucir("study", "mine.yaml")
+    assert "`uv run dvc repro` now runs the study 'mine'" in text
     params = load_params()
     pack_block = params.datasets["mine"]
     write_pack(Path("mine"), prepared_domains(pack_block), PACKS / "mine", pack_block.pack)
@@ -186,10 +185,10 @@ def test_check_and_fetch_at_the_command_line(project: Path) -> None:
     assert "left out art/circle/broken.png: not an image" in done.stdout
     with pytest.raises(UserError, match="data set 'shape' is unknown; did you mean 'shapes'"):
         ucir("check", "shape")
-    told = ucir("fetch")
+    text = ucir("fetch")
     for part in ("office_home: Office-Home", "OfficeHomeDataset_10072016.zip", "cite: Peng et al."):
-        assert part in told
-    assert "nothing to fetch" in told
+        assert part in text
+    assert "nothing to fetch" in text
     make_images(project / "more")
     assert "there: images" in ucir("fetch", "shapes")
 
@@ -200,16 +199,16 @@ def test_check_and_study_tell_what_would_stop_the_stages(project: Path) -> None:
     from ucir.cli import app
 
     before = (project / "params.yaml").read_text()
-    own = tiny_params("images")
-    block = own["datasets"]["shapes"]
+    changed = tiny_params("images")
+    block = changed["datasets"]["shapes"]
 
     def told(changes: dict[str, object], settings: list[str] | None = None) -> tuple[str, str]:
         """What `study` refuses and what `check` looks at, for the same data set."""
         studies = {
-            "mine": own["studies"]["tiny"] | {"datasets": ["mine"], "settings": settings or ["closed"]}
+            "mine": changed["studies"]["tiny"] | {"datasets": ["mine"], "settings": settings or ["closed"]}
         }
         mine = {"datasets": {"mine": {**block, **changes}}, "studies": studies}
-        mine["methods"] = {"ucdir": {"mine": own["methods"]["ucdir"]["shapes"]}}
+        mine["methods"] = {"ucdir": {"mine": changed["methods"]["ucdir"]["shapes"]}}
         (project / "mine.yaml").write_text(json.dumps(mine))
         with pytest.raises(UserError) as caught:
             ucir("study", "mine.yaml")
@@ -263,9 +262,9 @@ def test_a_study_file_with_a_fault_leaves_params_as_they_were(project: Path) -> 
         one.replace("closed", "close"): "setting 'close' is unknown",
         "studies: [": "mine.yaml: not readable as YAML",
     }
-    for text, told in faults.items():
+    for text, message in faults.items():
         (project / "mine.yaml").write_text(text)
         with pytest.raises(UserError) as caught:
             ucir("study", "mine.yaml")
-        assert told in str(caught.value)
+        assert message in str(caught.value)
         assert (project / "params.yaml").read_text() == before

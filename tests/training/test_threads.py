@@ -10,7 +10,7 @@ import faiss
 import pytest
 import torch
 
-from tests.training.test_training import CPU, Keep, assert_equal, weights
+from tests.trainings import CPU, Keep, assert_equal, weights
 from ucir.config.data import PackParams
 from ucir.config.load import Params, load_params
 from ucir.config.model import EncoderParams

@@ -11,114 +11,30 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 from torch import distributed as dist
 from torch.multiprocessing.spawn import spawn
 
 from tests.conftest import CLASSES, make_images
+from tests.trainings import CPU, ENCODER, Keep, assert_equal, training, weights
 from ucir.config.data import AugmentParams, PackParams, ViewParams
-from ucir.config.model import EncoderParams, PretrainParams, StartParams
+from ucir.config.model import PretrainParams, StartParams
 from ucir.data.pack import open_domain
 from ucir.data.prepare import write_pack
 from ucir.errors import UserError
 from ucir.methods.base import Term
-from ucir.methods.registry import METHODS, VARIANTS
+from ucir.methods.registry import METHODS
 from ucir.models.checkpoints import load_state, save_encoder
 from ucir.models.encoder import new_encoder
 from ucir.runs.run import PRETRAIN
-from ucir.training.epochs import EpochReport, train
+from ucir.training.epochs import train
 from ucir.training.start import ViewContrast, ViewContrastParams, given_start
 from ucir.training.training import Training
-
-ENCODER = EncoderParams(trunk={"convnet": {"width": 4}}, feature_dim=8)
-VIEW = ViewParams(side=16, eval_crop=1.0)
-PARAMS = {
-    "clusters": 3,
-    "epochs": 4,
-    "batch_size": 8,
-    "lr": 0.01,
-    "key_momentum": 0.9,
-    "ramp_start": 1,
-    "ramp_end": 2,
-    "cross_domain_start": 2,
-    "warmup": 1,
-    "repeats": 2,
-}
-CPU = torch.device("cpu")
-
-
-class Keep:
-    """A reporter that keeps everything; may act as if killed after an epoch."""
-
-    def __init__(
-        self,
-        state: dict[str, Any] | None = None,
-        killed_after: int | None = None,
-        stopped_in: tuple[int, int] | None = None,
-    ) -> None:
-        self.state, self.killed_after = state, killed_after
-        self.stopped_in = stopped_in
-        """After so many epochs and, of the next one, so many steps."""
-        self.steps = 0
-        self.reports: list[EpochReport] = []
-
-    def load_state(self) -> dict[str, Any] | None:
-        return self.state
-
-    def wants_state(self) -> bool:
-        self.steps += 1
-        return (len(self.reports), self.steps) == self.stopped_in
-
-    def keep(self, state: dict[str, Any]) -> None:
-        self.state = _copied(state)
-        raise KeyboardInterrupt
-
-    def fault(self, details: dict[str, Any]) -> None:
-        self.details = details
-
-    def end_epoch(self, report: EpochReport) -> None:
-        self.steps = 0
-        self.reports.append(report)
-        self.state = _copied(report.state)
-        if report.epoch == self.killed_after:
-            raise KeyboardInterrupt
-
-
-def _copied(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.detach().clone()
-    if isinstance(value, dict):
-        return {key: _copied(part) for key, part in value.items()}
-    return [_copied(part) for part in value] if isinstance(value, list) else value
 
 
 @pytest.fixture
 def start(tmp_path: Path) -> Path:
     save_encoder(new_encoder(ENCODER, 3), tmp_path / "start.pt")
     return tmp_path / "start.pt"
-
-
-def training(pack: Path, start: Path, seed: int = 0, name: str = "ucdir", **changes: Any) -> Training:
-    images = open_domain(pack, "art"), open_domain(pack, "photo")
-    kind = METHODS[name]
-    known = {key: value for key, value in PARAMS.items() if key in kind.params_type.model_fields}
-    fixed = VARIANTS.get(name, ("", {}))[1]
-    method = kind(kind.params_type(**{**known, **fixed, **changes}), seed)
-    return Training(images, VIEW, ENCODER, start, method, CPU)
-
-
-def weights(training: Training) -> dict[str, Tensor]:
-    return {
-        f"{name}.{key}": value.clone()
-        for name, part in (("query", training.query), ("key", training.key))
-        if part
-        for key, value in part.state_dict().items()
-    }
-
-
-def assert_equal(one: dict[str, Tensor], two: dict[str, Tensor]) -> None:
-    different = [key for key in one if not torch.equal(one[key], two[key])]
-    assert not different
 
 
 @pytest.mark.parametrize("name", ["ucdir", "pcs", "protonce", "id", "protoot", "uem", "coda", "dgdir"])
@@ -312,7 +228,7 @@ def test_given_weights_are_taken(start: Path) -> None:
 
 def _steps(pack: Path, start: Path, names: list[str]) -> list[dict[str, Any]]:
     """A step of the first and of the last phase of each method: losses, gradients, features afterwards."""
-    found = []
+    steps = []
     for name, epoch in product(names, (0, 3)):
         run = start_training(pack) if name == PRETRAIN else training(pack, start, name=name)
         features = run.features()
@@ -320,10 +236,10 @@ def _steps(pack: Path, start: Path, names: list[str]) -> list[dict[str, Any]]:
         run.start_epoch(epoch, features)
         losses = run.train_epoch(epoch, max_steps=1)
         gradients = {name: p.grad for name, p in run.query.named_parameters()}
-        found.append(
+        steps.append(
             {"losses": losses, "gradients": gradients, "features": [x.features_ND for x in run.features()]}
         )
-    return found
+    return steps
 
 
 def _worker(rank: int, world: int, port: int, pack: Path, start: Path, names: list[str], out: Path) -> None:

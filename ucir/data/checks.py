@@ -65,7 +65,7 @@ class DomainFiles:
     """Pictures that no earlier pack or attempt had."""
 
 
-def compare(found: Survey, results: Mapping[str, DomainFiles], domains: list[str], entry: Entry) -> Check:
+def compare(files: Survey, results: Mapping[str, DomainFiles], domains: list[str], entry: Entry) -> Check:
     """Compare what was found and read with the catalogue.
 
     Args:
@@ -76,8 +76,8 @@ def compare(found: Survey, results: Mapping[str, DomainFiles], domains: list[str
     """
     counts: list[ClassCount] = []
     faults: list[str] = []
-    bad = [BadFile(stray.domain, stray.path, BESIDE) for stray in found.strays if stray.domain in domains]
-    all_labels = {file.label for domain in domains for file in found.domains[domain]} - {""}
+    bad = [BadFile(stray.domain, stray.path, BESIDE) for stray in files.strays if stray.domain in domains]
+    all_labels = {file.label for domain in domains for file in files.domains[domain]} - {""}
     all_labels |= set(entry.class_names())
     for domain in domains:
         result = results[domain]
@@ -100,18 +100,18 @@ def compare(found: Survey, results: Mapping[str, DomainFiles], domains: list[str
                 )
             if entry.counts and label and label not in entry.class_names():
                 faults.append(f"domain {domain}: class {label} is not one of {entry.title}'s")
-    faults += [f"folder {name} is no domain of {entry.title}: left out" for name in found.unknown]
+    faults += [f"folder {name} is no domain of {entry.title}: left out" for name in files.unknown]
     by_content: dict[str, list[Located]] = {}
     for domain in domains:
         for file, sha, *_ in results[domain].good:
             by_content.setdefault(sha, []).append(file)
     duplicates = [tuple(same) for same in by_content.values() if len(same) > 1]
     for same in duplicates:
-        told = " = ".join(file.path for file in same)
+        paths = " = ".join(file.path for file in same)
         if len({file.domain for file in same}) > 1:
-            faults.append(f"the same picture in two domains, which makes retrieval too easy: {told}")
+            faults.append(f"the same picture in two domains, which makes retrieval too easy: {paths}")
         elif len({file.label for file in same}) > 1:
-            faults.append(f"the same picture in two classes: {told}")
+            faults.append(f"the same picture in two classes: {paths}")
     return Check(counts, bad, duplicates, faults, sum(results[domain].decoded for domain in domains))
 
 
@@ -119,15 +119,15 @@ def table(check: Check) -> str:
     """For a terminal: a line a domain, then everything that differs or is doubtful."""
     lines = []
     for domain in dict.fromkeys(line.domain for line in check.counts):
-        own = [line for line in check.counts if line.domain == domain]
-        classes = sum(1 for line in own if line.label and line.found)
-        known = [line.expected for line in own if line.expected is not None]
-        told = f"{sum(line.found for line in own):>8} pictures"
-        told += f", {classes} classes" if classes else ", no labels"
-        told += f", {sum(known)} expected" if len(known) == len(own) else ""
-        left_out = sum(line.left_out for line in own)
-        told += f", {left_out} left out" if left_out else ""
-        lines.append(f"  {domain:<16}{told}")
+        of_domain = [line for line in check.counts if line.domain == domain]
+        classes = sum(1 for line in of_domain if line.label and line.found)
+        known = [line.expected for line in of_domain if line.expected is not None]
+        text = f"{sum(line.found for line in of_domain):>8} pictures"
+        text += f", {classes} classes" if classes else ", no labels"
+        text += f", {sum(known)} expected" if len(known) == len(of_domain) else ""
+        left_out = sum(line.left_out for line in of_domain)
+        text += f", {left_out} left out" if left_out else ""
+        lines.append(f"  {domain:<16}{text}")
     lines += _some([f"  LOOK  {fault}" for fault in check.faults], "check/counts.csv")
     lines += _some(
         [f"  LOOK  left out {bad.path}: {bad.reason}" for bad in check.bad], "check/quarantine.csv"

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from pathlib import Path
 
@@ -31,15 +32,19 @@ def make_digits(root: Path, *, per_class: int = 150, seed: int = 0) -> dict[str,
     """Write the sample as ``<root>/<domain>/<class>/<name>.png``.
 
     Args:
-        root: folder to (re)create; an unfinished earlier attempt there is replaced.
+        root: folder to (re)create; what an earlier call drew before it was killed, with the same code and
+            arguments, is kept beside it and not drawn again.
         per_class: images per class of the two drawn domains; the scans are always all 1,797.
         seed: every drawn image depends on (seed, domain, class, number) alone.
 
     Returns:
         Number of images per domain.
     """
-    unfinished = root.with_name(root.name + ".unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
+    recipe = hashlib.sha256(Path(__file__).read_bytes() + f"{per_class} {seed}".encode()).hexdigest()[:12]
+    unfinished = root.with_name(f"{root.name}.unfinished-{recipe}")
+    for other in root.parent.glob(f"{root.name}.unfinished-*"):
+        if other != unfinished:
+            shutil.rmtree(other)
     counts = {
         "handwritten": _write_scans(unfinished / "handwritten"),
         "printed": _write_drawn(unfinished / "printed", per_class, seed, street=False),
@@ -55,11 +60,14 @@ def _write_scans(folder: Path) -> int:
 
     scans = load_digits()
     for number, (image, digit) in enumerate(zip(scans.images, scans.target, strict=True)):
+        path = _path(folder, int(digit), number)
+        if path.exists():
+            continue
         # 8 x 8 counts of 0..16 ink pixels per cell
         small = Image.fromarray((image * (255 / 16)).astype(np.uint8))
         framed = Image.new("L", (SIDE, SIDE))
         framed.paste(small.resize((SCAN, SCAN), Image.Resampling.BICUBIC), ((SIDE - SCAN) // 2,) * 2)
-        _save(framed, folder, int(digit), number)
+        _save(framed, path)
     return len(scans.target)
 
 
@@ -69,10 +77,13 @@ def _write_drawn(folder: Path, per_class: int, seed: int, *, street: bool) -> in
     fonts = Path(get_data_path()) / "fonts" / "ttf"
     for digit in range(10):
         for number in range(per_class):
+            path = _path(folder, digit, number)
+            if path.exists():
+                continue
             rng = np.random.default_rng([seed, int(street), digit, number])
             mask = _glyph(str(digit), fonts / FONTS[rng.integers(len(FONTS))], rng)
             image = _street(mask, rng) if street else Image.eval(mask, lambda ink: 255 - ink)
-            _save(image, folder, digit, number)
+            _save(image, path)
     return 10 * per_class
 
 
@@ -106,7 +117,12 @@ def _street(mask: Image.Image, rng: np.random.Generator) -> Image.Image:
     return Image.fromarray(pixels).filter(ImageFilter.GaussianBlur(rng.uniform(0.2, 0.8)))
 
 
-def _save(image: Image.Image, folder: Path, digit: int, number: int) -> None:
-    path = folder / str(digit) / f"{number:04d}.png"
+def _path(folder: Path, digit: int, number: int) -> Path:
+    return folder / str(digit) / f"{number:04d}.png"
+
+
+def _save(image: Image.Image, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    image.save(path)
+    unfinished = path.with_suffix(".unfinished")
+    image.save(unfinished, format="PNG")
+    unfinished.replace(path)

@@ -79,8 +79,8 @@ def download(
         except requests.RequestException as error:
             failure = type(error).__name__
     kept = part.stat().st_size if part.exists() else 0
-    told = f"; {kept} bytes are kept in {part} and the same command goes on" if kept else ""
-    raise UserError(f"{address}: {failure}{told}; or put the file there yourself as {target}")
+    kept_part = f"; {kept} bytes are kept in {part} and the same command goes on" if kept else ""
+    raise UserError(f"{address}: {failure}{kept_part}; or put the file there yourself as {target}")
 
 
 def _get(address: str, part: Path, progress: Callable[[int, int | None], None]) -> bool:
@@ -125,12 +125,12 @@ def verify(path: Path, digest: str | None, remove: bool = False) -> None:
         return
     kind, _, expected = digest.partition(":")
     with path.open("rb") as file:
-        found = hashlib.file_digest(file, kind).hexdigest()
-    if not found.startswith(expected):
+        actual = hashlib.file_digest(file, kind).hexdigest()
+    if not actual.startswith(expected):
         if remove:
             path.unlink()
         remedy = "deleted; give the command again" if remove else "put the right one there"
-        raise UserError(f"{path}: {kind} is {found}, not {expected}…: damaged or another file: {remedy}")
+        raise UserError(f"{path}: {kind} is {actual}, not {expected}…: damaged or another file: {remedy}")
 
 
 def fetch(block: DatasetParams, progress: Callable[[str], Callable[[int, int | None], None]]) -> list[Path]:

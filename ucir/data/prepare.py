@@ -66,13 +66,13 @@ def write_pack(
     """
     entry = entry or catalogue_entry(FOLDER)
     opened = Source(source)
-    found = survey(opened, entry)
+    files = survey(opened, entry)
     domains = list(domains)
-    _check_two(opened.root, found)
-    if faults := _name_faults(opened, found, domains, entry):
+    _check_two(opened.root, files)
+    if faults := _name_faults(opened, files, domains, entry):
         raise UserError("; ".join(faults))
     out.mkdir(parents=True, exist_ok=True)
-    _check_disk(out, sum(len(found.domains[domain]) for domain in domains), params)
+    _check_disk(out, sum(len(files.domains[domain]) for domain in domains), params)
     old = _earlier(out, params)
     (out / "unfinished").mkdir(exist_ok=True)
     if (out / "pack.json").exists():  # from here on no finished pack is there, but what it holds is of use
@@ -81,29 +81,29 @@ def write_pack(
     results = {}
     for domain in domains:
         stores[domain] = _Store(out, domain, params, old)
-        results[domain] = _read_domain(opened, found.domains[domain], params, stores[domain], progress)
-    check = compare(found, results, domains, entry)
+        results[domain] = _read_domain(opened, files.domains[domain], params, stores[domain], progress)
+    check = compare(files, results, domains, entry)
     write_check(check, out / "check")
     for domain in domains:
         bad = _bad_of(check, domain)
         total = len(bad) + len(results[domain].good)
         if len(bad) > params.max_bad_share * total:
-            told = _too_many_bad(domain, bad, total, params.max_bad_share)
-            raise UserError(f"{told}; all are listed in {out / 'check/quarantine.csv'}")
+            fault = _too_many_bad(domain, bad, total, params.max_bad_share)
+            raise UserError(f"{fault}; all are listed in {out / 'check/quarantine.csv'}")
     _check_classes(check, opened.root)
     pictures = {domain: _in_slots(results[domain]) for domain in domains}
     finished = [path for domain in domains for path in stores[domain].write_out(pictures[domain])]
     (out / EARLIER).unlink(missing_ok=True)
     for path in finished:
         path.replace(path.with_suffix(""))
-    labels = sorted({p.label for own in pictures.values() for p in own} - {""})
+    labels = sorted({p.label for of_domain in pictures.values() for p in of_domain} - {""})
     info = PackInfo(
         params.side,
         params.fit,
         DECODER,
-        {domain: len(own) for domain, own in pictures.items()},
+        {domain: len(of_domain) for domain, of_domain in pictures.items()},
         labels,
-        {domain: _fingerprint(own, params) for domain, own in pictures.items()},
+        {domain: _fingerprint(of_domain, params) for domain, of_domain in pictures.items()},
     )
     (out / "pack.json").write_text(json.dumps(asdict(info), indent=1) + "\n", encoding="utf-8")
     shutil.rmtree(out / "unfinished", ignore_errors=True)
@@ -136,8 +136,8 @@ def source_faults(block: DatasetParams) -> list[str]:
 
 def source_classes(block: DatasetParams) -> list[str]:
     """Names of the class folders of all domains, sorted; none without labels."""
-    found = survey(Source(Path(block.source)), block.entry)
-    return sorted({file.label for files in found.domains.values() for file in files} - {""})
+    contents = survey(Source(Path(block.source)), block.entry)
+    return sorted({file.label for files in contents.domains.values() for file in files} - {""})
 
 
 def check_source(
@@ -152,39 +152,39 @@ def check_source(
         UserError: there is no source, or its archives are broken or hostile.
     """
     opened = Source(Path(block.source))
-    found = survey(opened, block.entry)
-    wanted = list(block.entry.domains) or list(found.domains)
-    there = [domain for domain in wanted if found.domains.get(domain)]
+    files = survey(opened, block.entry)
+    wanted = list(block.entry.domains) or list(files.domains)
+    there = [domain for domain in wanted if files.domains.get(domain)]
     results = {
-        domain: _read_domain(opened, found.domains[domain], block.pack, None, progress) for domain in there
+        domain: _read_domain(opened, files.domains[domain], block.pack, None, progress) for domain in there
     }
-    check = compare(found, results, there, block.entry)
-    faults = [*_source_faults(block, opened, found), *check.faults]
+    check = compare(files, results, there, block.entry)
+    faults = [*_source_faults(block, opened, files), *check.faults]
     for domain in there:
-        bad, total = _bad_of(check, domain), len(found.domains[domain])
+        bad, total = _bad_of(check, domain), len(files.domains[domain])
         if len(bad) > block.pack.max_bad_share * total:
             faults.append(_too_many_bad(domain, bad, total, block.pack.max_bad_share))
     return replace(check, faults=list(dict.fromkeys(faults)))
 
 
-def _source_faults(block: DatasetParams, opened: Source, found: Survey) -> list[str]:
+def _source_faults(block: DatasetParams, opened: Source, files: Survey) -> list[str]:
     faults = []
     wanted = list(block.entry.domains)
     try:
-        wanted = _wanted(block, found, opened.root)
-        classes = {f.label for domain in wanted for f in found.domains.get(domain, [])} - {""}
+        wanted = _wanted(block, files, opened.root)
+        classes = {f.label for domain in wanted for f in files.domains.get(domain, [])} - {""}
         if block.split.shared:
             label_spaces("partial", sorted(classes), block.split)
     except UserError as error:
         faults.append(str(error))
-    return [*faults, *_name_faults(opened, found, wanted, block.entry)]
+    return [*faults, *_name_faults(opened, files, wanted, block.entry)]
 
 
-def _wanted(block: DatasetParams, found: Survey, root: Path) -> list[str]:
+def _wanted(block: DatasetParams, files: Survey, root: Path) -> list[str]:
     known = list(block.entry.domains)
     if not known:
-        _check_two(root, found)
-        known = list(found.domains)
+        _check_two(root, files)
+        known = list(files.domains)
     return list(dict.fromkeys(d for pair in block.pairs for d in split_pair(pair, known)))
 
 
@@ -327,25 +327,25 @@ def _in_slots(result: DomainFiles) -> list[Picture]:
     ]
 
 
-def _name_faults(source: Source, found: Survey, domains: list[str], entry: Entry) -> list[str]:
+def _name_faults(source: Source, files: Survey, domains: list[str], entry: Entry) -> list[str]:
     """What can be told before any picture is read."""
     root = source.root
-    faults = missing_domains(found, domains, entry, root)
-    faults += [f"{root / name}: empty class folder; fill it or remove it" for name in found.empty]
-    faults += [f"{root / name}: a link that leads nowhere; remove it" for name in found.dangling]
+    faults = missing_domains(files, domains, entry, root)
+    faults += [f"{root / name}: empty class folder; fill it or remove it" for name in files.empty]
+    faults += [f"{root / name}: a link that leads nowhere; remove it" for name in files.dangling]
     faults += [
         f"{root}: domain {domain}: no picture"
         for domain in domains
-        if domain in found.domains and not found.domains[domain]
+        if domain in files.domains and not files.domains[domain]
     ]
     return faults
 
 
-def _check_two(root: Path, found: Survey) -> None:
-    if len(found.domains) < 2:
-        there = ", ".join(found.domains) or "none"
+def _check_two(root: Path, files: Survey) -> None:
+    if len(files.domains) < 2:
+        there = ", ".join(files.domains) or "none"
         raise UserError(
-            f"{root}: {len(found.domains)} domain folder(s) ({there}); cross-domain retrieval needs "
+            f"{root}: {len(files.domains)} domain folder(s) ({there}); cross-domain retrieval needs "
             "at least two, as <domain>/<class>/<file> or <domain>/<file>"
         )
 

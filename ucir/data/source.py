@@ -147,22 +147,22 @@ class Source:
         real = os.path.realpath(self.root / folder)
         if real in above:
             return False
-        found = False
+        any_file = False
         for item in sorted(os.scandir(self.root / folder), key=lambda item: item.name):
             name = f"{folder}/{item.name}" if folder else item.name
             if _hidden(item.name):
                 continue
             if item.is_dir():
                 if self._walk(name, {*above, real}):
-                    found = True
+                    any_file = True
                 else:
                     self.empty.append(name)
             elif item.is_file() and (folder or not is_archive(Path(item.name))):
                 self.tree.append(name)
-                found = True
+                any_file = True
             elif item.is_symlink() and not item.is_file():
                 self.dangling.append(name)
-        return found
+        return any_file
 
 
 def survey(source: Source, entry: Entry) -> Survey:
@@ -223,12 +223,12 @@ def survey(source: Source, entry: Entry) -> Survey:
     )
 
 
-def missing_domains(found: Survey, wanted: Collection[str], entry: Entry, root: Path) -> list[str]:
+def missing_domains(files: Survey, wanted: Collection[str], entry: Entry, root: Path) -> list[str]:
     """One line for each wanted domain that is not there, with the folder that may be meant."""
     faults = []
     for domain in wanted:
-        if domain not in found.domains:
-            others = found.unknown if entry.domains else found.domains
+        if domain not in files.domains:
+            others = files.unknown if entry.domains else files.domains
             spelt = " or ".join(entry.domains.get(domain, (domain,)))
             hint = nearest(domain, others) if others else "there is none"
             faults.append(f"{root}: no folder of domain {domain} ({spelt}); {hint}")

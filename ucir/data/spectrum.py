@@ -62,14 +62,14 @@ def mixed_views(view_B3SS: Tensor, partner_B3SS: Tensor, draw: SpectrumDraw, for
         draw: one for each view.
         form: how they are normalised.
     """
-    own, other = (torch.fft.fft2(as_pixels(x, form)) for x in (view_B3SS, partner_B3SS))
-    lam, share = (x.to(own.device)[:, None, None, None] for x in (draw.amplitude_B, draw.phase_B))
-    amplitude = lam * other.abs() + (1 - lam) * own.abs()
+    spectrum, partner = (torch.fft.fft2(as_pixels(x, form)) for x in (view_B3SS, partner_B3SS))
+    lam, share = (x.to(spectrum.device)[:, None, None, None] for x in (draw.amplitude_B, draw.phase_B))
+    amplitude = lam * partner.abs() + (1 - lam) * spectrum.abs()
     side = view_B3SS.shape[-1]
     width = LOW * side
     first, last = round((side - width) / 2), round((side + width) / 2)
-    low = torch.zeros(side, side, device=own.device)
+    low = torch.zeros(side, side, device=spectrum.device)
     low[first:last, first:last] = 1
     share = share * torch.fft.ifftshift(low)
-    angle = (1 - share) * own.angle() + share * other.angle()
+    angle = (1 - share) * spectrum.angle() + share * partner.angle()
     return normalised(torch.fft.ifft2(torch.polar(amplitude, angle)).real.clamp(0, 1), form)

@@ -132,16 +132,16 @@ def trainings(setting: str, pairs: Iterable[str], domains: list[str]) -> list[tu
     Raises:
         UserError: not two different known domains.
     """
-    found: list[tuple[str, str]] = []
+    pairs_in_order: list[tuple[str, str]] = []
     for pair in pairs:
         first, second = split_pair(pair, domains)
         both = pair != f"{first}>{second}"
         if both_ways(setting):
-            if (second, first) not in found:
-                found.append((first, second))
+            if (second, first) not in pairs_in_order:
+                pairs_in_order.append((first, second))
         else:
-            found += [(first, second), (second, first)] if both else [(first, second)]
-    return list(dict.fromkeys(found))
+            pairs_in_order += [(first, second), (second, first)] if both else [(first, second)]
+    return list(dict.fromkeys(pairs_in_order))
 
 
 def directions(setting: str, pair: tuple[str, str]) -> list[tuple[str, str]]:

@@ -35,8 +35,8 @@ class Cds(SingleEncoder[CdsParams]):
         p = self.params
         terms = {}
         for side, bank, other, part in zip("ab", self.banks, self.banks[::-1], batch, strict=True):
-            own = bank_discrimination(part.q_BD, part.slot_B, bank, p.temperature)
-            terms[f"instance_{side}"] = Term(0.5, own)
+            within = bank_discrimination(part.q_BD, part.slot_B, bank, p.temperature)
+            terms[f"instance_{side}"] = Term(0.5, within)
             if p.matching_weight > 0:
                 across = neighbour_entropy(part.q_BD, other, p.temperature, p.nearest)
                 terms[f"matching_{side}"] = Term(p.matching_weight, across)  # summed, not halved, as released

@@ -57,15 +57,15 @@ class Coda(SingleEncoder[CodaParams]):
         both = JointFeatures(*features)
         for number, k in enumerate(self.params.clusters):
             common_KD = self._centres(both, k, None)
-            for own, x in zip(self.classifiers, features, strict=True):
-                assert isinstance(own, nn.ParameterList)
-                own[number].data.copy_(self._centres(x, k, common_KD))
+            for classifiers, x in zip(self.classifiers, features, strict=True):
+                assert isinstance(classifiers, nn.ParameterList)
+                classifiers[number].data.copy_(self._centres(x, k, common_KD))
 
     def _centres(self, features: Features, k: int, initial_KD: Tensor | None) -> Tensor:
-        found = kmeans(
+        clusters = kmeans(
             features, k, iterations=20, restarts=1, seed=self.seed, max_points=2000, initial_KD=initial_KD
         )
-        return found.centroid_KD
+        return clusters.centroid_KD
 
     def losses(self, epoch: int, batch: tuple[DomainBatch, DomainBatch]) -> dict[str, Term]:
         p = self.params
@@ -74,12 +74,12 @@ class Coda(SingleEncoder[CodaParams]):
         assert isinstance(second, nn.ParameterList)
         terms = {}
         sides = zip("ab", self.banks, batch, ((first, second), (second, first)), strict=True)
-        for side, bank, part, (own, other) in sides:
+        for side, bank, part, (weights, other_weights) in sides:
             row_BD = bank.rows(part.slot_B)
-            matched = [self_matching(part.q_BD, row_BD, w_KD, p.sharpening) for w_KD in own]
+            matched = [self_matching(part.q_BD, row_BD, w_KD, p.sharpening) for w_KD in weights]
             terms[f"self_matching_{side}"] = Term(1.0, torch.stack(matched).mean())
             if p.alignment_weight > 0:
-                gaps = [classifier_gap(part.q_BD, *pair) for pair in zip(own, other, strict=True)]
+                gaps = [classifier_gap(part.q_BD, *pair) for pair in zip(weights, other_weights, strict=True)]
                 terms[f"alignment_{side}"] = Term(p.alignment_weight, torch.stack(gaps).mean())
         return terms
 

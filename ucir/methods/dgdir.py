@@ -154,7 +154,7 @@ class Dgdir(ClusteringMethod[DgdirParams]):
             return {}
         both = JointFeatures(*self.phase.pooled)
         (k,) = self.choose((both, both))[0]
-        found = kmeans(
+        clusters = kmeans(
             both,
             k,
             iterations=p.kmeans_iterations,
@@ -162,10 +162,10 @@ class Dgdir(ClusteringMethod[DgdirParams]):
             seed=self.seed,
             max_points=p.kmeans_max_points,
         )
-        self.centroid_KD = found.centroid_KD
+        self.centroid_KD = clusters.centroid_KD
         count = len(self.phase.pooled[0])
-        self.label_N = found.label_N[:count], found.label_N[count:]
-        return {"cluster/count_a": float(k), "cluster/smallest_a": float(found.size_K.min())}
+        self.label_N = clusters.label_N[:count], clusters.label_N[count:]
+        return {"cluster/count_a": float(k), "cluster/smallest_a": float(clusters.size_K.min())}
 
     def losses(self, epoch: int, batch: tuple[DomainBatch, DomainBatch]) -> dict[str, Term]:
         p = self.params

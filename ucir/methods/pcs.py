@@ -79,15 +79,18 @@ class Pcs(SingleEncoder[PcsParams], ClusteringMethod[PcsParams]):
                     spherical=True,
                 )
                 for number in range(p.repeats)
-                for k in own
+                for k in clusterings
                 for times in (1, 2)
             ]
-            for bank, own in zip(self.banks, self.choose(self.banks), strict=True)
+            for bank, clusterings in zip(self.banks, self.choose(self.banks), strict=True)
         )
         self.clusters = (first, second)
         self.temperatures = [
-            [concentration(bank, c.label_N, c.centroid_KD).clamp(min=p.least_concentration) for c in own]
-            for bank, own in zip(self.banks, self.clusters, strict=True)
+            [
+                concentration(bank, c.label_N, c.centroid_KD).clamp(min=p.least_concentration)
+                for c in clusterings
+            ]
+            for bank, clusterings in zip(self.banks, self.clusters, strict=True)
         ]
         return cluster_figures(self.clusters)
 
@@ -95,12 +98,12 @@ class Pcs(SingleEncoder[PcsParams], ClusteringMethod[PcsParams]):
         p = self.params
         terms = {}
         sides = zip("ab", batch, self.clusters, self.clusters[::-1], self.temperatures, strict=True)
-        for side, part, own, other, phis in sides:
+        for side, part, clusterings, other_clusterings, phis in sides:
             within = [
                 prototype_contrast(part.q_BD, c.label_N[part.slot_B], c.centroid_KD, phi_K)
-                for c, phi_K in zip(own, phis, strict=True)
+                for c, phi_K in zip(clusterings, phis, strict=True)
             ]
-            across = [self_entropy(part.q_BD, c.centroid_KD, p.cross_temperature) for c in other]
+            across = [self_entropy(part.q_BD, c.centroid_KD, p.cross_temperature) for c in other_clusterings]
             terms[f"prototype_{side}"] = Term(p.prototype_weight, torch.stack(within).mean())
             terms[f"matching_{side}"] = Term(p.cross_weight, torch.stack(across).mean())
         return terms
@@ -116,8 +119,8 @@ class Pcs(SingleEncoder[PcsParams], ClusteringMethod[PcsParams]):
             groups.setdefault((scale, decay), []).append(parameter)
         return torch.optim.SGD(
             [
-                {"params": own, "lr_scale": scale, "weight_decay": decay}
-                for (scale, decay), own in groups.items()
+                {"params": parameters, "lr_scale": scale, "weight_decay": decay}
+                for (scale, decay), parameters in groups.items()
             ],
             p.lr,
             momentum=p.momentum,

@@ -57,8 +57,8 @@ class ProtoNce(ClusteringMethod[ProtoNceParams]):
             return {}
         self.clusters = self.cluster(features)
         self.temperatures = [
-            [self._temperatures(concentration(x, c.label_N, raw_centroids(x, c))) for c in own]
-            for x, own in zip(features, self.clusters, strict=True)
+            [self._temperatures(concentration(x, c.label_N, raw_centroids(x, c))) for c in clusterings]
+            for x, clusterings in zip(features, self.clusters, strict=True)
         ]
         return cluster_figures(self.clusters)
 
@@ -77,10 +77,12 @@ class ProtoNce(ClusteringMethod[ProtoNceParams]):
             value = instance_contrast(part.q_BD, part.k_BD, part.slot_B, bank, self.params.temperature)
             terms[f"instance_{side}"] = Term(0.5, value)
         if self.clusters is not None:
-            for side, part, own, phis in zip("ab", batch, self.clusters, self.temperatures, strict=True):
+            for side, part, clusterings, phis in zip(
+                "ab", batch, self.clusters, self.temperatures, strict=True
+            ):
                 values = [
                     prototype_contrast(part.q_BD, c.label_N[part.slot_B], c.centroid_KD, phi_K)
-                    for c, phi_K in zip(own, phis, strict=True)
+                    for c, phi_K in zip(clusterings, phis, strict=True)
                 ]
                 terms[f"prototype_{side}"] = Term(0.5, torch.stack(values).mean())
         return terms

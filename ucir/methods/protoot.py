@@ -96,22 +96,22 @@ class ProtoOt(ClusteringMethod[ProtoOtParams]):
 
     def start_epoch(self, epoch: int, features: tuple[Features, Features]) -> dict[str, float]:
         clusters = self.cluster(self.banks)
-        found = [own[0] for own in clusters]
+        first = [clusterings[0] for clusterings in clusters]
         if not self.prototypes:
-            self.prototypes = [c.centroid_KD for c in found]
+            self.prototypes = [c.centroid_KD for c in first]
         self.marginals = [
             self._marginal(c.size_K, prototype, c.centroid_KD)
-            for c, prototype in zip(found, self.prototypes, strict=True)
+            for c, prototype in zip(first, self.prototypes, strict=True)
         ]
-        told = cluster_figures(clusters)
+        figures = cluster_figures(clusters)
         p = self.params
         if p.assignment == "transport":
             for side, bank, prototype, b in zip(
                 "ab", self.banks, self.prototypes, self.marginals, strict=True
             ):
                 plan = transport(bank.own_ND, prototype, b, p.regularisation, p.iterations, count=bank.count)
-                told[f"transport/error_{side}"] = float(plan.error)
-        return told
+                figures[f"transport/error_{side}"] = float(plan.error)
+        return figures
 
     def _marginal(self, size_K: Tensor, prototype_KD: Tensor, centroid_KD: Tensor) -> Tensor:
         if self.params.marginals == "uniform":

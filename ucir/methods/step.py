@@ -54,15 +54,15 @@ class Networks(nn.Module):
     Args:
         query: the encoder that is trained.
         key: its moving average, if the method has one.
-        own: what else the method trains, see :meth:`ucir.methods.base.Method.build`.
+        of_method: what else the method trains, see :meth:`ucir.methods.base.Method.build`.
     """
 
-    def __init__(self, query: Encoder, key: Encoder | None, own: nn.ModuleDict) -> None:
+    def __init__(self, query: Encoder, key: Encoder | None, of_method: nn.ModuleDict) -> None:
         super().__init__()
         self.query = query
         self.key = key
         self.frozen: Encoder | None = None
-        self.own = own
+        self.of_method = of_method
 
     def freeze(self) -> Encoder:
         """Take a copy of the query encoder that nothing changes any more."""

@@ -123,8 +123,8 @@ class UcdirFamily(ClusteringMethod[U]):
         weight = self.cluster_weight_at(epoch)
         if weight > 0:
             assert self.clusters is not None
-            for side, bank, part, own in zip("ab", self.banks, batch, self.clusters, strict=True):
-                values = [self._cluster_contrast(bank, part, clusters) for clusters in own]
+            for side, bank, part, clusterings in zip("ab", self.banks, batch, self.clusters, strict=True):
+                values = [self._cluster_contrast(bank, part, clusters) for clusters in clusterings]
                 terms[f"cluster_{side}"] = Term(0.5 * weight, torch.stack(values).mean())
         if epoch >= p.cross_domain_start and (p.entropy_weight or p.distance_weight):
             terms |= self._cross_domain(batch)

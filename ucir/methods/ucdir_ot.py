@@ -50,11 +50,11 @@ class UcdirOt(UcdirFamily[UcdirOtParams]):
             entropy += [
                 self_entropy(part.q_BD, c, p.entropy_temperature) for part in batch for c in prototypes
             ]
-            own, other = (
+            centroid_K, other_K = (
                 soft_centroids(part.q_BD, soft_assignment(part.q_BD, c, p.assignment_temperature))
                 for part, c in zip(batch, prototypes, strict=True)
             )
-            distance.append(matched_distance(own, other, match_prototypes(own, other)))
+            distance.append(matched_distance(centroid_K, other_K, match_prototypes(centroid_K, other_K)))
         terms = {}
         if p.entropy_weight > 0:
             terms["self_entropy"] = Term(p.entropy_weight, torch.stack(entropy).mean())

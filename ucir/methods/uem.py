@@ -146,17 +146,17 @@ class Uem(SingleEncoder[UemParams], ClusteringMethod[UemParams]):
         self.structures: tuple[Structure, Structure] | None = None
 
     def start_epoch(self, epoch: int, features: tuple[Features, Features]) -> dict[str, float]:
-        found = self.cluster(self.banks)
-        one: tuple[Clusters, Clusters] = (found[0][0], found[1][0])
+        clusterings = self.cluster(self.banks)
+        one: tuple[Clusters, Clusters] = (clusterings[0][0], clusterings[1][0])
         both = [centres(x, c) for x, c in zip(self.banks, one, strict=True)]
         self.centres = [centre_KD for centre_KD, _ in both]
         self.labels = [label_N for _, label_N in both]
         self.structures = unify_domains(self.banks, one, self.params.merging)
-        told = cluster_figures(found)
-        told["prototypes/merged"] = float(self.structures[0].merged_K.sum())
+        figures = cluster_figures(clusterings)
+        figures["prototypes/merged"] = float(self.structures[0].merged_K.sum())
         if epoch < self.border:
-            told["train/alpha"] = self.alpha(epoch)
-        return told
+            figures["train/alpha"] = self.alpha(epoch)
+        return figures
 
     def alpha(self, epoch: int) -> float:
         """1 / (1 + exp(E / 2 - e)) with E the first phase's epochs: eq. 10."""
@@ -206,15 +206,15 @@ class Uem(SingleEncoder[UemParams], ClusteringMethod[UemParams]):
             terms[f"matching_{side}"] = Term(count, self._match(part.q_BD, number, self.banks[1 - number]))
         return terms
 
-    def _match(self, q_BD: Tensor, own: int, other_bank: Bank) -> Tensor:
+    def _match(self, q_BD: Tensor, side: int, other_bank: Bank) -> Tensor:
         """Eqs. 15 to 17 for a batch of domain ``own``."""
         p = self.params
         assert self.structures is not None
-        other, fixed_BD = self.structures[1 - own], q_BD.detach()
+        other, fixed_BD = self.structures[1 - side], q_BD.detach()
         if p.matching == "nearest":
             near_B = other_bank.closest(fixed_BD, lambda x, row_ND: -(x @ row_ND.T))
             return bank_discrimination(q_BD, near_B, other_bank, p.temperature)
-        target_B = other.other_L[product_dissimilarity(fixed_BD, self.centres[own]).argmin(dim=1)]
+        target_B = other.other_L[product_dissimilarity(fixed_BD, self.centres[side]).argmin(dim=1)]
         near_BD = other_bank.rows(other_bank.closest(fixed_BD, product_dissimilarity))
         near_prototype_B = product_dissimilarity(near_BD, other.prototype_CD).argmin(dim=1)
         return switchable_match(

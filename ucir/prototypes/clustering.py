@@ -73,7 +73,7 @@ def kmeans(
         taken_N = _faiss_order(len(features), seed)[: k * max_points]
     taken_N = taken_N.to(device)
     if len(taken_N) == k:
-        found = _numpy(features.rows(taken_N))
+        best_KD = _numpy(features.rows(taken_N))
     else:
         given = None if initial_KD is None else _numpy(initial_KD)
         mine_N, place_N = features.place(taken_N)
@@ -81,7 +81,7 @@ def kmeans(
         points = _numpy(own_ND)
         # float64: whichever worker adds what, the mean is the same float32
         counted_ND = F.pad(own_ND.double(), (0, 1), value=1.0)
-        found, least = None, float("inf")
+        best_KD, least = None, float("inf")
         for restart in range(restarts):
             order_N = _faiss_order(len(taken_N), seed + 1 + restart * 15486557).to(device)
             first = _numpy(features.rows(taken_N[order_N[:k]])) if given is None else given.copy()
@@ -89,14 +89,14 @@ def kmeans(
                 features.total, points, counted_ND, first, len(taken_N), iterations, spherical
             )
             if cost < least * (1 - TIE):
-                found, least = centroid, cost
-        if found is None:
+                best_KD, least = centroid, cost
+        if best_KD is None:
             raise FloatingPointError("features to be clustered are not finite")
     index = faiss.IndexFlatL2(features.own_ND.shape[1])
-    index.add(found)
+    index.add(best_KD)
     _, label = index.search(_numpy(features.own_ND), 1)
     label_N = features.gather(torch.from_numpy(label[:, 0].astype(np.int64)).to(device))
-    centroid_KD = F.normalize(torch.from_numpy(found).to(features.own_ND), dim=1)
+    centroid_KD = F.normalize(torch.from_numpy(best_KD).to(features.own_ND), dim=1)
     return Clusters(label_N, centroid_KD, torch.bincount(label_N, minlength=k))
 
 
@@ -189,7 +189,7 @@ def concentration(
         (K,) float32, >= 0.
     """
     features = features_of(features)
-    own_N = label_N[features.own]
+    own_N = label_N[features.own_slots]
     distance_N = (features.own_ND - centre_KD[own_N]).norm(dim=1)
     size_K = torch.bincount(label_N, minlength=len(centre_KD))
     sum_K = features.total(distance_N.new_zeros(len(centre_KD)).index_add_(0, own_N, distance_N))
@@ -226,17 +226,19 @@ def choose_clusters(features: Tensor | Features, how: str, seed: int, most: int 
     candidates = [2]
     while (following := max(candidates[-1] + 1, candidates[-1] * 5 // 4)) <= min(most, len(features) // 4):
         candidates.append(following)
-    found = [kmeans(features, k, iterations=20, restarts=3, seed=seed, max_points=256) for k in candidates]
+    clusterings = [
+        kmeans(features, k, iterations=20, restarts=3, seed=seed, max_points=256) for k in candidates
+    ]
     if how == "silhouette":
         from sklearn.metrics import silhouette_score
 
         drawn = np.random.default_rng(seed).permutation(len(features))[:2000]
         drawn_S = torch.from_numpy(drawn).to(features.own_ND.device)
         points = _numpy(features.rows(drawn_S))
-        labels = [c.label_N[drawn_S].cpu().numpy() for c in found]
-        scores = [silhouette_score(points, own) if len(set(own)) > 1 else -1.0 for own in labels]
+        labels = [c.label_N[drawn_S].cpu().numpy() for c in clusterings]
+        scores = [silhouette_score(points, label_S) if len(set(label_S)) > 1 else -1.0 for label_S in labels]
         return candidates[int(np.argmax(scores))]
-    inertia = np.array([_inertia(features, c) for c in found])
+    inertia = np.array([_inertia(features, c) for c in clusterings])
     across = (np.array(candidates) - candidates[0]) / max(1, candidates[-1] - candidates[0])
     down = (inertia - inertia[-1]) / max(1e-12, inertia[0] - inertia[-1])
     return candidates[int(np.argmax(1 - across - down))]
@@ -244,7 +246,7 @@ def choose_clusters(features: Tensor | Features, how: str, seed: int, most: int 
 
 def _inertia(features: Features, clusters: Clusters) -> float:
     """Sum of squared distances to the clusters' means."""
-    away = features.own_ND - raw_centroids(features, clusters)[clusters.label_N[features.own]]
+    away = features.own_ND - raw_centroids(features, clusters)[clusters.label_N[features.own_slots]]
     return float(features.total(away.square().sum()))
 
 

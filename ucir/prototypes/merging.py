@@ -73,9 +73,9 @@ def unify_domains(
     merging: bool = True,
 ) -> tuple[Structure, Structure]:
     """Both domains' structures, of the centres that :func:`centres` finds."""
-    own, other = (centres(x, c)[0] for x, c in zip(features, clusters, strict=True))
+    one_KD, other_KD = (centres(x, c)[0] for x, c in zip(features, clusters, strict=True))
     first, second = (features_of(x).mean() for x in features)
-    return unify(own, other, first, second, merging), unify(other, own, second, first, merging)
+    return unify(one_KD, other_KD, first, second, merging), unify(other_KD, one_KD, second, first, merging)
 
 
 def centres(features: Tensor | Features, clusters: Clusters) -> tuple[Tensor, Tensor]:

@@ -302,7 +302,7 @@ def relaxed_plan(
     takes = marginal_K.cpu() > 0  # the solvers divide by the shares
     columns = marginal_K.double().cpu()[takes]
     wanted = 1.0
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         if kind == "unbalanced":
             part = ot.unbalanced.sinkhorn_unbalanced(
@@ -317,7 +317,9 @@ def relaxed_plan(
             raise ValueError(f"{kind!r} is neither 'unbalanced' nor 'partial'")
     mass = float(part.sum())
     moved = abs(mass - wanted) <= 0.01 * wanted if kind == "partial" else 0 < mass < 1.5
-    unsettled = [str(w.message) for w in told if "umerical" in str(w.message) or "onverge" in str(w.message)]
+    unsettled = [
+        str(w.message) for w in caught if "umerical" in str(w.message) or "onverge" in str(w.message)
+    ]
     if not bool(part.isfinite().all()) or not moved or unsettled:
         raise TransportError(
             f"{kind} transport at regularisation {regularisation:g} and relaxation {strength:g} moved a mass "
@@ -329,7 +331,7 @@ def relaxed_plan(
 
 
 @torch.no_grad()
-def match_prototypes(own_KD: Tensor, other_LD: Tensor) -> Tensor:
+def match_prototypes(given_KD: Tensor, other_LD: Tensor) -> Tensor:
     """For each prototype of one domain the one of the other that most of its mass is sent to.
 
     Entropic OT with uniform marginals and squared Euclidean cost, by POT in float64 and log domain.
@@ -342,12 +344,12 @@ def match_prototypes(own_KD: Tensor, other_LD: Tensor) -> Tensor:
     """
     import ot  # seconds, which only those who match should wait
 
-    own, other = own_KD.double().cpu(), other_LD.double().cpu()
-    cost = torch.cdist(own, other).square()
-    mass = [torch.full((len(x),), 1 / len(x), dtype=torch.float64) for x in (own, other)]
+    one_KD, other = given_KD.double().cpu(), other_LD.double().cpu()
+    cost = torch.cdist(one_KD, other).square()
+    mass = [torch.full((len(x),), 1 / len(x), dtype=torch.float64) for x in (one_KD, other)]
     # which row gets most is settled long before the marginals are exact
     plan = ot.bregman.sinkhorn_log(
         *mass, cost, MATCH_REGULARISATION, numItermax=200, stopThr=1e-6, warn=False
     )
-    match: Tensor = plan.argmax(dim=1).to(own_KD.device)
+    match: Tensor = plan.argmax(dim=1).to(given_KD.device)
     return match

@@ -61,10 +61,10 @@ def curves(histories: Mapping[str, Sequence[Mapping[str, float]]], cutoff: int) 
 def imbalance(cells: Mapping[str, Mapping[int, Cell]], metric: str) -> bytes:
     """A line for each method over the ratio of class sizes, with deviations over seeds; SVG."""
     figure, axis = plt.subplots(figsize=(6, 3.6))
-    ratios = sorted({ratio for own in cells.values() for ratio in own})
-    for method, own in cells.items():
-        x = sorted(own)
-        means, deviations = [own[r].mean for r in x], [own[r].std or 0.0 for r in x]
+    ratios = sorted({ratio for by_ratio in cells.values() for ratio in by_ratio})
+    for method, by_ratio in cells.items():
+        x = sorted(by_ratio)
+        means, deviations = [by_ratio[r].mean for r in x], [by_ratio[r].std or 0.0 for r in x]
         axis.errorbar(x, means, yerr=deviations, marker="o", markersize=4, capsize=3, label=method)
     axis.set_xscale("log")
     axis.set_xticks(ratios, [f"{ratio} : 1" for ratio in ratios])
@@ -108,7 +108,9 @@ def retrieval_grid(
 
 def query_slots(labels: Sequence[str], count: int) -> list[int]:
     """Queries to show: the first image of each class, class after class, the same for every method."""
-    by_class = {label: [i for i, own in enumerate(labels) if own == label] for label in sorted(set(labels))}
+    by_class = {
+        label: [i for i, other in enumerate(labels) if other == label] for label in sorted(set(labels))
+    }
     turns = zip(
         *([*slots, *[-1] * (count - len(slots))][:count] for slots in by_class.values()),
         strict=True,
@@ -132,11 +134,11 @@ def embedding(features: Mapping[str, Tensor], labels: Mapping[str, Sequence[str]
     figure, axis = plt.subplots(figsize=(5, 4.2))
     first = 0
     for (domain, n), marker in zip(chosen.items(), "o+", strict=False):
-        own = flat[first : first + n]
+        of_domain = flat[first : first + n]
         first += n
         axis.scatter(
-            own[:, 0],
-            own[:, 1],
+            of_domain[:, 0],
+            of_domain[:, 1],
             s=14,
             marker=marker,
             c=[colour[label] for label in labels[domain][:n]],

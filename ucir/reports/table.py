@@ -94,17 +94,17 @@ def cell(
         values = {display_name(name): value for name, value in s.scores.items()}
         if s.epoch_choice == choice and metric in values:
             by_seed.setdefault(s.seed, {})[s.query, s.gallery] = values[metric]
-    whole = [own for own in by_seed.values() if all(d in own for d in directions)]
+    whole = [by_direction for by_direction in by_seed.values() if all(d in by_direction for d in directions)]
     if not whole or len(whole) < len(by_seed):
         return None
-    means = [float(np.mean([own[d] for d in directions])) for own in whole]
+    means = [float(np.mean([by_direction[d] for d in directions])) for by_direction in whole]
     deviation = float(np.std(means, ddof=1)) if len(means) > 1 else None
     return Cell(float(np.mean(means)), deviation, len(means))
 
 
 def scored_directions(scores: Scores) -> list[Direction]:
     """Every direction that some method was scored in, in order."""
-    return list(dict.fromkeys((s.query, s.gallery) for own in scores.values() for s in own))
+    return list(dict.fromkeys((s.query, s.gallery) for results in scores.values() for s in results))
 
 
 def result_rows(
@@ -116,15 +116,15 @@ def result_rows(
     from the first. A printed mean is only put beside ours when both are over the same directions.
     """
     ours: dict[tuple[str, Direction, str, str], Cell] = {}
-    for method, own in scores.items():
-        mine = list(dict.fromkeys((s.query, s.gallery) for s in own))
-        metrics = dict.fromkeys(display_name(name) for s in own for name in s.scores)
-        for choice in dict.fromkeys(s.epoch_choice for s in own):
+    for method, results in scores.items():
+        mine = list(dict.fromkeys((s.query, s.gallery) for s in results))
+        metrics = dict.fromkeys(display_name(name) for s in results for name in s.scores)
+        for choice in dict.fromkeys(s.epoch_choice for s in results):
             for direction in [*mine, *([MEAN] if len(mine) > 1 else [])]:
                 for metric in metrics:
-                    found = cell(own, metric, choice, mine if direction == MEAN else [direction])
-                    if found:
-                        ours[method, direction, metric, choice] = found
+                    value = cell(results, metric, choice, mine if direction == MEAN else [direction])
+                    if value:
+                        ours[method, direction, metric, choice] = value
     theirs: dict[tuple[str, Direction, str], PrintedCell] = {}
     for entry in printed:
         mine = list({(s.query, s.gallery) for s in scores.get(entry.method, ())})
@@ -136,7 +136,7 @@ def result_rows(
     keys = dict.fromkeys([*ours, *((*key, LAST) for key in theirs if (*key, LAST) not in ours)])
     rows = []
     for method, direction, metric, choice in keys:
-        own_cell = ours.get((method, direction, metric, choice))
+        our_cell = ours.get((method, direction, metric, choice))
         paper = theirs.get((method, direction, metric))
         lost = " (lost in the scan)" if paper and paper.value is None else ""
         rows.append(
@@ -147,9 +147,9 @@ def result_rows(
                 *direction,
                 metric,
                 choice,
-                own_cell.mean if own_cell else None,
-                own_cell.std if own_cell else None,
-                own_cell.seeds if own_cell else 0,
+                our_cell.mean if our_cell else None,
+                our_cell.std if our_cell else None,
+                our_cell.seeds if our_cell else 0,
                 paper.value if paper else None,
                 paper.table + lost if paper else "",
             )
@@ -181,10 +181,10 @@ def direction_table(dataset: str, setting: str, scores: Scores, metric: str, cho
     """One metric of one data set and setting; rows keep the methods' order."""
     directions = scored_directions(scores)
     body: list[tuple[str, list[Cell | None]]] = []
-    for method, own in scores.items():
-        mine = [d for d in directions if d in {(s.query, s.gallery) for s in own}]
-        cells = [cell(own, metric, choice, [d]) for d in directions]
-        body.append((method, [*cells, cell(own, metric, choice, mine) if mine == directions else None]))
+    for method, results in scores.items():
+        mine = [d for d in directions if d in {(s.query, s.gallery) for s in results}]
+        cells = [cell(results, metric, choice, [d]) for d in directions]
+        body.append((method, [*cells, cell(results, metric, choice, mine) if mine == directions else None]))
     return Table(
         f"{dataset}, {setting}: {metric} in percent, {choice.replace('_', ' ')} epoch",
         [*(f"{query} → {gallery}" for query, gallery in directions), "mean"],
@@ -201,19 +201,19 @@ def comparison_tables(scores: Scores, printed: Sequence[PrintedCell], choice: st
     """
     tables = []
     for name, metric in dict.fromkeys((entry.table, entry.metric) for entry in printed):
-        own_cells = [e for e in printed if (e.table, e.metric) == (name, metric)]
-        directions = list(dict.fromkeys(e.direction for e in own_cells if e.direction != MEAN))
-        theirs = {(e.method, e.direction): e for e in own_cells}
+        entries = [e for e in printed if (e.table, e.metric) == (name, metric)]
+        directions = list(dict.fromkeys(e.direction for e in entries if e.direction != MEAN))
+        theirs = {(e.method, e.direction): e for e in entries}
         if not directions:  # a table of averages alone: over all that we have
             directions = scored_directions(scores)
         rows, ours = [], []
-        for method in dict.fromkeys(e.method for e in own_cells):
-            found = [cell(scores.get(method, ()), metric, choice, [d]) for d in directions]
-            found.append(cell(scores.get(method, ()), metric, choice, directions) if directions else None)
+        for method in dict.fromkeys(e.method for e in entries):
+            cells = [cell(scores.get(method, ()), metric, choice, [d]) for d in directions]
+            cells.append(cell(scores.get(method, ()), metric, choice, directions) if directions else None)
             beside = [theirs.get((method, d)) for d in (*directions, MEAN)]
-            ours.append(found)
-            rows.append((method, [_beside(*both) for both in zip(found, beside, strict=True)]))
-        first = own_cells[0]
+            ours.append(cells)
+            rows.append((method, [_beside(*both) for both in zip(cells, beside, strict=True)]))
+        first = entries[0]
         tables.append(
             Table(
                 f"{name} ({first.dataset}, {first.setting}): {metric}, {choice.replace('_', ' ')} epoch; "
@@ -232,28 +232,31 @@ def imbalance_cells(by_ratio: Mapping[int, Scores], metric: str) -> dict[str, di
     Over the directions that all of them were scored in, so that the means can be compared.
     """
     scored = [
-        {(s.query, s.gallery) for s in own} for scores in by_ratio.values() for own in scores.values() if own
+        {(s.query, s.gallery) for s in results}
+        for scores in by_ratio.values()
+        for results in scores.values()
+        if results
     ]
     directions = sorted(set.intersection(*scored)) if scored else []
     cells: dict[str, dict[int, Cell]] = {}
     for ratio, scores in by_ratio.items():
-        for method, own in scores.items():
-            found = cell(own, metric, LAST, directions) if directions else None
-            if found:
-                cells.setdefault(method, {})[ratio] = found
+        for method, results in scores.items():
+            mean = cell(results, metric, LAST, directions) if directions else None
+            if mean:
+                cells.setdefault(method, {})[ratio] = mean
     return cells
 
 
 def imbalance_table(dataset: str, metric: str, cells: Mapping[str, Mapping[int, Cell]]) -> Table:
     """What :func:`imbalance_cells` gives, a column for each ratio."""
-    ratios = sorted({ratio for own in cells.values() for ratio in own})
-    body = [(method, [own.get(ratio) for ratio in ratios]) for method, own in cells.items()]
+    ratios = sorted({ratio for by_ratio in cells.values() for ratio in by_ratio})
+    body = [(method, [by_ratio.get(ratio) for ratio in ratios]) for method, by_ratio in cells.items()]
     return Table(
         f"{dataset}: {metric} in percent by imbalance of the classes in training (largest : smallest), "
         "mean over directions, last epoch",
         [f"{ratio} : 1" for ratio in ratios],
-        [(method, ["" if c is None else str(c) for c in own]) for method, own in body],
-        _best([own for _, own in body]),
+        [(method, ["" if c is None else str(c) for c in by_ratio]) for method, by_ratio in body],
+        _best([by_ratio for _, by_ratio in body]),
     )
 
 

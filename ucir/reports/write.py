@@ -71,8 +71,8 @@ def write_report(params: Params, packs: Path, results: Path, out: Path) -> Writt
     tailed: dict[str, dict[int, Scores]] = {}
     for part in study.settings.values():
         block = params.datasets[part.dataset]
-        own = [r for r in study.runs.values() if (r.dataset, r.setting) == (part.dataset, part.setting)]
-        methods = [run.method for run in own]
+        runs = [r for r in study.runs.values() if (r.dataset, r.setting) == (part.dataset, part.setting)]
+        methods = [run.method for run in runs]
         scores = read_results(results, part.dataset, part.setting, [UNTRAINED, PRETRAINED, *methods])
         printed = printed_for(block.catalogue, part.setting)
         rows += result_rows(part.dataset, part.setting, scores, printed)
@@ -93,7 +93,7 @@ def write_report(params: Params, packs: Path, results: Path, out: Path) -> Writt
             }
         )
     write_csv(rows, out / "results.csv")
-    imbalance = [_imbalance(dataset, own, params) for dataset, own in tailed.items() if len(own) > 1]
+    imbalance = [_imbalance(dataset, runs, params) for dataset, runs in tailed.items() if len(runs) > 1]
     headline += [table for entry in imbalance for table in entry["tables"][:1]]
     every = [table for part in (*imbalance, *parts) for table in part["tables"]]
     silent = [f"{part['dataset']}, {part['setting']}: {NO_LABELS}" for part in parts if not part["tables"]]
@@ -131,11 +131,13 @@ def _tables(
     """What the setting is judged by, the best-by-labels epoch, the other metrics, the papers' tables."""
     if not scored_directions(scores):
         return []
-    found = dict.fromkeys(display_name(name) for own in scores.values() for s in own for name in s.scores)
+    names = dict.fromkeys(
+        display_name(name) for results in scores.values() for s in results for name in s.scores
+    )
     first = f"P@{block.evaluate.cutoffs[0]}"
     lead = lead_metrics(part.setting, first)
-    metrics = dict.fromkeys([*lead, *(f"P@{k}" for k in block.evaluate.cutoffs), "mAP@All", *found])
-    last = [(metric, LAST) for metric in metrics if metric in found]
+    metrics = dict.fromkeys([*lead, *(f"P@{k}" for k in block.evaluate.cutoffs), "mAP@All", *names])
+    last = [(metric, LAST) for metric in metrics if metric in names]
     wanted = [*last[: len(lead)], (first, BEST), *last[len(lead) :]]
     tables = [
         direction_table(part.dataset, part.setting, scores, metric, choice) for metric, choice in wanted
@@ -149,10 +151,14 @@ def _imbalance(dataset: str, by_ratio: dict[int, Scores], params: Params) -> dic
     cells = {metric: imbalance_cells(by_ratio, metric) for metric in (lead, "mAP@All")}
     return {
         "dataset": dataset,
-        "tables": [imbalance_table(dataset, metric, own) for metric, own in cells.items()],
+        "tables": [
+            imbalance_table(dataset, metric, cells_of_metric) for metric, cells_of_metric in cells.items()
+        ],
         "plot": _inline(
             # the random network would take most of the axis
-            figures.imbalance({m: own for m, own in cells[lead].items() if m != UNTRAINED}, lead)
+            figures.imbalance(
+                {m: cells_of_metric for m, cells_of_metric in cells[lead].items() if m != UNTRAINED}, lead
+            )
         ),
     }
 
@@ -165,15 +171,15 @@ def _data(pack: Path) -> list[dict[str, Any]]:
         same = list(csv.DictReader(file))
     domains = []
     for domain in dict.fromkeys(line["domain"] for line in lines):
-        own = [line for line in lines if line["domain"] == domain]
-        known = [int(line["expected"]) for line in own if line["expected"]]
+        of_domain = [line for line in lines if line["domain"] == domain]
+        known = [int(line["expected"]) for line in of_domain if line["expected"]]
         domains.append(
             {
                 "name": domain,
-                "found": sum(int(line["found"]) for line in own),
-                "expected": sum(known) if len(known) == len(own) else "",
-                "left_out": sum(int(line["left_out"]) for line in own),
-                "classes": sum(1 for line in own if line["class"] and int(line["found"])),
+                "found": sum(int(line["found"]) for line in of_domain),
+                "expected": sum(known) if len(known) == len(of_domain) else "",
+                "left_out": sum(int(line["left_out"]) for line in of_domain),
+                "classes": sum(1 for line in of_domain if line["class"] and int(line["found"])),
                 "duplicates": sum(1 for line in same if line["domain"] == domain),
             }
         )
@@ -193,7 +199,7 @@ def _pictures(
         {"name": method, "seed": seed, "curves": _curves(results / method / "train", pairs, seed, block)}
         for method in methods
     ]
-    found = []
+    shown = []
     embeddings = []
     start = load_features(results / PRETRAINED / "evaluate" / "all.npz")
     for pair in pairs:
@@ -213,13 +219,13 @@ def _pictures(
                     images[query], images[gallery], slots, ranked, labels[query], labels[gallery]
                 )
                 grids.append({"method": method, "png": _base64(png)})
-            found.append({"title": f"{query} → {gallery}", "grids": grids})
+            shown.append({"title": f"{query} → {gallery}", "grids": grids})
         plots = []
         for method, x in features.items():
             png = figures.embedding({domain: x[domain] for domain in pair}, labels)
             plots.append({"method": method, "png": _base64(png)})
         embeddings.append({"title": name, "plots": plots})
-    return {"methods": curves, "directions": found, "embeddings": embeddings}
+    return {"methods": curves, "directions": shown, "embeddings": embeddings}
 
 
 def _curves(trained: Path, pairs: list[tuple[str, str]], seed: int, block: DatasetParams) -> Markup:

@@ -22,7 +22,7 @@ DATASET_BLOCKS = ("pack", "view", "evaluate", "split")
 """Blocks of a data set that may be left out, but that dvc.yaml's stages depend on by name."""
 
 
-class OwnStudy(Block):
+class StudyFile(Block):
     """A small file for `ucir study FILE`: blocks to add to params.yaml, and one study."""
 
     datasets: dict[str, dict[str, Any]] = Field(default_factory=dict)
@@ -128,12 +128,12 @@ def describe_recipes() -> str:
     lines = []
     for name, recipe in params.studies.items():
         parts = recipe.parts.values()
-        product_of_lists = " x ".join(
+        factors = " x ".join(
             ", ".join(dict.fromkeys(item for part in parts for item in getattr(part, field)))
             for field in ("datasets", "settings", "methods")
         )
         mark = "*" if name == active else " "
-        lines.append(f"{mark} {name}: {product_of_lists}, seeds {', '.join(map(str, recipe.seeds))}")
+        lines.append(f"{mark} {name}: {factors}, seeds {', '.join(map(str, recipe.seeds))}")
         try:
             _, missing = study_block(params, name)
         except UserError as error:
@@ -152,26 +152,26 @@ def check_sources(params: Params, name: str) -> None:
     faults = []
     block = study_block(params, name)[0]
     for dataset in block["datasets"]:
-        block_of_dataset = params.datasets[dataset]
-        if block_of_dataset.sample:
+        given = params.datasets[dataset]
+        if given.sample:
             continue
         try:
-            source_errors = source_faults(block_of_dataset)
+            source_errors = source_faults(given)
         except UserError as error:
             source_errors = [str(error)]
-        if source_errors and block_of_dataset.entry.files:
+        if source_errors and given.entry.files:
             source_errors[-1] += f"; `uv run ucir fetch {dataset}` gets the data set or says how"
         faults += source_errors
         settings = [part["setting"] for part in block["settings"].values() if part["dataset"] == dataset]
-        if not source_errors and not block_of_dataset.entry.counts and set(settings) - {"closed"}:
+        if not source_errors and not given.entry.counts and set(settings) - {"closed"}:
             try:
-                classes = source_classes(block_of_dataset)
+                classes = source_classes(given)
                 for setting in settings:
-                    label_spaces(setting, classes, block_of_dataset.split)
+                    label_spaces(setting, classes, given.split)
             except UserError as error:
                 faults.append(str(error))
         try:
-            check_checkpoint(block_of_dataset.start)
+            check_checkpoint(given.start)
         except UserError as error:
             faults.append(str(error))
     if faults:
@@ -183,7 +183,7 @@ def activate(path: Path, name: str) -> tuple[str, list[str]]:
 
     Args:
         path: params.yaml.
-        name: a study there, or a small file with one (see :class:`OwnStudy`), whose blocks are added.
+        name: a study there, or a small file with one (see :class:`StudyFile`), whose blocks are added.
 
     Returns:
         The study's name, and its methods that are not built yet and therefore left out.
@@ -199,10 +199,10 @@ def activate(path: Path, name: str) -> tuple[str, list[str]]:
     yaml.width = 200
     parse_yaml(path)  # its own errors, in our words
     document = yaml.load(path.read_text(encoding="utf-8"))
-    own_file = Path(name) if name.endswith((".yaml", ".yml")) else None
-    if own_file:
-        name = _add_own(document, own_file)
-    params = load_params(own_file or path, raw=without_study(document))
+    study_file = Path(name) if name.endswith((".yaml", ".yml")) else None
+    if study_file:
+        name = _add_study_file(document, study_file)
+    params = load_params(study_file or path, raw=without_study(document))
     check_sources(params, name)
     block, missing = study_block(params, name)
     for dataset in block["datasets"]:
@@ -222,9 +222,9 @@ def activate(path: Path, name: str) -> tuple[str, list[str]]:
     return name, missing
 
 
-def _add_own(document: Any, file: Path) -> str:
+def _add_study_file(document: Any, file: Path) -> str:
     """Add a study file's blocks to params.yaml's; returns the study's name."""
-    study_file = checked(OwnStudy, parse_yaml(file), str(file))
+    study_file = checked(StudyFile, parse_yaml(file), str(file))
     if len(study_file.studies) != 1:
         raise UserError(
             f"{file}: 'studies' must hold one study, found {', '.join(study_file.studies) or 'none'}"

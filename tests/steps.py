@@ -1,0 +1,53 @@
+"""A method, and the batch of a step, without a trainer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from ucir.config.model import EncoderParams
+from ucir.methods.base import Method
+from ucir.methods.dgdir import PhaseFeatures, SpectralBatch
+from ucir.methods.registry import METHODS, VARIANTS
+from ucir.methods.uem import FrozenBatch
+from ucir.models.encoder import new_encoder
+
+N, D, B = 40, 8, 6
+
+
+def features(seed: int, count: int = N) -> Tensor:
+    return normalize(torch.randn(count, D, generator=torch.Generator().manual_seed(seed)), dim=1)
+
+
+def make(name: str, **changes: Any) -> Method[Any]:
+    kind = METHODS[name]
+    params = {"epochs": 10, **changes, **VARIANTS.get(name, ("", {}))[1]}
+    if name == "coda":
+        params.setdefault("clusters", [4, 8])
+    if "clusters" in kind.params_type.model_fields:
+        params.setdefault("clusters", 4)
+    method = kind(kind.params_type(**params), seed=0)
+    method.build(new_encoder(EncoderParams(trunk={"convnet": {"width": 4}}, feature_dim=D), 0))
+    if name == "dgdir":
+        method.phase = PhaseFeatures(  # type: ignore[attr-defined]
+            (features(7), features(8, N - 5)), (features(9), features(10, N - 5))
+        )
+    method.start((features(0), features(1, N - 5)))
+    return method
+
+
+@dataclass(frozen=True)
+class AnyBatch(SpectralBatch, FrozenBatch):
+    """A domain's part of a step of whatever method."""
+
+
+def batch(seed: int, key: bool) -> AnyBatch:
+    slots = torch.tensor([1, 5, 5, 9, 0, 30])
+    q = features(seed, B).requires_grad_(True)
+    k = features(seed + 1, B) if key else q.detach()
+    phase_q, phase_k, phase_pooled, pooled = (features(seed + i, B) for i in (20, 30, 40, 50))
+    return AnyBatch(slots, q, k, features(seed + 2, B), pooled, phase_q, phase_k, phase_pooled)
