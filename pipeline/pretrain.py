@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+from dataclasses import asdict
 
 from ucir.cluster.launch import train_all
 from ucir.data.fetch import local_start
@@ -28,9 +29,13 @@ def main() -> None:
         train_all([run], params.cluster, PRETRAIN)
         shutil.copyfile(run.folder / "last.pt", out / "start.pt")
     else:
-        save_encoder(given_start(start), out / "start.pt")
-    seed = start.pretrain.seed if start.pretrain else 0
-    save_encoder(new_encoder(start.encoder, seed), out / "untrained.pt")
+        encoder, origin = given_start(start, block.view.side)
+        save_encoder(encoder, out / "start.pt", **({"weights": asdict(origin)} if origin else {}))
+        if origin:
+            print(f"pretrain: {origin.line()}")
+    if start.encoder.head == "moco":  # else the frozen trunk is what results are held against
+        seed = start.pretrain.seed if start.pretrain else 0
+        save_encoder(new_encoder(start.encoder, seed), out / "untrained.pt")
     print(f"pretrain: start weights in {out / 'start.pt'}")
 
 

@@ -12,6 +12,7 @@ from PIL import Image
 from ucir.cluster.launch import train_all
 from ucir.config.load import load_params
 from ucir.data.pack import open_domain, read_index
+from ucir.data.views import PictureViews
 from ucir.errors import UserError
 from ucir.models.checkpoints import load_encoder, save_encoder
 from ucir.models.encoder import new_encoder
@@ -38,9 +39,8 @@ def test_a_trained_model_is_used_without_params(
         assert model.facts["epoch"] in (1, 2)
         for features in ("head", "pooled"):
             stream = torch.cat(list(model.features(iter(pictures), features)))
-            (packed,) = extract_features(
-                model.encoder, (images,), run.view, torch.device("cpu"), features == "pooled"
-            )
+            views = PictureViews([images], run.view, model.encoder.form)
+            (packed,) = extract_features(model.encoder, views, torch.device("cpu"), features == "pooled")
             assert torch.allclose(stream, packed.own_ND, atol=1e-6)
     encoder = new_encoder(run.encoder, 1)
     load_encoder(encoder, run.folder / "last.pt")  # the file is a MoCo checkpoint, too

@@ -12,7 +12,7 @@ from PIL import Image
 from tests.conftest import make_images, tiny_params, ucir, write_params
 from ucir.cluster.launch import train_all
 from ucir.config.load import load_params
-from ucir.data.pack import read_index
+from ucir.data.pack import DomainImages, read_index
 from ucir.data.prepare import prepared_domains, write_pack
 from ucir.errors import UserError
 from ucir.models.checkpoints import save_encoder
@@ -66,6 +66,7 @@ def test_partial_and_open_train_each_direction_on_its_label_spaces(prepared: Pat
         for run in runs:
             opened = {images.name: images for images in run.images()}
             for role, (domain, images) in enumerate((domain, opened[domain]) for domain in run.pair):
+                assert isinstance(images, DomainImages)
                 index = read_index(run.pack, domain)
                 labels = {index[row].label for row in images.row_N}
                 assert labels == ({"circle"} if role == kept else {"circle", "cross", "square"})
@@ -86,7 +87,7 @@ def test_partial_and_open_train_each_direction_on_its_label_spaces(prepared: Pat
             "seed": None,
         }
         wanted = [("art", "photo"), ("art", "real-life"), ("real-life", "art")]
-        for method in ("untrained", "pretrained", "ucdir"):
+        for method in ("start/untrained", "start/pretrained", "ucdir"):
             scores = read_scores(folder / method / "metrics.json")
             assert list(dict.fromkeys((s.query, s.gallery) for s in scores)) == wanted
         facts = json.loads((folder / "ucdir/train/art-photo-s0/run.json").read_text())

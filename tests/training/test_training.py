@@ -222,7 +222,7 @@ def test_a_batch_larger_than_all_domains_is_refused() -> None:
 
 
 def test_given_weights_are_taken(start: Path) -> None:
-    given = given_start(StartParams(encoder=ENCODER, checkpoint=str(start)))
+    given, _ = given_start(StartParams(encoder=ENCODER, checkpoint=str(start)), 16)
     assert_equal(new_encoder(ENCODER, 3).state_dict(), given.state_dict())
 
 

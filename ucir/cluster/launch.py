@@ -11,7 +11,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,9 @@ os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "300")  # 60 is 
 
 from ucir import tracking
 from ucir.config.cluster import ClusterParams
-from ucir.devices import choose_device, wants_gpu
+from ucir.devices import choose_device, set_threads, wants_gpu
 from ucir.errors import UserError
+from ucir.models.embedding import Chunk, Computed, Embedder
 from ucir.progress import Progress
 from ucir.runs.process import (
     answering,
@@ -45,6 +46,9 @@ from ucir.runs.process import (
 from ucir.runs.reporter import RunReporter
 from ucir.runs.run import Run
 from ucir.training.epochs import train
+
+CHUNKS_A_TASK = 8
+"""Of pictures to embed: enough for a task's own cost not to count."""
 
 
 def train_all(runs: Sequence[Run], cluster: ClusterParams, title: str = "train") -> None:
@@ -98,6 +102,44 @@ def train_all(runs: Sequence[Run], cluster: ClusterParams, title: str = "train")
             f"{len(failed)} of {len(runs)} runs failed: {reasons}. Finished runs and epochs are kept: "
             "the same command goes on with these alone"
         )
+
+
+def embed_on_cluster(
+    cluster: ClusterParams,
+) -> Callable[[Embedder, list[Chunk]], Iterator[tuple[Chunk, Computed]]]:
+    """What :func:`ucir.models.embedding.embed` computes with: chunks as tasks of a Ray cluster, in any order.
+
+    Every machine must see the project's folder under the same path. A task whose machine dies is repeated.
+    """
+
+    def compute(embedder: Embedder, chunks: list[Chunk]) -> Iterator[tuple[Chunk, Computed]]:
+        import ray
+
+        connect(cluster, tracking.tracking_uri())
+        asked = _per_worker(cluster)
+        task = ray.remote(_embed_chunks).options(
+            max_retries=cluster.max_failures, num_cpus=asked["CPU"], num_gpus=asked.get("GPU", 0)
+        )
+        groups = [chunks[first : first + CHUNKS_A_TASK] for first in range(0, len(chunks), CHUNKS_A_TASK)]
+        most = 2 * at_once(cluster.model_copy(update={"num_workers": 1}), "embedding")
+        active: dict[Any, list[Chunk]] = {}
+        try:
+            while groups or active:
+                while groups and len(active) < most:
+                    group = groups.pop(0)
+                    active[task.remote(embedder, group)] = group
+                (ready,), _ = ray.wait(list(active))
+                yield from zip(active.pop(ready), ray.get(ready), strict=True)
+        finally:
+            for reference in active:
+                ray.cancel(reference, force=True)
+
+    return compute
+
+
+def _embed_chunks(embedder: Embedder, chunks: list[Chunk]) -> list[Computed]:
+    set_threads()
+    return [embedder(chunk) for chunk in chunks]
 
 
 def _fan_out(

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Generic, Literal, TypeVar
 
 import torch
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 from torch import Tensor, nn
 
 from ucir.config.base import Block, Count, Positive, Share
@@ -45,16 +45,43 @@ class MethodParams(Block):
         return 0
 
 
+BY_EPOCHS = "by-epochs"
+"""A momentum that is published for more epochs than a training has, see :func:`shorter`."""
+
+
+def shorter(published: float, of_epochs: int, epochs: int) -> float:
+    """The momentum with which a moving average goes in ``epochs`` as far as the published one in its own.
+
+    What is kept of the beginning is m^(steps), and the steps go with the epochs.
+    """
+    return float(published ** (of_epochs / epochs))
+
+
+def _by_epochs(cls: type[Block], given: Any, name: str) -> Any:
+    """Put the number in place of :data:`BY_EPOCHS`, so that what a run is keyed by is a number."""
+    if not isinstance(given, dict) or given.get(name) != BY_EPOCHS:
+        return given
+    fields = cls.model_fields
+    of_epochs, epochs = fields["epochs"].default, given.get("epochs", fields["epochs"].default)
+    return {**given, name: shorter(fields[name].default, of_epochs, epochs)}
+
+
 class KeyedParams(MethodParams):
     """Methods with a key encoder."""
 
     key_momentum: Annotated[float, Field(ge=0, le=1)] = 0.999
-    """m of the key encoder's moving average, where a method has one."""
+    """m of the key encoder's moving average, where a method has one; ``by-epochs``: as far as the published
+    one in as many epochs as are published."""
     key_norm_groups: Count = 2
     """Parts of the shuffled batch in which the key encoder takes batch statistics: 2 in the official code
     (SplitBN), 1 in the paper, which does not mention it."""
     retrieve_with: Literal["key", "query"] = "key"
     """Whose features are ranked, where there are two encoders; the official code ranks the key encoder's."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _key_momentum_by_epochs(cls, given: Any) -> Any:
+        return _by_epochs(cls, given, "key_momentum")
 
 
 def several(given: Any) -> Any:
@@ -173,7 +200,9 @@ class Method(ABC, Generic[P]):
     def optimizer(self, encoder: Encoder) -> torch.optim.Optimizer:
         """SGD, as UCDIR trains. A group's ``lr_scale`` multiplies :meth:`lr_at`."""
         p = self.params
-        return torch.optim.SGD(encoder.parameters(), p.lr, momentum=p.momentum, weight_decay=p.weight_decay)
+        return torch.optim.SGD(
+            encoder.parameter_groups(), p.lr, momentum=p.momentum, weight_decay=p.weight_decay
+        )
 
     def set_rates(self, optimizer: torch.optim.Optimizer, epoch: int, steps: int) -> None:
         """Before each step. Arguments as of :meth:`lr_at`."""
@@ -212,7 +241,12 @@ class SingleEncoderParams(MethodParams):
     """Methods without a key encoder."""
 
     bank_momentum: Share = 0.5
-    """v <- m v + (1 - m) f, normalised."""
+    """v <- m v + (1 - m) f, normalised; ``by-epochs`` as for a key encoder."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bank_momentum_by_epochs(cls, given: Any) -> Any:
+        return _by_epochs(cls, given, "bank_momentum")
 
 
 S = TypeVar("S", bound=SingleEncoderParams)

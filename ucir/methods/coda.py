@@ -95,7 +95,7 @@ class Coda(SingleEncoder[CodaParams]):
         """SGD over the encoder, and without weight decay over the classifiers."""
         p = self.params
         groups: list[dict[str, Any]] = [
-            {"params": list(encoder.parameters())},
+            *encoder.parameter_groups(),
             {
                 "params": list(self.classifiers.parameters()),
                 "lr_scale": p.classifier_lr / p.lr,

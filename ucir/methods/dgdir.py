@@ -19,12 +19,13 @@ from ucir.config.base import Positive, Share
 from ucir.data.augment import ViewDraw, whole_views
 from ucir.data.pack import stored_pictures
 from ucir.data.spectrum import draw_spectrum, mixed_views, phase_views
-from ucir.distributed import gather_rows
+from ucir.data.views import PictureViews, Views
+from ucir.errors import UserError
 from ucir.losses.instance import instance_contrast
 from ucir.losses.prototype import prototype_contrast
 from ucir.memory import Bank, Features, JointFeatures
 from ucir.methods.base import ClusteredParams, ClusteringMethod, Epoch, KeyedParams, Term, Weight
-from ucir.methods.step import DomainBatch, Step, Views
+from ucir.methods.step import DomainBatch, Rendered, Step
 from ucir.models.encoder import Encoder
 from ucir.models.features import extract_features
 from ucir.prototypes.clustering import kmeans
@@ -74,12 +75,21 @@ class SpectralStep(Step):
 
     views_per_image = 2
     method: Dgdir
+    views: PictureViews
+
+    def __init__(self, method: Dgdir, views: Views, query: Encoder, device: torch.device) -> None:
+        if not isinstance(views, PictureViews):
+            raise UserError(
+                "dgdir mixes the spectra of pictures, which stored features do not hold: set start.trained "
+                "of the data set to last or all"
+            )
+        super().__init__(method, views, query, device)
 
     def features(self, encoder: Encoder | None = None) -> tuple[Features, ...]:
         """As of :class:`Step`; the method is shown those of the phase views, by the query encoder, too."""
         if encoder is None:
             query = self.networks.query
-            both = extract_features(query, self.images, self.view, self.device, "both", self._phase)
+            both = extract_features(query, self.views, self.device, "both", self._phase)
             (head_a, pooled_a), (head_b, pooled_b) = (
                 [Features(part, len(x)) for part in x.own_ND.tensor_split([query.feature_dim], 1)]
                 for x in both
@@ -88,14 +98,15 @@ class SpectralStep(Step):
         return super().features(encoder)
 
     def rendered(
-        self, slots: tuple[Tensor, Tensor], draw: ViewDraw, rows: Tensor, generator: torch.Generator
+        self, domain_B: Tensor, slot_B: Tensor, draw: ViewDraw, rows: Tensor, generator: torch.Generator
     ) -> Tensor:
         """The first half of the rows as phase views, the others mixed with any picture of either domain."""
-        images, params = len(slots[0]) + len(slots[1]), self.method.params
-        x = super().rendered(slots, draw, rows % images, generator)
+        images, params = len(slot_B), self.method.params
+        x = super().rendered(domain_B, slot_B, draw, rows % images, generator)
         spectrum = draw_spectrum(images, params.most_amplitude, params.most_phase, generator)
-        count, form = len(self.images[0]), self.networks.query.form
-        partner = torch.randint(count + len(self.images[1]), (images,), generator=generator)
+        form = self.views.form
+        count, other = self.views.counts
+        partner = torch.randint(count + other, (images,), generator=generator)
         mixed = rows >= images
         out = x.clone()
         if not mixed.all():
@@ -103,17 +114,16 @@ class SpectralStep(Step):
         if mixed.any():
             place = rows[mixed] - images
             domain = (partner[place] >= count).long()
-            stored = stored_pictures(self.images, domain, partner[place] - count * domain)
+            stored = stored_pictures(self.views.images, domain, partner[place] - count * domain)
             out[mixed] = mixed_views(x[mixed], whole_views(stored, x.shape[-1], form), spectrum[place], form)
         return out
 
     def _phase(self, view_B3SS: Tensor) -> Tensor:
-        return phase_views(view_B3SS, self.networks.query.form)
+        return phase_views(view_B3SS, self.views.form)
 
-    def forward(self, views: Views) -> tuple[DomainBatch, DomainBatch]:
+    def forward(self, views: Rendered) -> tuple[DomainBatch, DomainBatch]:
         self.follow()
-        both = gather_rows(self.model(views.query.to(self.device), pooled="both"), len(views.shuffle))
-        k = self.keys(views)
+        both, k = self.queries(self.model, views, "both"), self.keys(views)
         q, pooled = both[:, : k.shape[1]], both[:, k.shape[1] :]
         phase, mixed = slice(len(q) // 2), slice(len(q) // 2, None)
         quarter = len(q) // 4

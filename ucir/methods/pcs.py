@@ -111,12 +111,13 @@ class Pcs(SingleEncoder[PcsParams], ClusteringMethod[PcsParams]):
     def optimizer(self, encoder: Encoder) -> torch.optim.Optimizer:
         """Nesterov SGD; the backbone at a tenth of the rate, no weight decay on batch normalisation."""
         p = self.params
-        head = {id(parameter) for parameter in encoder.head.parameters()}
+        head = {id(parameter) for parameter in encoder.head.projection()}
         groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
-        for parameter in encoder.parameters():
-            scale = 1.0 if id(parameter) in head else p.backbone_lr
-            decay = 0.0 if parameter.ndim == 1 and id(parameter) not in head else p.weight_decay
-            groups.setdefault((scale, decay), []).append(parameter)
+        for group in encoder.parameter_groups():
+            for parameter in group["params"]:
+                scale = group["lr_scale"] * (1.0 if id(parameter) in head else p.backbone_lr)
+                decay = 0.0 if parameter.ndim == 1 and id(parameter) not in head else p.weight_decay
+                groups.setdefault((scale, decay), []).append(parameter)
         return torch.optim.SGD(
             [
                 {"params": parameters, "lr_scale": scale, "weight_decay": decay}

@@ -196,7 +196,11 @@ class ProtoOt(ClusteringMethod[ProtoOtParams]):
         """Adam with amsgrad; ``momentum`` is its first moment's 0.9."""
         p = self.params
         return torch.optim.Adam(
-            encoder.parameters(), p.lr, betas=(p.momentum, 0.999), weight_decay=p.weight_decay, amsgrad=True
+            encoder.parameter_groups(),
+            p.lr,
+            betas=(p.momentum, 0.999),
+            weight_decay=p.weight_decay,
+            amsgrad=True,
         )
 
     def lr_at(self, epoch: int, steps: int) -> float:

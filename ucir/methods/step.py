@@ -8,31 +8,32 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
-from ucir.config.data import ViewParams
-from ucir.data.augment import ViewDraw, draw_view, render_views
 from ucir.data.batches import seeded
-from ucir.data.pack import DomainImages, stored_pictures
+from ucir.data.views import Views
 from ucir.distributed import gather_rows, own_rows, world_size
 from ucir.memory import Features
 from ucir.models.encoder import Encoder, key_encoder_of, update_key_encoder
 from ucir.models.features import extract_features
+from ucir.models.head import ResidualHead
 
 if TYPE_CHECKING:
     from ucir.methods.base import Method
 
 
 @dataclass(frozen=True)
-class Views:
+class Rendered:
     """What this worker computes of a step, still on the CPU."""
 
     slots: tuple[Tensor, ...]
     query: Tensor  # views of its own rows of the batch [first domain; second domain]
+    query_domain: Tensor  # the number of their domains, int64
     key: Tensor | None  # other views, of its own rows of the shuffled batch
+    key_domain: Tensor
     shuffle: Tensor
 
 
@@ -81,8 +82,7 @@ class Step:
 
     Args:
         method: holds params and seed.
-        images: the domains.
-        view: size and augmentation.
+        views: of the domains' pictures.
         query: the encoder that is trained, on ``device``.
         device: where this worker computes.
     """
@@ -93,12 +93,11 @@ class Step:
     def __init__(
         self,
         method: Method[Any],
-        images: tuple[DomainImages, ...],
-        view: ViewParams,
+        views: Views,
         query: Encoder,
         device: torch.device,
     ) -> None:
-        self.method, self.images, self.view, self.device = method, images, view, device
+        self.method, self.views, self.device = method, views, device
         keyed = method.keyed
         key = key_encoder_of(query, keyed.key_norm_groups) if keyed else None
         self.networks = Networks(query, key, method.build(query))
@@ -129,9 +128,17 @@ class Step:
             encoder: another one to ask.
         """
         encoder = encoder or self.networks.key or self.networks.query
-        return extract_features(encoder, self.images, self.view, self.device)
+        return extract_features(encoder, self.views, self.device)
 
-    def render(self, epoch: int, item: tuple[int, Any]) -> Views:
+    def fit_head(self) -> None:
+        """Once, before anything is trained: a head that begins with the pictures' features takes them."""
+        query, key = self.networks.query, self.networks.key
+        if isinstance(query.head, ResidualHead):
+            pooled = extract_features(query, self.views, self.device, pooled=True)
+            for network in (query, key) if key else (query,):
+                cast(ResidualHead, network.head).fit(pooled)
+
+    def render(self, epoch: int, item: tuple[int, Any]) -> Rendered:
         """Draw and render this worker's rows of a step; everything random comes from (seed, epoch, step).
 
         Args:
@@ -140,27 +147,27 @@ class Step:
         """
         step, slots = item
         generator = seeded(self.method.seed, epoch, step)
-        size_N2 = torch.cat(
-            [torch.from_numpy(d.size_N2[s.numpy()]) for d, s in zip(self.images, slots, strict=True)]
-        )
-        query_draw = draw_view(self.view.augment, size_N2, generator)
-        key_draw = draw_view(self.view.augment, size_N2, generator)
-        count = self.views_per_image * len(size_N2)
+        domain_B = torch.cat([torch.full_like(slot, number) for number, slot in enumerate(slots)])
+        slot_B = torch.cat(slots)
+        query_draw = self.views.draw(domain_B, slot_B, generator)
+        key_draw = self.views.draw(domain_B, slot_B, generator)
+        count = self.views_per_image * len(slot_B)
         shuffle = torch.randperm(count, generator=generator)
-        query = self.rendered(slots, query_draw, torch.arange(count)[own_rows(count)], generator)
-        key = None
+        rows = torch.arange(count)[own_rows(count)]
+        query = self.rendered(domain_B, slot_B, query_draw, rows, generator)
+        key, key_rows = None, shuffle[own_rows(count)]
         if self.networks.key:
-            key = self.rendered(slots, key_draw, shuffle[own_rows(count)], generator)
-        return Views(slots, query, key, shuffle)
+            key = self.rendered(domain_B, slot_B, key_draw, key_rows, generator)
+        images = len(slot_B)
+        return Rendered(slots, query, domain_B[rows % images], key, domain_B[key_rows % images], shuffle)
 
     def rendered(
-        self, slots: tuple[Tensor, Tensor], draw: ViewDraw, rows: Tensor, generator: torch.Generator
+        self, domain_B: Tensor, slot_B: Tensor, draw: Any, rows: Tensor, generator: torch.Generator
     ) -> Tensor:
         """Views of these rows of the batch [first domain; second domain]."""
-        stored = stored_pictures(self.images, (rows >= len(slots[0])).long(), torch.cat(slots)[rows])
-        return render_views(stored, draw[rows], self.view, self.networks.query.form)
+        return self.views.random(domain_B[rows], slot_B[rows], draw[rows])
 
-    def forward(self, views: Views) -> Any:
+    def forward(self, views: Rendered) -> Any:
         """What the method's losses are given: both domains' part of the global batch.
 
         The key encoder follows first. Both domains pass through a network as one batch. The key encoder's
@@ -174,11 +181,16 @@ class Step:
         )
         return first, second
 
-    def query_and_key(self, views: Views) -> tuple[Tensor, Tensor]:
+    def query_and_key(self, views: Rendered) -> tuple[Tensor, Tensor]:
         """Features of all rows of the batch, whoever computed them: with gradient, and constant."""
         self.follow()
-        q = gather_rows(self.model(views.query.to(self.device)), len(views.shuffle))
+        q = self.queries(self.model, views)
         return q, q.detach() if views.key is None else self.keys(views)
+
+    def queries(self, model: nn.Module, views: Rendered, pooled: bool | Literal["both"] = False) -> Tensor:
+        """A network's features of the query views of all rows of the batch."""
+        x = model(views.query.to(self.device), pooled, views.query_domain.to(self.device))
+        return gather_rows(x, len(views.shuffle))
 
     def follow(self) -> None:
         """The key encoder's moving average."""
@@ -186,11 +198,12 @@ class Step:
             update_key_encoder(self.networks.key, self.networks.query, self.method.keyed.key_momentum)
 
     @torch.no_grad()
-    def keys(self, views: Views) -> Tensor:
+    def keys(self, views: Rendered) -> Tensor:
         """The key encoder's features, in the batch's order."""
         assert self.networks.key is not None
         assert views.key is not None
-        shuffled = gather_rows(self.networks.key(views.key.to(self.device)), len(views.shuffle))
+        x = self.networks.key(views.key.to(self.device), domain_B=views.key_domain.to(self.device))
+        shuffled = gather_rows(x, len(views.shuffle))
         k = torch.empty_like(shuffled)
         k[views.shuffle.to(self.device)] = shuffled
         return k

@@ -30,7 +30,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ucir.config.base import Count, Positive, Share
-from ucir.distributed import gather_rows
 from ucir.losses.prototype import bank_discrimination, prototype_contrast
 from ucir.losses.universal import (
     batch_contrast,
@@ -52,7 +51,7 @@ from ucir.methods.base import (
     cluster_figures,
     several,
 )
-from ucir.methods.step import DomainBatch, Step, Views
+from ucir.methods.step import DomainBatch, Rendered, Step
 from ucir.models.encoder import Encoder
 from ucir.prototypes.clustering import Clusters
 from ucir.prototypes.merging import Structure, centres, unify_domains
@@ -116,13 +115,12 @@ class FrozenStep(Step):
         if epoch >= self.method.border and self.networks.frozen is None:
             self.networks.freeze()
 
-    def forward(self, views: Views) -> tuple[DomainBatch, DomainBatch]:
+    def forward(self, views: Rendered) -> tuple[DomainBatch, DomainBatch]:
         first, second = super().forward(views)
         frozen: tuple[Tensor | None, ...] = (None, None)
         if self.networks.frozen:
             with torch.no_grad():
-                every = self.networks.frozen(views.query.to(self.device))
-            frozen = gather_rows(every, len(views.shuffle)).tensor_split(2)
+                frozen = self.queries(self.networks.frozen, views).tensor_split(2)
         first, second = (
             FrozenBatch(part.slot_B, part.q_BD, part.k_BD, x)
             for part, x in zip((first, second), frozen, strict=True)
@@ -241,7 +239,7 @@ class Uem(SingleEncoder[UemParams], ClusteringMethod[UemParams]):
         """SGD over the encoder and the domain classifier, which every worker trains alike."""
         p = self.params
         groups: list[dict[str, Any]] = [
-            {"params": list(encoder.parameters())},
+            *encoder.parameter_groups(),
             {"params": list(self.discriminator.parameters()), "lr_scale": p.adversary_lr},
         ]
         return torch.optim.SGD(groups, p.lr, momentum=p.momentum, weight_decay=p.weight_decay)

@@ -11,25 +11,28 @@ from typing import Any
 import torch
 
 from ucir.errors import UserError, nearest
-from ucir.models.encoder import Encoder
+from ucir.models.encoder import HEAD, Encoder
+from ucir.models.trunk import StoredTrunk
 
 PREFIXES = ("module.encoder_q.", "encoder_q.")
 
 
-def save_encoder(encoder: Encoder, path: Path, model: dict[str, Any] | None = None) -> None:
+def save_encoder(encoder: Encoder, path: Path, **blocks: dict[str, Any]) -> None:
     """Write ``{"state_dict": {"module.encoder_q.<name>": tensor}}``.
 
     Args:
-        encoder: whose weights.
+        encoder: whose weights; with a :class:`ucir.models.trunk.StoredTrunk` those of its head alone.
         path: of the file.
-        model: what the file says beside them, see :mod:`ucir.models.model`.
+        blocks: what the file says beside them, see :mod:`ucir.models.model`.
     """
     state = {PREFIXES[0] + name: value for name, value in encoder.moco_state().items()}
-    save_atomically({"state_dict": state, **({"model": model} if model else {})}, path)
+    save_atomically({"state_dict": state, **blocks}, path)
 
 
 def load_encoder(encoder: Encoder, path: Path) -> None:
     """Fill ``encoder`` (head and batch statistics too) from a checkpoint in MoCo v2's layout.
+
+    Of an encoder with a :class:`ucir.models.trunk.StoredTrunk` it is the head that is filled.
 
     The prefix may be ``module.encoder_q.`` (DDP) or ``encoder_q.``. The checkpoint's key encoder and
     queue are not used, as in UCDIR and ProtoOT.
@@ -48,6 +51,8 @@ def load_encoder(encoder: Encoder, path: Path) -> None:
             f"(the first key is {next(iter(tensors), None)!r})"
         )
     given = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+    if isinstance(encoder.trunk, StoredTrunk):
+        given = {name: value for name, value in given.items() if name.startswith(HEAD)}
     wanted = encoder.moco_state()
     faults = [
         *(f"{key} is missing" for key in wanted if key not in given),

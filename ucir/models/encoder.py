@@ -1,10 +1,10 @@
-"""The encoder: trunk, two-layer head as in MoCo v2, L2-normalised output; and its moving average."""
+"""The encoder: trunk, head, L2-normalised output; and its moving average."""
 
 from __future__ import annotations
 
 import copy
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +12,9 @@ from torch.nn import functional as F
 
 from ucir.config.model import EncoderParams
 from ucir.data.augment import InputFormat
+from ucir.models.head import HEADS
 from ucir.models.norm import GroupedBatchNorm2d
-from ucir.models.trunk import new_trunk
+from ucir.models.trunk import Trunk, new_trunk
 
 HEAD = "fc."
 """What the head's parameters are called in MoCo v2's checkpoints; the trunk's have torchvision's names."""
@@ -25,24 +26,32 @@ class Encoder(nn.Module):
     Args:
         params: the ``encoder`` block.
         norm_groups: parts of the batch with their own batch statistics; 2 for a key encoder.
+        trunk: instead of a new one of ``params``.
+
+    Raises:
+        UserError: params that do not go together.
     """
 
-    def __init__(self, params: EncoderParams, norm_groups: int = 1) -> None:
+    def __init__(self, params: EncoderParams, norm_groups: int = 1, trunk: Trunk | None = None) -> None:
         super().__init__()
         self.params = params
-        self.trunk = new_trunk(params.trunk, partial(GroupedBatchNorm2d, groups=norm_groups))
-        pooled_dim = self.trunk.pooled_dim
-        self.head = nn.Sequential(
-            nn.Linear(pooled_dim, pooled_dim), nn.ReLU(), nn.Linear(pooled_dim, params.feature_dim)
-        )
+        self.trunk = trunk or new_trunk(params.trunk, partial(GroupedBatchNorm2d, groups=norm_groups))
+        self.head = HEADS[params.head](self.trunk.pooled_dim, params.feature_dim)
 
-    def forward(self, x: Tensor, pooled: bool | Literal["both"] = False) -> Tensor:
-        """Normalised images (B, 3, s, s) to unit features (B, D), float32; with ``pooled`` those before the
-        head (2048 of a ResNet-50), with ``both`` the head's and these side by side."""
+    def forward(
+        self, x: Tensor, pooled: bool | Literal["both"] = False, domain_B: Tensor | None = None
+    ) -> Tensor:
+        """Normalised images (B, 3, s, s) to unit features (B, D), float32.
+
+        Args:
+            x: the images; pooled features (B, P) where the trunk is a :class:`StoredTrunk`.
+            pooled: those before the head (2048 of a ResNet-50); ``both``: the head's and these side by side.
+            domain_B: 0 or 1, which of the training's domains each image is of, int64; None: not known.
+        """
         before = self.trunk(x)
         if pooled is True:
             return F.normalize(before.float(), dim=1)
-        out = F.normalize(self.head(before).float(), dim=1)
+        out = F.normalize(self.head(before, domain_B).float(), dim=1)
         return torch.cat([out, F.normalize(before.float(), dim=1)], dim=1) if pooled else out
 
     @property
@@ -64,6 +73,14 @@ class Encoder(nn.Module):
     def device(self) -> torch.device:
         return next(self.parameters()).device
 
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """All that is trained, for an optimizer; ``lr_scale`` is a factor of the learning rate."""
+        groups = self.trunk.parameter_groups()
+        head = list(self.head.parameters())
+        if len(groups) == 1 and groups[0]["lr_scale"] == 1:
+            return [{"params": [*groups[0]["params"], *head], "lr_scale": 1.0}]
+        return [*groups, {"params": head, "lr_scale": 1.0}]
+
     def moco_state(self) -> dict[str, Tensor]:
         """Its state by MoCo v2's names: torchvision's, and the head as ``fc.0`` and ``fc.2``."""
         head = {HEAD + name: value for name, value in self.head.state_dict().items()}
@@ -76,11 +93,13 @@ class Encoder(nn.Module):
         self.trunk.net.load_state_dict({n: x for n, x in state.items() if not n.startswith(HEAD)})
 
 
-def new_encoder(params: EncoderParams, seed: int, norm_groups: int = 1) -> Encoder:
-    """A randomly initialised encoder that depends on ``params`` and ``seed`` alone."""
+def new_encoder(
+    params: EncoderParams, seed: int, norm_groups: int = 1, trunk: Trunk | None = None
+) -> Encoder:
+    """A randomly initialised encoder that depends on ``params`` and ``seed`` alone, but for a trunk given."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        encoder = Encoder(params, norm_groups)
+        encoder = Encoder(params, norm_groups, trunk)
     return encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
 
 
@@ -96,5 +115,7 @@ def key_encoder_of(encoder: Encoder, norm_groups: int = 2) -> Encoder:
 
 @torch.no_grad()
 def update_key_encoder(key: Encoder, query: Encoder, momentum: float) -> None:
-    """theta_k <- m theta_k + (1 - m) theta_q, parameters only: running statistics stay the key's own."""
-    torch._foreach_lerp_(list(key.parameters()), list(query.parameters()), 1 - momentum)
+    """theta_k <- m theta_k + (1 - m) theta_q, trained parameters only: the key keeps its statistics."""
+    pairs = zip(key.parameters(), query.parameters(), strict=True)
+    k, q = zip(*((k, q) for k, q in pairs if q.requires_grad), strict=True)
+    torch._foreach_lerp_(k, q, 1 - momentum)

@@ -8,10 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ucir.config.data import ViewParams
-from ucir.data.augment import eval_views
-from ucir.data.pack import DomainImages
 from ucir.data.prefetch import prefetch
+from ucir.data.views import Views
 from ucir.distributed import own_rows
 from ucir.memory import Features
 from ucir.models.encoder import Encoder
@@ -22,42 +20,52 @@ CHUNK = 256
 @torch.no_grad()
 def extract_features(
     encoder: Encoder,
-    images: tuple[DomainImages, ...],
-    view: ViewParams,
+    views: Views,
     device: torch.device,
     pooled: bool | Literal["both"] = False,
     change: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Features, ...]:
     """Unit features of each domain, float32, on ``device``; each worker computes its share.
 
-    ``pooled`` is the encoder's; ``change`` is done to the views.
+    Args:
+        encoder: on ``device``.
+        views: of the domains' pictures.
+        device: where this worker computes.
+        pooled: as of the encoder.
+        change: done to the views.
     """
     was_training = encoder.training
     encoder.eval()
-    features = tuple(_domain_features(encoder, domain, view, device, pooled, change) for domain in images)
+    features = tuple(
+        _domain_features(encoder, views, domain, device, pooled, change)
+        for domain in range(len(views.counts))
+    )
     encoder.train(was_training)
     return features
 
 
 def _domain_features(
     encoder: Encoder,
-    domain: DomainImages,
-    view: ViewParams,
+    views: Views,
+    domain: int,
     device: torch.device,
     pooled: bool | Literal["both"],
     change: Callable[[Tensor], Tensor] | None,
 ) -> Features:
-    rows_of_worker = own_rows(len(domain))
+    count = views.counts[domain]
+    rows_of_worker = own_rows(count)
 
     def render(first: int) -> Tensor:
-        rows = slice(first, min(first + CHUNK, rows_of_worker.stop))
-        pixels = torch.from_numpy(domain.pixels(rows))
-        views = eval_views(pixels, torch.from_numpy(domain.size_N2[rows]), view, encoder.form)
-        return change(views) if change else views
+        plain = views.plain(domain, slice(first, min(first + CHUNK, rows_of_worker.stop)))
+        return change(plain) if change else plain
+
+    def embed(x: Tensor) -> Tensor:
+        domain_B = torch.full((len(x),), domain, device=device)
+        return encoder(x.to(device), pooled, domain_B)  # type: ignore[no-any-return]
 
     starts = range(rows_of_worker.start, rows_of_worker.stop, CHUNK)
-    parts = [encoder(views.to(device), pooled) for views in prefetch(render, starts)]
+    parts = [embed(x) for x in prefetch(render, starts)]
     head, before = encoder.feature_dim, encoder.pooled_dim
     length = {False: head, True: before, "both": head + before}[pooled]
     own_ND = torch.cat(parts) if parts else torch.empty(0, length, device=device)
-    return Features(own_ND, len(domain))
+    return Features(own_ND, count)

@@ -2,13 +2,15 @@
 
 The file is a checkpoint in MoCo v2's layout, see :mod:`ucir.models.checkpoints`, with a block ``model``: how
 to build the encoder, how pictures are stored and seen, and the facts of its training. No params.yaml is
-needed.
+needed. Where the trunk was frozen the file of a run holds the head and names the trunk's file; ``ucir adapt``
+writes both into one.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,9 +24,10 @@ from ucir.config.model import EncoderParams
 from ucir.data.augment import eval_views
 from ucir.data.decode import fitted
 from ucir.data.pack import stored_size
-from ucir.errors import UserError
+from ucir.errors import UserError, nearest
 from ucir.models.checkpoints import load_encoder, load_state, save_encoder
 from ucir.models.encoder import Encoder, new_encoder
+from ucir.models.trunk import StoredTrunk
 
 FORMAT = 1
 BATCH = 64
@@ -38,18 +41,33 @@ class Model:
     view: ViewParams
     pack: PackParams
     facts: dict[str, Any]
-    """Of its training: data set, setting, method, pair, seed, run key, epoch."""
+    """Of its training: data set, setting, method, pair, seed, run key, epoch; where its weights come from."""
+    domains: tuple[str, ...] = ()
+    """Names of its training's two domains, in its order."""
+    trunk_file: dict[str, str] = field(default_factory=dict)
+    """Where the frozen trunk's weights lie, as ``path`` and ``sha256``, if the file holds the head alone."""
 
     @torch.no_grad()
     def features(
-        self, pictures: Iterable[np.ndarray], features: Literal["head", "pooled"] = "head"
+        self,
+        pictures: Iterable[np.ndarray],
+        features: Literal["head", "pooled"] = "head",
+        domain: str | None = None,
     ) -> Iterator[Tensor]:
         """Unit features, (B, D) float32 on the CPU, a batch at a time: those that a pack's pictures get.
 
         Args:
             pictures: uint8 (height, width, 3), RGB, of any size, one after the other.
             features: the head's output, or what goes into it.
+            domain: of the pictures, one of ``domains``; None: that whose centre is the nearest, a picture
+                at a time.
+
+        Raises:
+            UserError: the model knows no such domain.
         """
+        if domain is not None and domain not in self.domains:
+            raise UserError(f"domain {domain!r} is unknown to this model; {nearest(domain, self.domains)}")
+        number = None if domain is None else self.domains.index(domain)
         self.encoder.eval()
         stored: list[np.ndarray] = []
         sizes: list[tuple[int, int]] = []
@@ -58,15 +76,19 @@ class Model:
             stored.append(fitted(image, self.pack))
             sizes.append(stored_size(image.size, self.pack.fit))
             if len(stored) == BATCH:
-                yield self._embed(stored, sizes, features == "pooled")
+                yield self._embed(stored, sizes, features == "pooled", number)
                 stored, sizes = [], []
         if stored:
-            yield self._embed(stored, sizes, features == "pooled")
+            yield self._embed(stored, sizes, features == "pooled", number)
 
-    def _embed(self, stored: list[np.ndarray], sizes: list[tuple[int, int]], pooled: bool) -> Tensor:
+    def _embed(
+        self, stored: list[np.ndarray], sizes: list[tuple[int, int]], pooled: bool, domain: int | None
+    ) -> Tensor:
         pixels = torch.from_numpy(np.stack(stored))
         views = eval_views(pixels, torch.tensor(sizes), self.view, self.encoder.form)
-        features: Tensor = self.encoder(views.to(self.encoder.device), pooled)
+        device = self.encoder.device
+        domain_B = None if domain is None else torch.full((len(views),), domain, device=device)
+        features: Tensor = self.encoder(views.to(device), pooled, domain_B)
         return features.cpu()
 
 
@@ -77,17 +99,19 @@ def save_model(model: Model, path: Path) -> None:
         "encoder": model.encoder.params.model_dump(mode="json"),
         "view": model.view.model_dump(mode="json"),
         "pack": model.pack.model_dump(mode="json"),
-        "input": model.encoder.form.described(),
         "facts": model.facts,
+        "domains": list(model.domains),
+        "trunk_file": model.trunk_file,
     }
-    save_encoder(model.encoder, path, block)
+    save_encoder(model.encoder, path, model=block)
 
 
 def load_model(path: Path | str, device: torch.device | str = "cpu") -> Model:
     """Read a file that :func:`save_model` wrote.
 
     Raises:
-        UserError: no such file; a checkpoint that does not say how it is used; of a later format.
+        UserError: no such file; a checkpoint that does not say how it is used; of a later format; the frozen
+            trunk's file that it names is not there, or is another.
     """
     path = Path(path)
     state = load_state(path)
@@ -102,6 +126,25 @@ def load_model(path: Path | str, device: torch.device | str = "cpu") -> Model:
             f"{path}: a model of format {block['format']}, this version reads {FORMAT}: update ucir"
         )
     encoder = new_encoder(EncoderParams(**block["encoder"]), 0)
-    load_encoder(encoder, path)
+    trunk_file: dict[str, str] = block.get("trunk_file", {})
+    if trunk_file:
+        load_encoder(encoder, _trunk_path(path, trunk_file))
+        head = new_encoder(encoder.params, 0, trunk=StoredTrunk(encoder.pooled_dim))
+        load_encoder(head, path)
+        encoder.head.load_state_dict(head.head.state_dict())
+    else:
+        load_encoder(encoder, path)
     view, pack = ViewParams(**block["view"]), PackParams(**block["pack"])
-    return Model(encoder.to(device).eval(), view, pack, block["facts"])
+    domains = tuple(block.get("domains", ()))
+    return Model(encoder.to(device).eval(), view, pack, block["facts"], domains)
+
+
+def _trunk_path(path: Path, trunk_file: dict[str, str]) -> Path:
+    """The file of the frozen trunk that a head was trained on."""
+    file = Path(trunk_file["path"])
+    remedy = "load it in its project's folder, where `uv run dvc repro pretrain` makes that file"
+    if not file.exists():
+        raise UserError(f"{path}: holds a head for the trunk in {file}, which is not there: {remedy}")
+    if hashlib.sha256(file.read_bytes()).hexdigest() != trunk_file["sha256"]:
+        raise UserError(f"{path}: was trained on other weights than {file} holds now: {remedy}")
+    return file

@@ -7,6 +7,8 @@ ShuffleBN). The statistics here are those of the *global* batch, whatever the nu
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -30,7 +32,7 @@ class GroupedBatchNorm2d(nn.BatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) to the same; B is this worker's share of the global batch."""
         if not self.training or (self.groups == 1 and world_size() == 1):
-            return super().forward(x)
+            return nn.BatchNorm2d.forward(self, x)
         assert self.num_batches_tracked is not None
         assert self.running_mean is not None
         assert self.running_var is not None
@@ -69,3 +71,21 @@ class GroupedBatchNorm2d(nn.BatchNorm2d):
         total = all_reduce_sum(torch.tensor(rows, device=device))
         place = torch.arange(rows, device=device) + total * rank() // world_size()
         return (place * self.groups) // total
+
+
+class GroupedBatchNormAct2d(GroupedBatchNorm2d):
+    """The same, with the activation that timm's normalisation layers bring along."""
+
+    drop: nn.Module
+    act: nn.Module
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.act(self.drop(super().forward(x))))
+
+
+def group_batch_norms(net: nn.Module, groups: int) -> None:
+    """Turn a network's batch normalisations into grouped ones, where they are; names and weights stay."""
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d) and not isinstance(module, GroupedBatchNorm2d):
+            module.__class__ = GroupedBatchNormAct2d if hasattr(module, "act") else GroupedBatchNorm2d
+            cast(GroupedBatchNorm2d, module).groups = groups

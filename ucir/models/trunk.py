@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from functools import partial
 from importlib import import_module
 from pkgutil import iter_modules
-from typing import Any, cast
+from typing import Any, Literal, Self, cast
 
 from torch import Tensor, nn
 
@@ -22,16 +23,74 @@ class Trunk(nn.Module):
         net: (B, 3, s, s) to (B, P).
         pooled_dim: P.
         form: of the pictures that it takes.
+        stages: name of each of the network's parameters to the number of its stage, from the input on.
+        layer_decay: factor of the learning rate from one stage to the one before; transformers want it.
     """
 
-    def __init__(self, net: nn.Module, pooled_dim: int, form: InputFormat) -> None:
+    def __init__(
+        self,
+        net: nn.Module,
+        pooled_dim: int,
+        form: InputFormat,
+        stages: dict[str, int] | None = None,
+        layer_decay: float = 1.0,
+    ) -> None:
         super().__init__()
         self.net = net
         self.pooled_dim = pooled_dim
         self.form = form
+        self.stages = stages or {}
+        self.layer_decay = layer_decay
+        self.trained = "all"
 
     def forward(self, x: Tensor) -> Tensor:
         return cast(Tensor, self.net(x))
+
+    def train_only(self, part: Literal["all", "last", "head"]) -> None:
+        """Freeze what is not trained, with its batch statistics.
+
+        Args:
+            part: all stages, the last one, or none.
+        """
+        self.trained = part
+        border = {"all": 0, "last": self._last_stage(), "head": sys.maxsize}[part]
+        for name, parameter in self.net.named_parameters():
+            parameter.requires_grad_(self.stages[name] >= border)
+        self.train(self.training)
+
+    def _last_stage(self) -> int:
+        """The last one with a weight matrix: a normalisation alone is no stage."""
+        return max(self.stages[n] for n, p in self.net.named_parameters() if p.ndim > 1)
+
+    def train(self, mode: bool = True) -> Self:
+        """Training mode, but for the batch statistics of frozen stages."""
+        super().train(mode)
+        if mode and self.trained != "all":
+            for module in self.net.modules():
+                parameters = list(module.parameters(recurse=False))
+                if parameters and not any(p.requires_grad for p in parameters):
+                    module.eval()
+        return self
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Trained parameters for an optimizer; ``lr_scale`` is a factor of the learning rate."""
+        by_scale: dict[float, list[nn.Parameter]] = {}
+        last = max(self.stages.values(), default=0)
+        for name, parameter in self.net.named_parameters():
+            if parameter.requires_grad:
+                scale = self.layer_decay ** (last - self.stages[name]) if self.layer_decay != 1 else 1.0
+                by_scale.setdefault(scale, []).append(parameter)
+        return [{"params": parameters, "lr_scale": scale} for scale, parameters in by_scale.items()]
+
+
+class StoredTrunk(Trunk):
+    """Stands where a frozen trunk's pooled features come from a feature pack: it passes them on."""
+
+    def __init__(self, pooled_dim: int) -> None:
+        super().__init__(nn.Identity(), pooled_dim, InputFormat(side=0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.float()
 
 
 def trunk_module(block: dict[str, Any]) -> str:

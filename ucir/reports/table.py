@@ -69,8 +69,11 @@ def identifier(displayed: str) -> str:
 def read_results(
     root: Path, dataset: str, setting: str, methods: Iterable[str]
 ) -> dict[str, list[DirectionScore]]:
-    """The scores in ``<root>/<dataset>/<setting>/<method>/metrics.json`` of the given methods."""
-    return {m: read_scores(root / dataset / setting / m / "metrics.json") for m in methods}
+    """The scores in ``<root>/<dataset>/<setting>/<method>/metrics.json`` of the given methods.
+
+    Those of the start's rows lie in ``start/<row>/metrics.json``, their method is ``start/<row>``.
+    """
+    return {Path(m).name: read_scores(root / dataset / setting / m / "metrics.json") for m in methods}
 
 
 def cell(

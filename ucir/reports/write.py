@@ -16,7 +16,7 @@ from ucir import tracking
 from ucir.config.data import DatasetParams
 from ucir.config.load import Params
 from ucir.config.study import SettingParams
-from ucir.data.pack import read_info
+from ucir.data.pack import open_domain, read_info
 from ucir.data.splits import directions, label_spaces, tail_ratio, trainings
 from ucir.reports import figures
 from ucir.reports.reference import AVERAGE, PrintedCell, printed_for
@@ -37,7 +37,16 @@ from ucir.reports.table import (
     scored_directions,
     write_csv,
 )
-from ucir.retrieval.evaluation import BEST, LAST, PRETRAINED, UNTRAINED, load_features, scored_images
+from ucir.retrieval.evaluation import (
+    BEST,
+    LAST,
+    PRETRAINED,
+    UNTRAINED,
+    labels_of,
+    load_features,
+    scored_index,
+    start_rows,
+)
 from ucir.retrieval.ranking import top_ranked
 from ucir.tracking import git_sha
 
@@ -73,7 +82,8 @@ def write_report(params: Params, packs: Path, results: Path, out: Path) -> Writt
         block = params.datasets[part.dataset]
         runs = [r for r in study.runs.values() if (r.dataset, r.setting) == (part.dataset, part.setting)]
         methods = [run.method for run in runs]
-        scores = read_results(results, part.dataset, part.setting, [UNTRAINED, PRETRAINED, *methods])
+        first = [f"start/{row}" for row in start_rows(block.start)]
+        scores = read_results(results, part.dataset, part.setting, [*first, *methods])
         printed = printed_for(block.catalogue, part.setting)
         rows += result_rows(part.dataset, part.setting, scores, printed)
         tables = _tables(part, scores, printed, block)
@@ -201,11 +211,11 @@ def _pictures(
     ]
     shown = []
     embeddings = []
-    start = load_features(results / PRETRAINED / "evaluate" / "all.npz")
     for pair in pairs:
         name = "-".join(pair)
-        images, labels = scored_images(pack, pair, spaces)
-        features = {PRETRAINED: {d: start[d][images[d].row_N] for d in pair}}
+        index = scored_index(pack, pair, spaces)
+        images, labels = {d: open_domain(pack, d, x) for d, x in index.items()}, labels_of(index)
+        features = {PRETRAINED: load_features(results / "start" / PRETRAINED / "evaluate" / f"{name}.npz")}
         for method in methods:
             stored = results / method / "evaluate" / f"{name}-s{seed}.npz"
             if stored.exists():  # another method of the study may have other pairs

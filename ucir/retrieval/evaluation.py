@@ -12,24 +12,35 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ucir import tracking
 from ucir.config.data import DatasetParams, SplitParams
 from ucir.config.load import Params
-from ucir.data.pack import DomainImages, open_domain, read_index, read_info, split_pair
+from ucir.config.model import EncoderParams, StartParams
+from ucir.data.feature_pack import DomainFeatures, open_features
+from ucir.data.pack import DomainImages, Picture, open_domain, read_index, read_info, split_pair
 from ucir.data.splits import LabelSpaces, directions, label_spaces, trainings
+from ucir.data.views import views_of
 from ucir.devices import choose_device
 from ucir.errors import UserError
-from ucir.models.checkpoints import load_encoder
+from ucir.memory import Features
+from ucir.models.checkpoints import load_encoder, load_state
 from ucir.models.encoder import new_encoder
 from ucir.models.features import extract_features
-from ucir.paths import PACKS, STARTS
+from ucir.models.head import ResidualHead
+from ucir.models.trunk import StoredTrunk
+from ucir.paths import FEATURES, PACKS, STARTS
 from ucir.prototypes.clustering import kmeans
 from ucir.retrieval.gate import GateChoice, fit_gate
 from ucir.retrieval.metrics import Decisions, metric_values
 from ucir.retrieval.ranking import rank
 
+Domain = DomainImages | DomainFeatures
+
 UNTRAINED = "untrained"
+FROZEN = "frozen"
+CENTRED = "centred"
 PRETRAINED = "pretrained"
 LAST = "last"
 BEST = "best_by_labels"
@@ -48,15 +59,25 @@ class DirectionScore:
     """Metric identifier to percent."""
 
 
-def encoder_features(
-    checkpoint: Path, block: DatasetParams, images: Sequence[DomainImages], device: torch.device
+def checkpoint_features(
+    checkpoint: Path, block: DatasetParams, images: Mapping[str, Domain], device: torch.device
 ) -> dict[str, Tensor]:
-    """Unit features of each domain by the encoder of a checkpoint, on the CPU."""
-    encoder = new_encoder(block.start.encoder, 0)
-    load_encoder(encoder, checkpoint)
+    """Unit features of each domain by the encoder of a run's checkpoint, on the CPU."""
+    order = load_state(checkpoint).get("model", {}).get("domains") or list(images)
     pooled = block.evaluate.features == "pooled"
-    features = extract_features(encoder.to(device), tuple(images), block.view, device, pooled)
-    return {domain.name: x.own_ND.cpu() for domain, x in zip(images, features, strict=True)}
+    return _features(checkpoint, block, [images[name] for name in order], device, pooled)
+
+
+def _features(
+    checkpoint: Path, block: DatasetParams, domains: Sequence[Domain], device: torch.device, pooled: bool
+) -> dict[str, Tensor]:
+    first = domains[0]
+    trunk = StoredTrunk(first.pooled_dim) if isinstance(first, DomainFeatures) else None
+    encoder = new_encoder(block.start.encoder, 0, trunk=trunk)
+    load_encoder(encoder, checkpoint)
+    encoder = encoder.to(device)
+    features = extract_features(encoder, views_of(domains, block.view, encoder.form), device, pooled)  # type: ignore[arg-type]
+    return {domain.name: x.own_ND.cpu() for domain, x in zip(domains, features, strict=True)}
 
 
 def score_direction(
@@ -96,8 +117,11 @@ def cluster_agreement(features_ND: Tensor, labels: Sequence[str], k: int) -> dic
     }
 
 
-def write_scores(path: Path, scores: list[DirectionScore]) -> None:
-    """``metrics.json``: the mean over directions and seeds, then each of them; for DVC and the report."""
+def write_scores(path: Path, scores: list[DirectionScore]) -> dict[str, dict[str, float]]:
+    """``metrics.json``: the mean over directions and seeds, then each of them; for DVC and the report.
+
+    Returns the mean, by choice of epoch.
+    """
     directions: dict[str, dict[str, dict[str, dict[str, float]]]] = {}
     for s in scores:
         seeds = directions.setdefault(f"{s.query}>{s.gallery}", {})
@@ -110,6 +134,7 @@ def write_scores(path: Path, scores: list[DirectionScore]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {"mean": mean, "directions": directions}
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    return mean
 
 
 def read_scores(path: Path) -> list[DirectionScore]:
@@ -160,11 +185,12 @@ def evaluate_method(
         run = json.loads(path.read_text("utf-8"))
         spaces = LabelSpaces(**run["label_spaces"])
         pair = split_pair(run["pair"], list(read_info(PACKS / dataset).counts))
+        images, labels = scored_domains(dataset, block, pair, spaces)
         run_scores = []
         for choice, name in ((LAST, "last.pt"), (BEST, "best.pt")):
             if not (path.parent / name).exists():
                 continue
-            features, labels = pair_features(path.parent / name, block, PACKS / dataset, pair, spaces, device)
+            features = checkpoint_features(path.parent / name, block, images, device)
             for direction in directions(setting, pair):
                 seed, cutoffs = int(run["seed"]), block.evaluate.cutoffs
                 run_scores += score_direction(features, labels, direction, seed, choice, cutoffs, gate)
@@ -176,9 +202,10 @@ def evaluate_method(
 
 
 def evaluate_start(params: Params, key: str, gate: GateChoice, results: Path) -> None:
-    """Score the random network and the start in every direction of ``study.settings.<key>``.
+    """Score what trainings begin with, in every direction of ``study.settings.<key>``: :func:`start_rows`.
 
-    Writes what :func:`evaluate_method` writes, and the setting's label spaces as ``label_spaces.json``.
+    Writes what :func:`evaluate_method` writes, for each row below ``start/``; the rows' means as
+    ``start.json``; and the setting's label spaces as ``label_spaces.json``.
     """
     part = params.study.settings[key]
     block = params.datasets[part.dataset]
@@ -187,39 +214,83 @@ def evaluate_start(params: Params, key: str, gate: GateChoice, results: Path) ->
     spaces = label_spaces(part.setting, info.classes, block.split)
     every_class = tuple(info.classes)
     named_spaces = replace(spaces, query=spaces.query or every_class, gallery=spaces.gallery or every_class)
-    write_label_spaces(results / part.dataset / part.setting / "label_spaces.json", named_spaces, block.split)
+    folder = results / part.dataset / part.setting
+    write_label_spaces(folder / "label_spaces.json", named_spaces, block.split)
     every = {domain: read_index(pack, domain) for domain in info.counts}
-    kept = {
-        (domain, role): spaces.scored(pictures, role) for domain, pictures in every.items() for role in (0, 1)
-    }
-    images = [open_domain(pack, domain) for domain in every]
     device = choose_device(params.cluster)
-    for method, name in ((UNTRAINED, "untrained.pt"), (PRETRAINED, "start.pt")):
-        checkpoint = STARTS / part.dataset / name
-        features = encoder_features(checkpoint, block, images, device)
-        folder = results / part.dataset / part.setting / method
-        save_features(folder / "evaluate" / "all.npz", features)
+    pairs = trainings(part.setting, part.pairs or block.pairs, list(every))
+    means = {}
+    for row in start_rows(block.start):
+        checkpoint = STARTS / part.dataset / ("untrained.pt" if row == UNTRAINED else "start.pt")
+        of_all = _start_features(checkpoint, block, part.dataset, every, device)
         run_key = hashlib.sha256(checkpoint.read_bytes()).hexdigest()[:12]
-        tracker = _tracker(part.dataset, part.setting, method, block)
-        scores = []
-        for pair in trainings(part.setting, part.pairs or block.pairs, list(every)):
-            for query, gallery in directions(part.setting, pair):
-                rows = {query: kept[query, 0], gallery: kept[gallery, 1]}
+        tracker = _tracker(part.dataset, part.setting, row, block)
+        scores: list[DirectionScore] = []
+        for pair in pairs:
+            index = scored_index(pack, pair, spaces)
+            features = {d: of_all[d][[p.slot for p in pictures]] for d, pictures in index.items()}
+            if row in (CENTRED, PRETRAINED) and block.start.encoder.head == "residual":
+                seen = [
+                    Features(of_all[domain][[p.slot for p in spaces.trained(every[domain], role)]])
+                    for role, domain in enumerate(pair)
+                ]
+                features = _fitted(block.start.encoder, seen, features, row)
+            save_features(folder / "start" / row / "evaluate" / f"{'-'.join(pair)}.npz", features)
+            for direction in directions(part.setting, pair):
+                seed = block.start.pretrain.seed if block.start.pretrain else 0
+                cutoffs = block.evaluate.cutoffs
                 direction_scores = score_direction(
-                    {
-                        domain: features[domain][[p.slot for p in pictures]]
-                        for domain, pictures in rows.items()
-                    },
-                    {domain: [p.label for p in pictures] for domain, pictures in rows.items()},
-                    (query, gallery),
-                    block.start.pretrain.seed if block.start.pretrain else 0,
-                    LAST,
-                    block.evaluate.cutoffs,
-                    gate,
+                    features, labels_of(index), direction, seed, LAST, cutoffs, gate
                 )
                 _log(tracker, run_key, direction_scores)
                 scores += direction_scores
-        write_scores(folder / "metrics.json", scores)
+        means[row] = write_scores(folder / "start" / row / "metrics.json", scores)
+    (folder / "start.json").write_text(json.dumps(means, indent=1) + "\n", encoding="utf-8")
+
+
+def start_rows(start: StartParams) -> tuple[str, ...]:
+    """What trainings of a data set begin with, by name, the start itself last.
+
+    With a moco head the random network and the start; with a residual head the frozen trunk's features, the
+    same with each domain's mean taken off, and the start, which is their PCA.
+    """
+    return (UNTRAINED, PRETRAINED) if start.encoder.head == "moco" else (FROZEN, CENTRED, PRETRAINED)
+
+
+def _start_features(
+    checkpoint: Path,
+    block: DatasetParams,
+    dataset: str,
+    every: Mapping[str, list[Picture]],
+    device: torch.device,
+) -> dict[str, Tensor]:
+    """Unit features of all pictures; with a residual head, which belongs to a pair, those before it."""
+    domains = [_open(dataset, block, domain, pictures) for domain, pictures in every.items()]
+    pooled = block.evaluate.features == "pooled" or block.start.encoder.head == "residual"
+    return _features(checkpoint, block, domains, device, pooled)
+
+
+def _fitted(
+    params: EncoderParams, seen: Sequence[Features], pooled: Mapping[str, Tensor], row: str
+) -> dict[str, Tensor]:
+    """A pair's pooled features, centred, and as a residual head begins.
+
+    Args:
+        params: of the encoder.
+        seen: pooled features of the pictures that training sees, of each domain.
+        pooled: of the pictures that are scored.
+        row: CENTRED or PRETRAINED.
+    """
+    head = ResidualHead(seen[0].own_ND.shape[1], params.feature_dim)
+    head.fit(seen)
+    features = {}
+    for number, (domain, x) in enumerate(pooled.items()):
+        if row == CENTRED:
+            features[domain] = F.normalize(x - head.centre_2P[number], dim=1)
+        else:
+            with torch.no_grad():
+                features[domain] = F.normalize(head(x, torch.full((len(x),), number)), dim=1)
+    return features
 
 
 def write_label_spaces(path: Path, spaces: LabelSpaces, split: SplitParams) -> None:
@@ -229,26 +300,30 @@ def write_label_spaces(path: Path, spaces: LabelSpaces, split: SplitParams) -> N
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-def pair_features(
-    checkpoint: Path,
-    block: DatasetParams,
-    pack: Path,
-    pair: tuple[str, str],
-    spaces: LabelSpaces,
-    device: torch.device,
-) -> tuple[dict[str, Tensor], dict[str, list[str]]]:
-    """Features and class names of the pictures that a training is scored on, by domain."""
-    images, labels = scored_images(pack, pair, spaces)
-    return encoder_features(checkpoint, block, list(images.values()), device), labels
+def scored_index(pack: Path, pair: tuple[str, str], spaces: LabelSpaces) -> dict[str, list[Picture]]:
+    """Pictures that query and gallery consist of, by domain."""
+    return {domain: spaces.scored(read_index(pack, domain), role) for role, domain in enumerate(pair)}
 
 
-def scored_images(
-    pack: Path, pair: tuple[str, str], spaces: LabelSpaces
-) -> tuple[dict[str, DomainImages], dict[str, list[str]]]:
-    """Pictures that query and gallery consist of, and their class names, by domain."""
-    index = {domain: spaces.scored(read_index(pack, domain), role) for role, domain in enumerate(pair)}
-    images = {domain: open_domain(pack, domain, pictures) for domain, pictures in index.items()}
-    return images, {domain: [p.label for p in pictures] for domain, pictures in index.items()}
+def labels_of(index: Mapping[str, Sequence[Picture]]) -> dict[str, list[str]]:
+    """Their class names."""
+    return {domain: [picture.label for picture in pictures] for domain, pictures in index.items()}
+
+
+def scored_domains(
+    dataset: str, block: DatasetParams, pair: tuple[str, str], spaces: LabelSpaces
+) -> tuple[dict[str, Domain], dict[str, list[str]]]:
+    """What a training is scored on, and its class names, by domain."""
+    index = scored_index(PACKS / dataset, pair, spaces)
+    images = {domain: _open(dataset, block, domain, pictures) for domain, pictures in index.items()}
+    return images, labels_of(index)
+
+
+def _open(dataset: str, block: DatasetParams, domain: str, pictures: Sequence[Picture]) -> Domain:
+    """What is evaluated: a frozen trunk's stored features, or pictures."""
+    if block.start.trained == "head":
+        return open_features(FEATURES / dataset, domain, pictures)
+    return open_domain(PACKS / dataset, domain, pictures)
 
 
 def _tracker(dataset: str, setting: str, method: str, block: DatasetParams) -> tracking.ScoreTracker:

@@ -40,10 +40,14 @@ TRAINING = ("ucir.training.epochs", "ucir.data.pack", "ucir.data.splits")
 START = ("ucir.training.start", "ucir.training.epochs", "ucir.data.pack")
 """What the label-free start runs through."""
 
+EMBEDDING = ("ucir.models.embedding",)
+"""What a frozen trunk's features run through."""
+
 STAGES = {
     "sample": ("pipeline.sample",),
     "prepare": ("pipeline.prepare",),
     "pretrain": ("pipeline.pretrain", *START),
+    "embed": ("pipeline.embed", *EMBEDDING),
     "evaluate_start": ("pipeline.evaluate_start",),
     "evaluate": ("pipeline.evaluate",),
     "report": ("pipeline.report",),
@@ -51,7 +55,7 @@ STAGES = {
 """Stage of dvc.yaml to where it begins; `train` and `tune` depend on their method's training as well."""
 
 
-ENCODING = ("pretrain", "evaluate_start", "evaluate")
+ENCODING = ("pretrain", "embed", "evaluate_start", "evaluate")
 """Those of them that compute with an encoder."""
 
 

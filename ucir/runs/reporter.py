@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ucir.distributed import any_worker
 from ucir.models.checkpoints import load_state, save_atomically
-from ucir.models.model import Model, save_model
+from ucir.models.model import save_model
 from ucir.paths import write_atomically
 from ucir.retrieval.criteria import criteria
 from ucir.retrieval.metrics import metric_values, precision_name
@@ -108,9 +108,7 @@ class RunReporter:
             state.unlink(missing_ok=True)
 
     def _save(self, report: EpochReport, name: str) -> None:
-        facts = {**self.run.tags(), "run_key": self.run.key, "epoch": report.epoch + 1}
-        model = Model(report.encoder, self.run.view, self.run.stored, facts)
-        save_model(model, self.run.folder / name)
+        save_model(self.run.model(report.encoder, report.epoch + 1), self.run.folder / name)
 
     def fault(self, details: dict[str, Any]) -> None:
         if self.writes:

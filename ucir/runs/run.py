@@ -21,23 +21,26 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from ucir.config.data import DatasetParams, PackParams, ViewParams
 from ucir.config.load import Params
 from ucir.config.model import EncoderParams
+from ucir.data.feature_pack import DomainFeatures, open_features, read_feature_info
 from ucir.data.pack import DomainImages, Picture, open_domain, read_index, read_info
 from ucir.data.splits import LabelSpaces, both_ways, directions, label_spaces, training_order, trainings
 from ucir.errors import UserError, nearest
 from ucir.methods.base import MethodParams
 from ucir.methods.registry import METHODS
 from ucir.models.checkpoints import load_encoder, load_state
-from ucir.models.encoder import new_encoder
+from ucir.models.embedding import Embedder
+from ucir.models.encoder import Encoder, new_encoder
+from ucir.models.model import Model
 from ucir.models.trunk import trunk_module
-from ucir.paths import PACKS, RUNS, STARTS, check_writable
-from ucir.runs.dependencies import START, code_version, training_modules
+from ucir.paths import FEATURES, PACKS, RUNS, STARTS, check_writable
+from ucir.runs.dependencies import EMBEDDING, START, code_version, training_modules
 from ucir.runs.params import method_params
 from ucir.training.start import ViewContrast, ViewContrastParams
 from ucir.training.training import Training
@@ -79,6 +82,11 @@ class Run(ABC):
     def new_training(self, device: torch.device) -> Training:
         """Everything that changes while it is trained, as at its start."""
 
+    def model(self, encoder: Encoder, epoch: int) -> Model:
+        """An encoder of it after so many epochs, with what using it needs."""
+        facts = {**self.tags(), "run_key": self.key, "epoch": epoch}
+        return Model(encoder, self.view, self.stored, facts)
+
     @property
     def done(self) -> bool:
         return (self.folder / "done.json").exists()
@@ -109,6 +117,12 @@ class PairRun(Run):
     counts: tuple[int, int]
     """Pictures of the two domains."""
     start: Path
+    start_digest: str
+    """sha256."""
+    part: Literal["all", "last", "head"]
+    """What is trained."""
+    weights: dict[str, str] = field(hash=False)
+    """Where the start's weights come from, with their licence; empty where they are our own."""
 
     @property
     def name(self) -> str:
@@ -133,9 +147,19 @@ class PairRun(Run):
         """(query, gallery) that this training is scored in."""
         return directions(self.setting, self.pair)
 
-    def images(self) -> tuple[DomainImages, ...]:
+    def images(self) -> tuple[DomainImages, ...] | tuple[DomainFeatures, ...]:
         """What training sees of the two domains."""
+        if self.part == "head":
+            folder = (FEATURES / self.dataset).resolve()
+            return tuple(open_features(folder, domain, index) for domain, index in self.trained)
         return tuple(open_domain(self.pack, domain, index) for domain, index in self.trained)
+
+    def model(self, encoder: Encoder, epoch: int) -> Model:
+        facts = {**self.tags(), "run_key": self.key, "epoch": epoch, "weights": self.weights}
+        path = str(STARTS / self.dataset / "start.pt")
+        trunk = {"path": path, "sha256": self.start_digest} if self.part == "head" else {}
+        domains = tuple(domain for domain, _ in self.trained)
+        return Model(encoder, self.view, self.stored, facts, domains, trunk)
 
     def tags(self) -> dict[str, str]:
         return {
@@ -151,7 +175,7 @@ class PairRun(Run):
 
     def new_training(self, device: torch.device) -> Training:
         method = METHODS[self.method](self.params, self.seed)
-        return Training(self.images(), self.view, self.encoder, self.start, method, device)
+        return Training(self.images(), self.view, self.encoder, self.start, method, device, self.part)
 
 
 @dataclass(frozen=True)
@@ -207,6 +231,59 @@ def plan_start(block: DatasetParams, dataset: str) -> StartRun:
     )
 
 
+def start_file(dataset: str) -> Path:
+    """Where a data set's start weights lie, absolute.
+
+    Raises:
+        UserError: there are none.
+    """
+    start = (STARTS / dataset / "start.pt").resolve()
+    if not start.exists():
+        raise UserError(f"{start}: no start weights; run `uv run dvc repro pretrain` first")
+    return start
+
+
+def embedder_of(block: DatasetParams, dataset: str, device: torch.device) -> Embedder:
+    """What embeds a data set's pictures. Raises UserError: there are no start weights."""
+    return Embedder(
+        (PACKS / dataset).resolve(),
+        start_file(dataset),
+        block.start.encoder,
+        block.view,
+        block.start.views,
+        device.type,
+    )
+
+
+def embedding_key(block: DatasetParams, start_digest: str) -> str:
+    """Hash of all that stored features depend on but the pictures' content.
+
+    Args:
+        block: of the data set.
+        start_digest: sha256 of the start weights.
+    """
+    content = {
+        "start": start_digest,
+        "encoder": block.start.encoder.model_dump(mode="json"),
+        "view": block.view.model_dump(mode="json"),
+        "stored": block.pack.model_dump(mode="json", include={"side", "fit"}),
+        "views": block.start.views,
+        "code": code_version((*EMBEDDING, trunk_module(block.start.encoder.trunk))),
+    }
+    return _key(content)
+
+
+def _features_key(block: DatasetParams, dataset: str, start_digest: str) -> str:
+    """The key of the stored features. Raises UserError: there are none, or they are of something else."""
+    key = read_feature_info(FEATURES / dataset).key
+    if key != embedding_key(block, start_digest):
+        raise UserError(
+            f"{FEATURES / dataset}: features of other weights, views or code than params.yaml names now: run "
+            "`uv run dvc repro embed` first"
+        )
+    return key
+
+
 def plan_runs(
     params: Params,
     dataset: str,
@@ -237,17 +314,19 @@ def plan_runs(
             f"says {block.pack.side} px ({block.pack.fit}): run `uv run dvc repro prepare` first"
         )
     spaces = label_spaces(setting, info.classes, block.split)
-    start = (STARTS / dataset / "start.pt").resolve()
-    if not start.exists():
-        raise UserError(f"{start}: no start weights; run `uv run dvc repro pretrain` first")
+    start = start_file(dataset)
     load_encoder(new_encoder(block.start.encoder, 0), start)
     check_writable(RUNS)
+    start_digest = hashlib.sha256(start.read_bytes()).hexdigest()
+    features = _features_key(block, dataset, start_digest) if block.start.trained == "head" else ""
     shared = {
         "method": method,
         "params": wanted.model_dump(mode="json"),
         "view": block.view.model_dump(mode="json"),
         "encoder": block.start.encoder.model_dump(mode="json"),
-        "start": hashlib.sha256(start.read_bytes()).hexdigest(),
+        "start": start_digest,
+        "trained": block.start.trained,
+        "features": features,
         "code": code_version((*training_modules(method), trunk_module(block.start.encoder.trunk))),
     }
     runs = []
@@ -281,6 +360,9 @@ def plan_runs(
                     spaces=spaces,
                     counts=counts,
                     start=start,
+                    start_digest=start_digest,
+                    part=block.start.trained,
+                    weights=load_state(start).get("weights", {}),
                 )
             )
     return runs

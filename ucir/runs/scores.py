@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from ucir.config.load import Params
 from ucir.devices import choose_device
-from ucir.retrieval.evaluation import LAST, DirectionScore, pair_features, score_direction
+from ucir.retrieval.evaluation import (
+    LAST,
+    DirectionScore,
+    checkpoint_features,
+    score_direction,
+    scored_domains,
+)
 from ucir.runs.params import gate_choice
 from ucir.runs.run import PairRun
 
@@ -15,8 +21,8 @@ def last_scores(params: Params, runs: list[PairRun]) -> list[DirectionScore]:
     device = choose_device(params.cluster)
     for run in runs:
         block = params.datasets[run.dataset]
-        checkpoint = run.folder / "last.pt"
-        features, labels = pair_features(checkpoint, block, run.pack, run.pair, run.spaces, device)
+        images, labels = scored_domains(run.dataset, block, run.pair, run.spaces)
+        features = checkpoint_features(run.folder / "last.pt", block, images, device)
         gate = gate_choice(params, run.dataset, run.method)
         for direction in run.directions:
             scores += score_direction(features, labels, direction, run.seed, LAST, run.cutoffs, gate)

@@ -15,6 +15,7 @@ from ucir.data.prepare import source_classes, source_faults
 from ucir.data.splits import label_spaces
 from ucir.errors import UserError, nearest
 from ucir.methods.registry import METHODS, TO_COME, params_block
+from ucir.models.pretrained import check_weights
 from ucir.models.trunk import check_trunk
 from ucir.runs.params import method_params
 
@@ -172,6 +173,8 @@ def check_sources(params: Params, name: str) -> None:
                 faults.append(str(error))
         try:
             check_checkpoint(given.start)
+            if given.start.weights:
+                check_weights(given.start.weights)
         except UserError as error:
             faults.append(str(error))
     if faults:

@@ -66,6 +66,7 @@ def epochs(training: Training, reporter: Reporter) -> Iterator[int]:
     midway: dict[str, Any] | None = None
     if state is None:
         first_epoch = 0
+        training.begin()
     else:
         midway = state.get("midway")
         first_epoch = state["epoch"] + (midway is None)

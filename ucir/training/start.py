@@ -18,17 +18,16 @@ from torch import Tensor
 
 from ucir.config.base import Positive
 from ucir.config.model import PretrainParams, StartParams
-from ucir.data.augment import draw_view, render_views
 from ucir.data.batches import Batches, seeded
-from ucir.data.pack import stored_pictures
-from ucir.distributed import gather_rows, own_rows
+from ucir.distributed import own_rows
 from ucir.errors import UserError
 from ucir.losses.instance import view_contrast
 from ucir.memory import Features
 from ucir.methods.base import Method, MethodParams, Term
-from ucir.methods.step import Step, Views
+from ucir.methods.step import Rendered, Step
 from ucir.models.checkpoints import load_encoder, load_torchvision
 from ucir.models.encoder import Encoder, new_encoder
+from ucir.models.pretrained import Origin, load_weights
 
 WARM_UP = 0.1
 """Share of the steps in which the learning rate rises."""
@@ -92,29 +91,28 @@ class UnionStep(Step):
     def features(self, encoder: Encoder | None = None) -> tuple[Features, ...]:
         return ()
 
-    def render(self, epoch: int, item: tuple[int, Any]) -> Views:
+    def render(self, epoch: int, item: tuple[int, Any]) -> Rendered:
         """Draws are by the step's number in the whole training."""
         _, step = item
         generator = seeded(self.method.seed, step)
-        sizes_N2 = torch.from_numpy(np.concatenate([domain.size_N2 for domain in self.images]))
-        first_row = torch.tensor(np.cumsum([0, *(len(domain) for domain in self.images)]))
-        row_B = torch.randperm(len(sizes_N2), generator=generator)[: self.method.params.batch_size]
+        first_row = torch.tensor(np.cumsum([0, *self.views.counts]))
+        batch_size = self.method.params.batch_size
+        row_B = torch.randperm(int(first_row[-1]), generator=generator)[:batch_size]
         domain_B = torch.searchsorted(first_row, row_B, right=True) - 1
-        draws = [draw_view(self.view.augment, sizes_N2[row_B], generator) for _ in range(2)]
+        slot_B = row_B - first_row[domain_B]
+        draws = [self.views.draw(domain_B, slot_B, generator) for _ in range(2)]
         count = 2 * len(row_B)
         mine = torch.arange(count)[own_rows(count)]
         parts = []
         for number, draw in enumerate(draws):
             place = mine[mine // len(row_B) == number] % len(row_B)
             if len(place):
-                slot = row_B[place] - first_row[domain_B[place]]
-                stored = stored_pictures(self.images, domain_B[place], slot)
-                parts.append(render_views(stored, draw[place], self.view, self.networks.query.form))
-        return Views((row_B, domain_B), torch.cat(parts), None, torch.arange(count))
+                parts.append(self.views.random(domain_B[place], slot_B[place], draw[place]))
+        domain = domain_B[mine % len(row_B)]
+        return Rendered((row_B, domain_B), torch.cat(parts), domain, None, domain, torch.arange(count))
 
-    def forward(self, views: Views) -> ContrastBatch:
-        q = gather_rows(self.model(views.query.to(self.device)), len(views.shuffle))
-        first, second = q.chunk(2)
+    def forward(self, views: Rendered) -> ContrastBatch:
+        first, second = self.queries(self.model, views).chunk(2)
         return ContrastBatch(first, second, views.slots[1].to(self.device))
 
     def inputs(self, batch: ContrastBatch) -> dict[str, Tensor]:
@@ -170,15 +168,31 @@ def _half_cosine(start: float, end: float, share: float) -> float:
     return end + (start - end) / 2.0 * (math.cos(math.pi * share) + 1)
 
 
-def given_start(start: StartParams) -> Encoder:
-    """The encoder with the weights that a block names: a checkpoint's, or torchvision's.
+def given_start(start: StartParams, side: int | None) -> tuple[Encoder, Origin | None]:
+    """The encoder with the weights that a block names, and where published ones come from.
+
+    Args:
+        start: the block.
+        side: of its pictures in pixels; None = what its trunk is made for.
 
     Raises:
-        UserError: they are unreadable or do not fit.
+        UserError: they are unreadable or do not fit; the trunk does not take pictures of this side.
     """
-    encoder = new_encoder(start.encoder, 0)
+    encoder, origin = new_encoder(start.encoder, 0), None
+    side = side or encoder.form.side
+    try:
+        with torch.inference_mode():
+            encoder.eval()(torch.zeros(1, 3, side, side))
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"params.yaml: view.side = {side}: {start.encoder.trunk_name} does not take pictures of this "
+            f"side: {reason}; it is made for {encoder.form.side} px"
+        ) from None
     if start.checkpoint is not None:
         load_encoder(encoder, Path(start.checkpoint))
     elif start.torchvision is not None:
         load_torchvision(encoder, start.torchvision)
-    return encoder
+    elif start.weights is not None:
+        origin = load_weights(encoder.trunk, start.encoder.trunk_name, start.weights, start.digest)
+    return encoder, origin

@@ -19,15 +19,17 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from ucir.config.data import ViewParams
 from ucir.config.model import EncoderParams
+from ucir.data.feature_pack import DomainFeatures
 from ucir.data.pack import DomainImages
 from ucir.data.prefetch import prefetch
+from ucir.data.views import views_of
 from ucir.devices import set_threads
 from ucir.distributed import world_size
 from ucir.errors import UserError
@@ -35,6 +37,7 @@ from ucir.memory import Features
 from ucir.methods.base import Method, Term
 from ucir.models.checkpoints import load_encoder
 from ucir.models.encoder import Encoder, new_encoder
+from ucir.models.trunk import StoredTrunk
 from ucir.training.diagnosis import feature_fault, loss_fault
 
 
@@ -51,12 +54,14 @@ class Training:
     """Everything that changes while a method is trained.
 
     Args:
-        images: the domains, two for all methods of a pair.
+        images: the domains, two for all methods of a pair; with a frozen trunk its features of them.
         view: size and augmentation.
         encoder_params: must fit the checkpoint.
         start_checkpoint: encoder in MoCo v2's layout; None = random, by the method's seed.
         method: holds its params and the run's seed.
         device: where this worker computes.
+        trained: what is trained: all, or the trunk's last stage and the head; where the images are a frozen
+            trunk's features, it is the head.
 
     Raises:
         UserError: no full batch, an unreadable checkpoint, more workers than images in a batch.
@@ -64,12 +69,13 @@ class Training:
 
     def __init__(
         self,
-        images: tuple[DomainImages, ...],
+        images: tuple[DomainImages, ...] | tuple[DomainFeatures, ...],
         view: ViewParams,
         encoder_params: EncoderParams,
         start_checkpoint: Path | None,
         method: Method[Any],
         device: torch.device,
+        trained: Literal["all", "last", "head"] = "all",
     ) -> None:
         set_threads()
         self.method, self.device = method, device
@@ -85,10 +91,14 @@ class Training:
                 f"2 x batch_size = {self.batches.images} images cannot be divided into key_norm_groups = "
                 f"{keyed.key_norm_groups} equal parts"
             )
-        query = new_encoder(encoder_params, seed=0 if start_checkpoint else method.seed)
+        domain = images[0]
+        trunk = StoredTrunk(domain.pooled_dim) if isinstance(domain, DomainFeatures) else None
+        query = new_encoder(encoder_params, 0 if start_checkpoint else method.seed, trunk=trunk)
         if start_checkpoint:
             load_encoder(query, start_checkpoint)
-        self.step = method.step_type(method, images, view, query.to(device), device)
+        if trunk is None:
+            query.trunk.train_only(trained)
+        self.step = method.step_type(method, views_of(images, view, query.form), query.to(device), device)
         self.networks = self.step.networks
         self.optimizer = method.optimizer(self.networks.query)
 
@@ -101,6 +111,10 @@ class Training:
     def key(self) -> Encoder | None:
         """Its moving average, if the method has one."""
         return self.networks.key
+
+    def begin(self) -> None:
+        """Once, before anything is trained; a training that is resumed has it in its state."""
+        self.step.fit_head()
 
     def features(self, encoder: Encoder | None = None) -> Any:
         """Features of each domain, a tuple of :class:`ucir.memory.Features`: what the method's step makes

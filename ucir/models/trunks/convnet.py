@@ -30,7 +30,9 @@ def build(options: Options, norm: partial[GroupedBatchNorm2d]) -> Trunk:
     """The network, randomly initialised, without its classifier."""
     net = ConvNet(options.width, norm)
     net.fc = nn.Identity()
-    return Trunk(net, 8 * options.width, InputFormat(side=64))
+    # "blocks.<n>.…": four modules a block
+    stages = {name: int(name.split(".")[1]) // 4 for name, _ in net.named_parameters()}
+    return Trunk(net, 8 * options.width, InputFormat(side=64), stages)
 
 
 class ConvNet(nn.Module):

@@ -42,4 +42,6 @@ def build(name: str, norm: partial[GroupedBatchNorm2d]) -> Trunk:
     net = get_model(name, norm_layer=norm)
     pooled_dim = net.fc.in_features
     net.fc = nn.Identity()
-    return Trunk(net, pooled_dim, InputFormat(side=224))
+    names = [name for name, _ in net.named_parameters()]
+    stages = {name: int(name[5]) if name.startswith("layer") else 0 for name in names}
+    return Trunk(net, pooled_dim, InputFormat(side=224), stages)

@@ -1,0 +1,239 @@
+"""Embedding: a frozen trunk's features of a pack's pictures, computed once for a feature pack.
+
+A picture's random views depend on its content and the view's number alone, so that pictures which come or go
+change nothing for the others, and any process computes the same.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ucir.config.data import ViewParams
+from ucir.config.model import EncoderParams
+from ucir.data.augment import ViewDraw, draw_view
+from ucir.data.batches import seeded
+from ucir.data.feature_pack import FeaturePackInfo, map_features, read_feature_info
+from ucir.data.pack import Picture, open_domain, read_index, read_info
+from ucir.data.views import PictureViews
+from ucir.devices import usable_cores
+from ucir.errors import UserError
+from ucir.models.checkpoints import load_encoder
+from ucir.models.encoder import Encoder, new_encoder
+
+CHUNK = 32
+"""Pictures that pass through the trunk at once; which these are does not depend on where an attempt began."""
+KINDS = ("plain", "views")
+
+Chunk = tuple[str, int]
+"""A domain and the number of its chunk."""
+Computed = tuple[np.ndarray, np.ndarray]
+"""Features of a chunk's plain pictures (B, P) and of their random views (B, V, P), float16."""
+
+
+@dataclass(frozen=True)
+class Embedder:
+    """What a process needs to embed; picklable, all paths absolute."""
+
+    pack: Path
+    start: Path
+    encoder: EncoderParams = field(hash=False)
+    view: ViewParams = field(hash=False)
+    views: int
+    device: str = "cpu"
+
+    def __call__(self, chunk: Chunk) -> Computed:
+        """The features of a chunk.
+
+        Raises:
+            UserError: they are not finite.
+        """
+        domain, number = chunk
+        trunk, index, views = _opened(self, domain)
+        pictures = index[number * CHUNK : (number + 1) * CHUNK]
+        slot_B = torch.tensor([picture.slot for picture in pictures])
+        first = views.plain(0, slice(int(slot_B[0]), int(slot_B[-1]) + 1))
+        slot_BV = slot_B.repeat_interleave(self.views)
+        draw = self._draw(views, pictures)
+        random = views.random(torch.zeros_like(slot_BV), slot_BV, draw)
+        with torch.inference_mode():
+            parts = [trunk.trunk(x.to(self.device)).float().cpu() for x in (first, *random.split(CHUNK))]  # type: ignore[no-untyped-call]
+        features = torch.cat(parts).half().numpy()
+        if not np.isfinite(features).all():
+            raise UserError(
+                f"{self.start}: the trunk's features are not finite in float16: take another side"
+            )
+        plain, others = features[: len(pictures)], features[len(pictures) :]
+        return plain, others.reshape(len(pictures), self.views, -1)
+
+    def _draw(self, views: PictureViews, pictures: list[Picture]) -> ViewDraw:
+        draws = [
+            draw_view(
+                self.view.augment,
+                views.size_N2[picture.slot : picture.slot + 1],
+                seeded(int(picture.sha256[:15], 16), view),
+            )
+            for picture in pictures
+            for view in range(self.views)
+        ]
+        names = ViewDraw.__dataclass_fields__
+        return ViewDraw(**{name: torch.cat([getattr(draw, name) for draw in draws]) for name in names})
+
+
+@cache
+def _opened(embedder: Embedder, domain: str) -> tuple[Encoder, list[Picture], PictureViews]:
+    encoder = _encoder(embedder)
+    images = open_domain(embedder.pack, domain)
+    return encoder, read_index(embedder.pack, domain), PictureViews([images], embedder.view, encoder.form)
+
+
+@cache
+def _encoder(embedder: Embedder) -> Encoder:
+    encoder = new_encoder(embedder.encoder, 0)
+    load_encoder(encoder, embedder.start)
+    return encoder.to(embedder.device).eval()
+
+
+def embed_here(embedder: Embedder, chunks: list[Chunk]) -> Iterator[tuple[Chunk, Computed]]:
+    """Chunk by chunk in this process, one on each core: many small operations gain nothing by spreading."""
+    for domain in dict.fromkeys(domain for domain, _ in chunks):
+        _opened(embedder, domain)  # once, before threads ask for it side by side
+    threads = usable_cores() if embedder.device == "cpu" else 1
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        try:
+            yield from zip(chunks, pool.map(embedder, chunks), strict=True)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def embed(
+    embedder: Embedder,
+    out: Path,
+    key: str,
+    compute: Callable[[Embedder, list[Chunk]], Iterator[tuple[Chunk, Computed]]],
+    progress: Callable[[int, int], None],
+) -> FeaturePackInfo:
+    """Embed a pack: what an earlier attempt or an earlier state of the pack has in common is not repeated.
+
+    Args:
+        embedder: of the pack.
+        out: folder of the feature pack.
+        key: hash of all that features depend on but the pictures.
+        compute: where chunks are computed, in any order.
+        progress: called with pictures done, and pictures in all.
+
+    Raises:
+        UserError: the disk is too full; features that are not finite. What was computed is kept.
+    """
+    indices = {domain: read_index(embedder.pack, domain) for domain in read_info(embedder.pack).counts}
+    pooled_dim = _encoder(embedder).pooled_dim
+    info = FeaturePackInfo(key, pooled_dim, embedder.views, {d: len(index) for d, index in indices.items()})
+    with suppress(UserError):
+        if read_feature_info(out) == info and all(
+            _hashes(out, domain) == [p.sha256 for p in index] for domain, index in indices.items()
+        ):
+            return info
+    _check_disk(out, info)
+    new = _begin(out, info, indices)
+    done = {domain: np.memmap(new / f"{domain}.done", np.uint8, "r+") for domain in indices}
+    arrays = {
+        (domain, kind): map_features(new, domain, kind, info, "r+") for domain in indices for kind in KINDS
+    }
+    chunks = [
+        (domain, number)
+        for domain, index in indices.items()
+        for number in range(-(-len(index) // CHUNK))
+        if not done[domain][number * CHUNK : (number + 1) * CHUNK].all()
+    ]
+    total = sum(info.counts.values())
+    finished = sum(int(x.sum()) for x in done.values())
+    for (domain, number), computed in compute(embedder, chunks):
+        rows = slice(number * CHUNK, number * CHUNK + len(computed[0]))
+        for kind, values in zip(KINDS, computed, strict=True):
+            arrays[domain, kind][rows] = values
+        finished += int((done[domain][rows] == 0).sum())
+        done[domain][rows] = 1
+        progress(finished, total)
+    before = _beside(out, "before")
+    shutil.rmtree(before, ignore_errors=True)
+    out.rename(before)  # a kill here leaves an unfinished pack that lacks nothing
+    new.rename(out)
+    shutil.rmtree(before)
+    for domain in indices:
+        (out / f"{domain}.done").unlink()
+    return info
+
+
+def _beside(out: Path, ending: str) -> Path:
+    return out.with_name(f"{out.name}.{ending}")
+
+
+def _hashes(folder: Path, domain: str) -> list[str]:
+    file = folder / f"{domain}.sha256"
+    return file.read_text().split() if file.exists() else []
+
+
+def _begin(out: Path, info: FeaturePackInfo, indices: dict[str, list[Picture]]) -> Path:
+    """The folder of the unfinished pack, with all that is known already."""
+    new, before = _beside(out, "unfinished"), _beside(out, "before")
+    wanted = {domain: [picture.sha256 for picture in index] for domain, index in indices.items()}
+    with suppress(UserError):
+        if read_feature_info(new) == info and all(_hashes(new, d) == hashes for d, hashes in wanted.items()):
+            return new  # it goes on
+    if new.exists() and not before.exists():  # the pictures have changed since: it is a source now
+        new.rename(before)
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
+    for domain, hashes in wanted.items():
+        (new / f"{domain}.sha256").write_text("\n".join(hashes) + "\n")
+        np.zeros(max(1, len(hashes)), np.uint8).tofile(new / f"{domain}.done")
+        for kind in KINDS:
+            map_features(new, domain, kind, info, "w+")
+    for source in (out, before):
+        _take_over(source, new, info, wanted)
+    info.write(new)
+    shutil.rmtree(before, ignore_errors=True)
+    return new
+
+
+def _take_over(source: Path, new: Path, info: FeaturePackInfo, wanted: dict[str, list[str]]) -> None:
+    """Copy features of the same pictures."""
+    try:
+        old = read_feature_info(source)
+    except UserError:
+        return
+    if (old.key, old.pooled_dim, old.views) != (info.key, info.pooled_dim, info.views):
+        return
+    for domain, hashes in wanted.items():
+        if not old.counts.get(domain):
+            continue
+        known = source / f"{domain}.done"
+        is_done = np.fromfile(known, np.uint8) if known.exists() else np.ones(old.counts[domain], np.uint8)
+        places = {digest: row for row, digest in enumerate(_hashes(source, domain)) if is_done[row]}
+        rows = [(row, places[digest]) for row, digest in enumerate(hashes) if digest in places]
+        if not rows:
+            continue
+        to, of = (list(part) for part in zip(*rows, strict=True))
+        for kind in KINDS:
+            earlier = map_features(source, domain, kind, old, "r")
+            map_features(new, domain, kind, info, "r+")[to] = earlier[of]
+        np.memmap(new / f"{domain}.done", np.uint8, "r+")[to] = 1
+
+
+def _check_disk(out: Path, info: FeaturePackInfo) -> None:
+    wanted = 2 * info.pooled_dim * (1 + info.views) * sum(info.counts.values())
+    out.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(out).free
+    if free < wanted:
+        raise UserError(
+            f"{out}: {wanted / 2**30:.1f} GiB are needed and {free / 2**30:.1f} GiB are free: make room, or "
+            "store fewer views (start.views)"
+        )
