@@ -22,7 +22,7 @@ def main() -> None:
         "\nNext:\n"
         f"  open the report       {written.page}\n"
         f"  compare the runs      {tracking.experiment_url(tracking.tracking_uri())}\n"
-        "  your own pictures     uv run ucir study --help"
+        "  your own pictures     uv run ucir adapt --help"
     )
 
 

@@ -11,6 +11,7 @@ from ucir.config.base import PARAMS_FILE
 from ucir.config.data import DatasetParams
 from ucir.config.load import load_params, without_study
 from ucir.errors import UserError, nearest, run_main
+from ucir.paths import REPORTS
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -51,21 +52,20 @@ def study(
     ones: `sample` (embedded, minutes), `pacs` (a real benchmark at a size for CPUs), `paper` (every table
     of the three papers; look at `uv run ucir plan paper` first).
 
-    Your own pictures: put them as <folder>/<domain>/<class>/<file>, or <folder>/<domain>/<file> without
-    labels, and write a file mine.yaml:
+    Two folders of your own pictures: `uv run ucir adapt`. More of your own than that: write a file mine.yaml,
 
     \b
       datasets:
         mine:
-          source: <folder>
-          pairs: [sketches-photos]
+          source: <folder>   # with <domain>/<class>/<file>, or <domain>/<file> without labels
+          pairs: [sketches-photos, paintings-photos]
           start: {pretrain: {steps: 2000}}
       methods:
         ucdir: {mine: {clusters: 20, epochs: 20}}
       studies:
         mine: {datasets: [mine], settings: [closed], methods: [ucdir], seeds: [0]}
 
-    Then `uv run ucir study mine.yaml` and `uv run dvc repro`.
+    then `uv run ucir study mine.yaml` and `uv run dvc repro`.
     """
     from ucir.runs.study import activate, describe_recipes
 
@@ -78,6 +78,66 @@ def study(
     if missing:
         typer.echo(f"left out, not built yet: {', '.join(missing)}; their cells in the tables stay empty")
     typer.echo("Next: `uv run ucir plan` tells what it costs, `uv run dvc repro` runs it")
+
+
+@app.command()
+def adapt(
+    first: Annotated[Path, typer.Argument(help="A folder of pictures, with class folders in it or not.")],
+    second: Annotated[Path, typer.Argument(help="A folder of the same kinds of things in another style.")],
+    name: Annotated[
+        str | None, typer.Option(help="Of the model. Default: the names of the two folders.")
+    ] = None,
+    method: Annotated[str | None, typer.Option(help="Default: protoot.")] = None,
+    trunk: Annotated[
+        str | None,
+        typer.Option(
+            help="Any network of timm by its name, e.g. vit_small_patch14_dinov2.lvd142m. Default: "
+            "tf_efficientnet_lite0, which is on this machine."
+        ),
+    ] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="Of the network: hub (default), or a file or folder of weights.")
+    ] = None,
+    trained: Annotated[
+        str | None,
+        typer.Option(help="head (default; minutes on a CPU), last (the network's last stage, too), or all."),
+    ] = None,
+    clusters: Annotated[
+        int | None, typer.Option(help="A guess at the number of kinds. Default: looked for.")
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(help="Default: those of the study `pacs`.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only tell what would be done, and how long it takes.")
+    ] = False,
+) -> None:
+    """Adapt a network to two folders of pictures in different styles; classes are not needed.
+
+    \b
+      uv run ucir adapt sketches/ photos/
+
+    Writes the folders as a data set and a study into params.yaml, runs it with `dvc repro` and saves the
+    model as models/NAME/model.pt. The same command goes on where a killed one stopped, takes up pictures
+    that were added, changed or removed, and otherwise does nothing. Labels (class folders) serve the scores
+    alone.
+    """
+    from ucir.runs.adapt import Options, describe_adaptation, plan_adaptation
+    from ucir.runs.study import activate, with_blocks
+
+    adaptation = plan_adaptation(
+        first, second, name, Options(method, trunk, weights, trained, clusters, epochs)
+    )
+    params = with_blocks(adaptation.blocks)
+    if not adaptation.is_done(params):
+        typer.echo(describe_adaptation(params, adaptation))
+    if dry_run:
+        return
+    activate(Path(PARAMS_FILE), adaptation.name, adaptation.blocks)
+    from dvc.cli import main as dvc
+
+    if status := dvc(["repro"]):
+        raise typer.Exit(status)
+    typer.echo(f"model: {adaptation.save()}")
+    typer.echo(f"Next: open {REPORTS / 'report.html'} and look at what is retrieved")
 
 
 @app.command()

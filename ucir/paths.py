@@ -8,6 +8,7 @@ from pathlib import Path
 from ucir.errors import UserError
 
 CODE = Path("data/code")
+SOURCES = Path("data/sources")
 PACKS = Path("data/packs")
 WEIGHTS = Path("data/weights")
 STARTS = Path("data/start")
@@ -15,6 +16,7 @@ FEATURES = Path("data/features")
 RUNS = Path("runs")
 RESULTS = Path("results")
 REPORTS = Path("reports")
+MODELS = Path("models")
 
 
 def check_writable(folder: Path) -> None:

@@ -11,7 +11,9 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from tests.steps import N, batch, features, make
+from ucir.config.base import checked
 from ucir.config.model import EncoderParams
+from ucir.errors import UserError
 from ucir.losses.instance import instance_contrast
 from ucir.losses.prototype import bank_discrimination, neighbour_entropy, prototype_contrast
 from ucir.memory import Bank
@@ -296,3 +298,22 @@ def test_keys_without_effect_are_refused() -> None:
             make("ucdir-ot", **{key: 0.5})
     with pytest.raises(ValueError, match="warmup 10 leaves none of 10 epochs"):
         make("protonce", warmup=10)
+
+
+def test_a_momentum_by_epochs_moves_as_far_as_the_published_one() -> None:
+    """m^(epochs) is what a moving average keeps of its beginning, whatever the steps of an epoch."""
+    for name, key, published, of_epochs in (
+        ("ucdir", "key_momentum", 0.999, 200),
+        ("protoot", "key_momentum", 0.999, 200),
+        ("uem", "bank_momentum", 0.99, 150),
+        ("cds", "bank_momentum", 0.5, 7),
+        ("coda", "bank_momentum", 0.95, 20),
+    ):
+        kind = METHODS[name].params_type
+        more = {"clusters": 4} if "clusters" in kind.model_fields else {}
+        for epochs in (5, of_epochs, 400):
+            params = checked(kind, {"epochs": epochs, key: "by-epochs", **more}, "params.yaml")
+            assert getattr(params, key) ** epochs == pytest.approx(published**of_epochs)
+        for fault, named in (({"epochs": 0, key: "by-epochs"}, "epochs"), ({key: "by-steps"}, key)):
+            with pytest.raises(UserError, match=named):
+                checked(kind, {**more, **fault}, "params.yaml")

@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import json
 import shutil
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -138,6 +139,20 @@ def source_classes(block: DatasetParams) -> list[str]:
     """Names of the class folders of all domains, sorted; none without labels."""
     contents = survey(Source(Path(block.source)), block.entry)
     return sorted({file.label for files in contents.domains.values() for file in files} - {""})
+
+
+def decoding_pace(block: DatasetParams, sample: int = 24) -> float:
+    """Seconds that reading and decoding a picture takes here, measured on some of them, on all cores.
+
+    Raises:
+        UserError: there is no source, or its archives are broken or hostile.
+    """
+    opened = Source(Path(block.source))
+    files = [file for of_domain in survey(opened, block.entry).domains.values() for file in of_domain]
+    chosen = files[:: max(1, len(files) // sample)]
+    began = time.perf_counter()
+    _read_domain(opened, chosen, block.pack, None, lambda domain, done, total: None)
+    return (time.perf_counter() - began) / max(1, len(chosen))
 
 
 def check_source(

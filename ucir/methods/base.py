@@ -62,7 +62,10 @@ def _by_epochs(cls: type[Block], given: Any, name: str) -> Any:
     if not isinstance(given, dict) or given.get(name) != BY_EPOCHS:
         return given
     fields = cls.model_fields
-    of_epochs, epochs = fields["epochs"].default, given.get("epochs", fields["epochs"].default)
+    of_epochs = fields["epochs"].default
+    epochs = given.get("epochs", of_epochs)
+    if not isinstance(epochs, int) or epochs < 1:  # refused by its own field
+        epochs = of_epochs
     return {**given, name: shorter(fields[name].default, of_epochs, epochs)}
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -46,6 +46,10 @@ class Model:
     """Names of its training's two domains, in its order."""
     trunk_file: dict[str, str] = field(default_factory=dict)
     """Where the frozen trunk's weights lie, as ``path`` and ``sha256``, if the file holds the head alone."""
+
+    def whole(self) -> Model:
+        """The same, to be written as a file that holds the trunk, too."""
+        return replace(self, trunk_file={})
 
     @torch.no_grad()
     def features(

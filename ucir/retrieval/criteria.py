@@ -11,7 +11,6 @@ import math
 
 import numpy as np
 import torch
-from sklearn.metrics import adjusted_rand_score, silhouette_score
 from torch import Tensor
 
 from ucir.prototypes.clustering import kmeans
@@ -45,6 +44,8 @@ def criteria(first_ND: Tensor, second_ND: Tensor) -> dict[str, float]:
     Args:
         first_ND, second_ND: unit features of the two domains, float32; at least 2 images each.
     """
+    from sklearn.metrics import adjusted_rand_score  # not at the top: seconds, for those who only train
+
     first, second = (_some(x.detach().float().cpu()) for x in (first_ND, second_ND))
     both = torch.cat([first, second])
     of_first = torch.arange(len(both)) < len(first)
@@ -98,6 +99,8 @@ def _mixing(within_NN: Tensor, own_N: Tensor) -> float:
 
 def _silhouette(x_ND: Tensor, label_N: np.ndarray) -> float:
     """0 where it is not defined: one cluster, or one image in each."""
+    from sklearn.metrics import silhouette_score
+
     if not 1 < len(np.unique(label_N)) < len(label_N):
         return 0.0
     return float(silhouette_score(x_ND.numpy(), label_N))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,13 +15,17 @@ import torch
 from ucir.config.base import ONE_PART
 from ucir.config.data import DatasetParams
 from ucir.config.load import Params
+from ucir.data.batches import seeded
+from ucir.data.feature_pack import DomainFeatures
 from ucir.data.pack import DomainImages, read_info
 from ucir.data.splits import both_ways, label_spaces, training_order, trainings
-from ucir.devices import choose_device
+from ucir.data.views import PictureViews
+from ucir.devices import choose_device, usable_cores
 from ucir.errors import UserError
 from ucir.methods.base import MethodParams
 from ucir.methods.registry import METHODS
 from ucir.models.checkpoints import save_encoder
+from ucir.models.embedding import CHUNK as EMBEDDED_AT_ONCE
 from ucir.models.encoder import new_encoder
 from ucir.paths import PACKS
 from ucir.progress import Progress, clock
@@ -72,17 +77,31 @@ def measure_pace(block: DatasetParams, params: MethodParams, method: str, device
     side = block.pack.side
     noise = np.random.default_rng(0).integers(0, 256, (2 * params.batch_size, side, side, 3), np.uint8)
 
+    head_only = block.start.trained == "head"
+    encoder = new_encoder(block.start.encoder, 0)
+    drawn = np.random.default_rng(0).normal(size=(len(noise), encoder.pooled_dim)).astype(np.float16)
+
+    def domain(name: str, rows: np.ndarray) -> DomainImages | DomainFeatures:
+        if head_only:
+            return DomainFeatures(name, drawn, drawn[:, None], rows)
+        return DomainImages(name, noise, rows, np.full((len(rows), 2), side))
+
     def training(batch: int) -> Training:
         rows = np.arange(max(2 * batch, params.most_clusters, 8)) % len(noise)
-        sizes = np.full((len(rows), 2), side)
-        first, second = (DomainImages(name, noise, rows, sizes) for name in "ab")
         small = params.model_copy(update={"batch_size": batch})
         with tempfile.TemporaryDirectory() as folder:
             start = Path(folder) / "start.pt"
-            save_encoder(new_encoder(block.start.encoder, 0), start)
+            save_encoder(encoder, start)
             run = Training(
-                (first, second), block.view, block.start.encoder, start, METHODS[method](small, 0), device
+                (domain("a", rows), domain("b", rows)),  # type: ignore[arg-type]
+                block.view,
+                block.start.encoder,
+                start,
+                METHODS[method](small, 0),
+                device,
+                block.start.trained,
             )
+        run.begin()
         features = run.features()
         run.method.start(features)
         run.start_epoch(params.epochs - 1, features)
@@ -107,6 +126,28 @@ def measure_pace(block: DatasetParams, params: MethodParams, method: str, device
     began = time.perf_counter()
     images = sum(map(len, run.features()))
     return Pace(step, (time.perf_counter() - began) / images)
+
+
+def embedding_pace(block: DatasetParams, device: torch.device) -> float:
+    """Seconds that a view takes to be made and to pass the frozen trunk: of noise, on all cores."""
+    side = block.pack.side
+    noise = np.random.default_rng(0).integers(0, 256, (EMBEDDED_AT_ONCE, side, side, 3), np.uint8)
+    images = DomainImages("a", noise, np.arange(len(noise)), np.full((len(noise), 2), side))
+    encoder = new_encoder(block.start.encoder, 0).to(device).eval()
+    views = PictureViews([images], block.view, encoder.form)
+    slot_B = torch.arange(len(noise))
+    threads = usable_cores() if device.type == "cpu" else 1
+
+    @torch.inference_mode()
+    def work(seed: int) -> None:
+        draw = views.draw(torch.zeros_like(slot_B), slot_B, seeded(seed))
+        encoder.trunk(views.random(torch.zeros_like(slot_B), slot_B, draw).to(device)).cpu()
+
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        list(pool.map(work, range(threads)))  # warm-up
+        began = time.perf_counter()
+        list(pool.map(work, range(2 * threads)))
+    return (time.perf_counter() - began) / (2 * threads * len(noise))
 
 
 def planned_trainings(params: Params, name: str) -> list[PlannedTraining]:

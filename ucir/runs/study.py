@@ -181,12 +181,13 @@ def check_sources(params: Params, name: str) -> None:
         raise UserError("; ".join(dict.fromkeys(faults)))
 
 
-def activate(path: Path, name: str) -> tuple[str, list[str]]:
+def activate(path: Path, name: str, blocks: StudyFile | None = None) -> tuple[str, list[str]]:
     """Write the study's block into params.yaml; comments and all other blocks stay.
 
     Args:
         path: params.yaml.
         name: a study there, or a small file with one (see :class:`StudyFile`), whose blocks are added.
+        blocks: those of such a file, where there is no file.
 
     Returns:
         The study's name, and its methods that are not built yet and therefore left out.
@@ -204,7 +205,10 @@ def activate(path: Path, name: str) -> tuple[str, list[str]]:
     document = yaml.load(path.read_text(encoding="utf-8"))
     study_file = Path(name) if name.endswith((".yaml", ".yml")) else None
     if study_file:
-        name = _add_study_file(document, study_file)
+        blocks = read_study_file(study_file)
+        (name,) = blocks.studies
+    if blocks:
+        _add_blocks(document, blocks)
     params = load_params(study_file or path, raw=without_study(document))
     check_sources(params, name)
     block, missing = study_block(params, name)
@@ -225,21 +229,29 @@ def activate(path: Path, name: str) -> tuple[str, list[str]]:
     return name, missing
 
 
-def _add_study_file(document: Any, file: Path) -> str:
-    """Add a study file's blocks to params.yaml's; returns the study's name."""
-    study_file = checked(StudyFile, parse_yaml(file), str(file))
-    if len(study_file.studies) != 1:
-        raise UserError(
-            f"{file}: 'studies' must hold one study, found {', '.join(study_file.studies) or 'none'}"
-        )
-    for name, block in study_file.datasets.items():
+def read_study_file(file: Path) -> StudyFile:
+    """A small file with one study. Raises UserError: it has a fault, or not one study."""
+    blocks = checked(StudyFile, parse_yaml(file), str(file))
+    if len(blocks.studies) != 1:
+        raise UserError(f"{file}: 'studies' must hold one study, found {', '.join(blocks.studies) or 'none'}")
+    return blocks
+
+
+def with_blocks(blocks: StudyFile) -> Params:
+    """params.yaml with these blocks, and without a study that runs. Raises as :func:`load_params`."""
+    document = without_study()
+    _add_blocks(document, blocks)
+    return load_params(raw=document)
+
+
+def _add_blocks(document: Any, blocks: StudyFile) -> None:
+    """Add a study file's blocks to params.yaml's."""
+    for name, block in blocks.datasets.items():
         document["datasets"][name] = block
-    for method, blocks in study_file.methods.items():
-        for name, block in blocks.items():
+    for method, of_method in blocks.methods.items():
+        for name, block in of_method.items():
             document["methods"].setdefault(method, {})[name] = block
-    (name,) = study_file.studies
-    document["studies"][name] = study_file.studies[name]
-    return name
+    document["studies"].update(blocks.studies)
 
 
 def _given(block: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,323 @@
+"""Adapt a network to two folders of pictures: the study that does it, what it costs, and the model it leaves.
+
+The folders become a data set of params.yaml and a study of one training, so that the same stages do the work
+as for every other study. ``data/sources/<name>/`` holds a link to each folder and, because DVC does not look
+behind links, a list of what lies there.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ucir.config.base import PARAMS_FILE
+from ucir.config.load import Params, load_params, parse_yaml, without_study
+from ucir.config.model import EncoderParams
+from ucir.data.catalogue import FOLDER
+from ucir.data.catalogue import entry as catalogue_entry
+from ucir.data.prepare import decoding_pace
+from ucir.data.source import Source, survey
+from ucir.devices import choose_device
+from ucir.errors import UserError, nearest
+from ucir.methods.base import ClusteredParams
+from ucir.methods.registry import METHODS, params_block
+from ucir.models.encoder import new_encoder
+from ucir.models.model import load_model, save_model
+from ucir.models.pretrained import EMBEDDED, EMBEDDED_TRUNK, HUB
+from ucir.paths import MODELS, RESULTS, SOURCES, write_atomically
+from ucir.progress import clock
+from ucir.runs.cost import embedding_pace, measure_pace
+from ucir.runs.params import method_params
+from ucir.runs.run import plan_runs
+from ucir.runs.study import StudyFile
+from ucir.training.start import given_start
+
+SIDE = 128
+"""Pixels, of the embedded network: as in the study `pacs`, from which the methods' settings are taken."""
+TEMPLATE = "pacs"
+"""The data set whose settings are taken."""
+CONTENTS = ".contents.csv"
+OVERHEAD = 25.0
+"""Seconds in which the stages of DVC start."""
+BASE_MEMORY = 1.2 * 2**30
+"""Bytes of a process that trains a small head."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What may be said beside the folders; None = as it stands in params.yaml, or the default."""
+
+    method: str | None = None
+    trunk: str | None = None
+    """timm's name; the embedded network by default."""
+    weights: str | None = None
+    trained: str | None = None
+    """all, last or head."""
+    clusters: int | None = None
+    """A guess at the number of kinds; by default it is looked for."""
+    epochs: int | None = None
+
+
+@dataclass(frozen=True)
+class Adaptation:
+    """A data set of two folders, and the study that adapts a network to it."""
+
+    name: str
+    folders: dict[str, Path]
+    """By domain."""
+    method: str
+    blocks: StudyFile
+    is_new: bool
+    """Whether its pictures are others than at the last call."""
+
+    @property
+    def pair(self) -> str:
+        return "-".join(self.folders)
+
+    @property
+    def source(self) -> Path:
+        """Where the links are."""
+        return SOURCES / self.name
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Files of each domain that should be pictures."""
+        return _counts(self.source, self.folders)
+
+    @property
+    def model_file(self) -> Path:
+        return MODELS / self.name / "model.pt"
+
+    def is_done(self, params: Params) -> bool:
+        """Whether nothing is left to do."""
+        if self.is_new or not self.model_file.exists():
+            return False
+        try:
+            (run,) = plan_runs(params, self.name, "closed", self.method, (self.pair,), (0,))
+        except UserError:  # it has not been prepared with these settings
+            return False
+        return run.done and load_model(self.model_file).facts["run_key"] == run.key
+
+    def save(self) -> Path:
+        """Write the trained model as one file, which needs nothing beside it."""
+        slug = f"{self.pair}-s0"
+        trained = RESULTS / self.name / "closed" / self.method / "train" / slug / "last.pt"
+        model = load_model(trained)
+        if self.model_file.exists() and load_model(self.model_file).facts == model.facts:
+            return self.model_file
+        self.model_file.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = self.model_file.with_suffix(".unfinished")
+        save_model(model.whole(), unfinished)
+        unfinished.replace(self.model_file)
+        return self.model_file
+
+
+def plan_adaptation(first: Path, second: Path, name: str | None, options: Options) -> Adaptation:
+    """Check what is wanted, and put it into blocks of params.yaml.
+
+    Args:
+        first, second: folders of pictures, with class folders in them or not.
+        name: of the data set, the study and the model; None = ``<first>_<second>``.
+        options: what else was said.
+
+    Raises:
+        UserError: no such folder, or no picture in it; an unknown method or trunk; a name that stands for
+            something else already.
+    """
+    folders = _named((first, second))
+    name = name or "_".join(folders)
+    if not re.fullmatch(r"[A-Za-z0-9_.]+", name):
+        raise UserError(f"--name {name!r}: letters, digits, '_' and '.' alone")
+    params = load_params(raw=without_study())
+    there = params.datasets.get(name)
+    if there and there.source != str(SOURCES / name):
+        raise UserError(f"{PARAMS_FILE}: {name!r} is another data set already: give a --name")
+    if there and (SOURCES / name).exists():
+        known = {link.name: link.readlink() for link in SOURCES.joinpath(name).iterdir() if link.is_symlink()}
+        if known and known != folders:
+            was = " and ".join(str(folder) for folder in known.values())
+            raise UserError(f"{name!r} is adapted to {was} already: give another --name")
+    is_new = _link(SOURCES / name, folders)
+    counts = _counts(SOURCES / name, folders)
+    for domain, count in counts.items():
+        if not count:
+            raise UserError(f"{folders[domain]}: no picture in it")
+    if there:
+        return _as_before(name, folders, options, is_new)
+    method = options.method or "protoot"
+    if method not in METHODS or TEMPLATE not in params.methods.get(params_block(method), {}):
+        usable = [m for m in METHODS if TEMPLATE in params.methods.get(params_block(m), {})]
+        raise UserError(f"--method {method!r}: no such method here; {nearest(method, usable)}")
+    dataset = _dataset_block(name, folders, options)
+    settings = dict(params.methods[params_block(method)][TEMPLATE])
+    kind = METHODS[method].params_type
+    if options.clusters is not None:
+        settings["clusters"] = options.clusters
+    elif issubclass(kind, ClusteredParams) and "clusters" not in settings:
+        settings["clusters"] = "elbow"
+    if options.epochs:
+        settings["epochs"] = options.epochs
+    largest = max(counts.values())
+    usual = kind.model_fields["batch_size"].default
+    if largest < usual:
+        settings["batch_size"] = max(2, largest // 2 * 2)
+    study = {"datasets": [name], "settings": ["closed"], "methods": [method], "seeds": [0]}
+    blocks = StudyFile(
+        datasets={name: dataset}, methods={params_block(method): {name: settings}}, studies={name: study}
+    )
+    return Adaptation(name, folders, method, blocks, is_new)
+
+
+def _dataset_block(name: str, folders: dict[str, Path], options: Options) -> dict[str, Any]:
+    trunk = options.trunk or EMBEDDED_TRUNK
+    embedded = trunk.partition(".")[0] == EMBEDDED_TRUNK and options.weights in (None, EMBEDDED)
+    encoder = {"trunk": {"timm": trunk}, "feature_dim": 128, "head": "residual"}
+    side = SIDE if embedded else new_encoder(EncoderParams(**encoder), 0).form.side
+    return {
+        "source": str(SOURCES / name),
+        "pairs": ["-".join(folders)],
+        "pack": {"side": side},
+        "view": {"side": side, "eval_crop": 1.0, "augment": {"blur_sigma": [0.1, round(side * 0.01, 1)]}},
+        "start": {
+            "encoder": encoder,
+            "weights": options.weights or (EMBEDDED if embedded else HUB),
+            "trained": options.trained or "head",
+        },
+        "evaluate": {"cutoffs": [1, 5, 15]},
+    }
+
+
+def _as_before(name: str, folders: dict[str, Path], options: Options, is_new: bool) -> Adaptation:
+    """What an earlier call wrote, which people may have edited since."""
+    raw = parse_yaml(Path(PARAMS_FILE))
+    study = raw["studies"].get(name)
+    if not study or len(study["methods"]) != 1:
+        raise UserError(f"{PARAMS_FILE}: studies.{name} is not one of this command: give another --name")
+    (method,) = study["methods"]
+    dataset = raw["datasets"][name]
+    settings = raw["methods"][params_block(method)][name]
+    start = dataset["start"]
+    stands = Options(
+        method,
+        start["encoder"]["trunk"].get("timm"),
+        start.get("weights"),
+        start.get("trained", "all"),
+        settings.get("clusters"),
+        settings.get("epochs"),
+    )
+    for key, wanted in asdict(options).items():
+        if wanted is not None and wanted != getattr(stands, key):
+            raise UserError(
+                f"--{key} {wanted}: {name!r} was begun with {getattr(stands, key)!r}: give another --name, "
+                f"or change it in {PARAMS_FILE}"
+            )
+    blocks = StudyFile(
+        datasets={name: dataset}, methods={params_block(method): {name: settings}}, studies={name: study}
+    )
+    return Adaptation(name, folders, method, blocks, is_new)
+
+
+def _named(folders: tuple[Path, Path]) -> dict[str, Path]:
+    """Folders by the domain's name, which is the folder's."""
+    for folder in folders:
+        if not folder.is_dir():
+            kind = "is no folder (unpack it)" if folder.exists() else "no such folder"
+            raise UserError(f"{folder}: {kind}")
+    whole = [folder.resolve() for folder in folders]
+    if whole[0] == whole[1]:
+        raise UserError(f"{folders[0]}: the same folder twice; give one of each style")
+    for one, other in (whole, whole[::-1]):
+        if one.is_relative_to(other):
+            raise UserError(f"{one} lies in {other}: give two folders beside each other")
+    names = [_plain(folder.name) for folder in whole]
+    if names[0] == names[1]:
+        names = [_plain(f"{folder.parent.name}_{folder.name}") for folder in whole]
+    if names[0] == names[1]:
+        names = [f"{names[0]}_1", f"{names[1]}_2"]
+    return dict(zip(names, whole, strict=True))
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9_.]+", "_", name).strip("._") or "pictures"
+
+
+def _contents(folder: Path, below: str) -> Iterator[tuple[str, int, int]]:
+    """Path, size and time of change of each file, sorted."""
+    for item in sorted(os.scandir(folder), key=lambda item: item.name):
+        if item.is_dir():
+            yield from _contents(Path(item.path), f"{below}/{item.name}")
+        elif item.is_file():
+            status = item.stat()
+            yield f"{below}/{item.name}", status.st_size, status.st_mtime_ns
+
+
+def _link(source: Path, folders: dict[str, Path]) -> bool:
+    """Make the links and list what lies behind them. Returns whether that is new."""
+    source.mkdir(parents=True, exist_ok=True)
+    for domain, folder in folders.items():
+        link = source / domain
+        if not link.is_symlink() or link.readlink() != folder:
+            link.unlink(missing_ok=True)
+            link.symlink_to(folder, target_is_directory=True)
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(("file", "bytes", "modified"))
+    for domain, folder in folders.items():
+        writer.writerows(_contents(folder, domain))
+    listed = source / CONTENTS
+    if listed.exists() and listed.read_text("utf-8") == text.getvalue():
+        return False
+    write_atomically(text.getvalue(), listed)
+    return True
+
+
+def _counts(source: Path, folders: dict[str, Path]) -> dict[str, int]:
+    files = survey(Source(source), catalogue_entry(FOLDER))
+    return {domain: len(files.domains.get(domain, ())) for domain in folders}
+
+
+def describe_adaptation(params: Params, adaptation: Adaptation) -> str:
+    """What will be done, with which weights, for how long on this machine, and what it will need.
+
+    Args:
+        params: with the blocks of the adaptation.
+        adaptation: it.
+
+    Raises:
+        UserError: the network's weights cannot be had or do not fit.
+    """
+    block = params.datasets[adaptation.name]
+    wanted = method_params(params, adaptation.method, adaptation.name)
+    device = choose_device(params.cluster)
+    encoder, origin = given_start(block.start, block.view.side)
+    assert origin is not None
+    counts = adaptation.counts
+    total, views = sum(counts.values()), block.start.views + 1
+    head_only = block.start.trained == "head"
+    pace = measure_pace(block, wanted, adaptation.method, device)
+    seconds = {"prepare": total * decoding_pace(block), "embed": 0.0}
+    if head_only:
+        seconds["embed"] = total * views * embedding_pace(block, device)
+    first, second = counts.values()
+    seconds["train"] = wanted.epochs * pace.epoch(wanted, (first, second))
+    pooled = encoder.pooled_dim
+    pack = total * 3 * block.pack.side**2
+    features = total * views * pooled * 2 if head_only else 0
+    trunk = block.start.encoder.trunk_name
+    part = {"head": "a head on the frozen network", "last": "its last stage and a head", "all": "all of it"}
+    steps = ", ".join(f"{step} {clock(time)}" for step, time in seconds.items() if time)
+    lines = [
+        f"{adaptation.name}: {' and '.join(f'{n} files of {d}' for d, n in counts.items())}",
+        f"network: {trunk} at {block.view.side} px, {origin.line()}",
+        f"trained: {part[block.start.trained]}, by {adaptation.method}, {wanted.epochs} epochs",
+        f"time: about {clock(sum(seconds.values()) + OVERHEAD)} on {device} ({steps})",
+        f"memory: about {(BASE_MEMORY + features / views * 4) / 2**30:.1f} GiB; "
+        f"disk: {2 * (pack + features) / 2**30:.2f} GiB with the copies in DVC's cache",
+    ]
+    return "\n".join(lines)
