@@ -17,6 +17,7 @@ os.environ.update(
     OMP_NUM_THREADS="1",
     RAY_AUTH_MODE="disabled",
     RAY_USAGE_STATS_ENABLED="0",
+    RAY_worker_niceness="0",  # 15 else: beside another test that computes, a worker gets next to nothing
     RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.2",
     # an elastic training that lost a machine asks for it once more and waits this long
     RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S="90",

@@ -17,17 +17,19 @@ import pytest
 import torch
 from mlflow import MlflowClient
 
-from ucir.cluster.launch import at_once, connect, train_all
+from ucir.cluster.launch import at_once, connect, embed_on_cluster, train_all
 from ucir.config.base import checked
 from ucir.config.cluster import ClusterParams
 from ucir.config.load import load_params
 from ucir.devices import choose_device
 from ucir.errors import UserError
 from ucir.models.checkpoints import load_state, save_encoder
+from ucir.models.embedding import embed, embed_here
 from ucir.models.encoder import new_encoder
+from ucir.paths import FEATURES
 from ucir.runs.cost import describe
 from ucir.runs.reporter import RunReporter
-from ucir.runs.run import PairRun, materialise, plan_runs
+from ucir.runs.run import PairRun, embedder_of, materialise, plan_runs
 from ucir.training.epochs import epochs
 from ucir.training.training import Training
 
@@ -338,6 +340,16 @@ def test_two_ray_workers_train_what_one_process_does(prepared: Path, store: str)
         for name in ("train/loss_total", "train/loss_instance_a", "val/mAP_at_All"):
             assert many[name] == pytest.approx(one[name], rel=1e-3), name
     assert choose_device(ClusterParams(use_gpu=False)).type == "cpu"
+    # and the features of a frozen trunk
+    block = load_params().datasets["shapes"]
+    embedder = embedder_of(block, "shapes", torch.device("cpu"))
+    computes = {"here": embed_here, "ray": embed_on_cluster(ClusterParams(num_workers=2, cpus_per_worker=1))}
+    stored = {}
+    for name, compute in computes.items():
+        embed(embedder, FEATURES / name, "key", compute, lambda done, total: None)
+        stored[name] = {path.name: path.read_bytes() for path in (FEATURES / name).iterdir()}
+    assert len(stored["here"]) == 10, "plain, views and hashes of three domains, and what they are of"
+    assert stored["ray"] == stored["here"]
 
 
 @pytest.mark.slow
