@@ -23,12 +23,9 @@ def main() -> None:
     check_writable(out)
     began = time.monotonic()
     info, check = write_pack(Path(block.source), domains, out, block.pack, by_domain("prepare"), block.entry)
-    if not block.sample:  # which is drawn small
-        for domain in domains:
-            side = block.pack.side
-            if small := sum(min(p.width, p.height) < side for p in read_index(out, domain)):
-                count = info.counts[domain]
-                print(f"{domain}: {small} of {count} pictures are below {side} px and were scaled up")
+    for domain, count in info.counts.items():
+        if small := sum(min(p.width, p.height) < info.side for p in read_index(out, domain)):
+            print(f"  {domain}: {small} of {count} pictures are below {info.side} px and were scaled up")
     size = sum(path.stat().st_size for path in out.glob("*.u8")) / 2**20
     print(table(check))
     print(

@@ -20,7 +20,7 @@ os.environ.update(
     RAY_worker_niceness="0",  # 15 else: beside another test that computes, a worker gets next to nothing
     RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.2",
     # an elastic training that lost a machine asks for it once more and waits this long
-    RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S="90",
+    RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S="45",
     RAY_TRAIN_ENABLE_PREEMPTION_WATCHER="0",
     RAY_TRAIN_METRICS_ENABLED="0",
     RAY_ENABLE_UV_RUN_RUNTIME_ENV="0",
@@ -52,8 +52,12 @@ CLASSES = ("circle", "cross", "square")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Fast tests first: what is wrong shows within seconds. Those of one workspace stay together."""
-    items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
+    """Fast tests first, what is wrong shows within seconds; then the longest. A workspace has one process."""
+
+    def order(item: pytest.Item) -> tuple[bool, bool]:
+        return item.get_closest_marker("slow") is not None, "test_hosts" not in item.nodeid
+
+    items.sort(key=order)
     for item in items:
         if "workspace" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.xdist_group("workspace"))

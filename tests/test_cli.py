@@ -18,7 +18,8 @@ UCIR = ("-c", "from ucir.cli import main; main()")
     ("command", "taught"),
     [
         ([], ["study", "train", "doctor", "params.yaml"]),
-        (["study"], ["Your own pictures", "<folder>/<domain>/<class>/<file>", "dvc repro"]),
+        (["study"], ["ucir adapt", "<domain>/<class>/<file>", "dvc repro"]),
+        (["adapt"], ["sketches/ photos/", "--trunk", "--weights", "--dry-run", "models/NAME/model.pt"]),
         (["train"], ["--pair", "--dry-run", "--set", "methods.ucdir.digits.lr=0.01", "goes on"]),
         (["doctor"], ["GPU"]),
     ],

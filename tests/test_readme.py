@@ -29,7 +29,7 @@ ELSEWHERE = {
     "pip install uv && uv run dvc repro": "tests/pipeline/test_repro.py, and CI's own set-up",
     "uv run pytest": "this",
     "uv run mlflow ui --backend-store-uri sqlite:///mlflow.db": "a server, which stays",
-    "uv run ucir check digits": "needs the sample's pictures: tests/data/test_prepare.py",
+    "uv run ucir adapt sketches/ photos/": "tests/runs/test_adapt.py",
 }
 
 

@@ -358,7 +358,7 @@ def test_an_elastic_training_goes_on_with_the_workers_that_are_left(prepared: Pa
     import ray
     from ray.cluster_utils import Cluster
 
-    (run,) = plan(methods__ucdir__shapes__epochs=80)[:1]
+    (run,) = plan(methods__ucdir__shapes__epochs=40)[:1]
     ray.shutdown()
     machines = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
     leaving = machines.add_node(num_cpus=1)
@@ -381,6 +381,6 @@ def test_an_elastic_training_goes_on_with_the_workers_that_are_left(prepared: Pa
         ray.shutdown()
         machines.shutdown()
     workers = [int(entry["time/workers"]) for entry in run.history()]
-    assert len(workers) == 80
+    assert len(workers) == 40
     assert (workers[0], workers[-1]) == (2, 1)
     assert workers == sorted(workers, reverse=True)

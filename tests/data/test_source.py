@@ -213,6 +213,7 @@ def test_every_entry_of_the_catalogue_is_whole() -> None:
         "office_home": [2427, 4365, 4439, 4357],
         "office31": [2817, 498, 795],
         "pacs": [2048, 2344, 1670, 3929],
+        "office_caltech": [958, 1123, 157, 295],
         "domainnet": [1959, 2121, 2415, 3500, None, 2091],
     }
     for name in names():

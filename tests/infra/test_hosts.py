@@ -26,7 +26,7 @@ from ucir.models.checkpoints import load_state
 from ucir.runs.run import plan_runs
 
 pytestmark = pytest.mark.slow
-EPOCHS = 60
+EPOCHS = 40
 WORKERS = 4
 RAY = str(Path(sys.executable).with_name("ray"))
 
@@ -86,7 +86,6 @@ class Hosts:
         memory = "--object-store-memory=100000000"
         head = self.start(
             *(RAY, "start", "--head", "--port=6379", "--num-cpus=0", memory, "--node-ip-address=10.77.0.1"),
-            "--include-dashboard=false",
             host=0,
             out="head.log",
         )
