@@ -65,7 +65,10 @@ class Embedder:
         draw = self._draw(views, pictures)
         random = views.random(torch.zeros_like(slot_BV), slot_BV, draw)
         with torch.inference_mode():
-            parts = [trunk.trunk(x.to(self.device)).float().cpu() for x in (first, *random.split(CHUNK))]  # type: ignore[no-untyped-call]
+            parts = [
+                trunk.trunk(x.to(self.device, memory_format=torch.channels_last)).float().cpu()
+                for x in (first, *random.split(CHUNK))  # type: ignore[no-untyped-call]
+            ]
         features = torch.cat(parts).half().numpy()
         if not np.isfinite(features).all():
             raise UserError(
@@ -99,7 +102,7 @@ def _opened(embedder: Embedder, domain: str) -> tuple[Encoder, list[Picture], Pi
 def _encoder(embedder: Embedder) -> Encoder:
     encoder = new_encoder(embedder.encoder, 0)
     load_encoder(encoder, embedder.start)
-    return encoder.to(embedder.device).eval()
+    return encoder.to(embedder.device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload,no-any-return]
 
 
 def embed_here(embedder: Embedder, chunks: list[Chunk]) -> Iterator[tuple[Chunk, Computed]]:

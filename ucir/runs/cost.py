@@ -133,7 +133,8 @@ def embedding_pace(block: DatasetParams, device: torch.device) -> float:
     side = block.pack.side
     noise = np.random.default_rng(0).integers(0, 256, (EMBEDDED_AT_ONCE, side, side, 3), np.uint8)
     images = DomainImages("a", noise, np.arange(len(noise)), np.full((len(noise), 2), side))
-    encoder = new_encoder(block.start.encoder, 0).to(device).eval()
+    encoder = new_encoder(block.start.encoder, 0)
+    encoder.to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
     views = PictureViews([images], block.view, encoder.form)
     slot_B = torch.arange(len(noise))
     threads = usable_cores() if device.type == "cpu" else 1
@@ -141,7 +142,8 @@ def embedding_pace(block: DatasetParams, device: torch.device) -> float:
     @torch.inference_mode()
     def work(seed: int) -> None:
         draw = views.draw(torch.zeros_like(slot_B), slot_B, seeded(seed))
-        encoder.trunk(views.random(torch.zeros_like(slot_B), slot_B, draw).to(device)).cpu()
+        x = views.random(torch.zeros_like(slot_B), slot_B, draw)
+        encoder.trunk(x.to(device, memory_format=torch.channels_last)).cpu()
 
     with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         list(pool.map(work, range(threads)))  # warm-up
