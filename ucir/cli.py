@@ -96,7 +96,10 @@ def adapt(
         ),
     ] = None,
     weights: Annotated[
-        str | None, typer.Option(help="Of the network: hub (default), or a file or folder of weights.")
+        str | None,
+        typer.Option(
+            help="Of another network than the default: hub (default), or a file or folder of weights."
+        ),
     ] = None,
     trained: Annotated[
         str | None,
@@ -127,7 +130,9 @@ def adapt(
         first, second, name, Options(method, trunk, weights, trained, clusters, epochs)
     )
     params = with_blocks(adaptation.blocks)
-    if not adaptation.is_done(params):
+    if adaptation.is_done(params):
+        typer.echo(f"{adaptation.model_file} is up to date")
+    else:
         typer.echo(describe_adaptation(params, adaptation))
     if dry_run:
         return
@@ -135,6 +140,7 @@ def adapt(
     from dvc.cli import main as dvc
 
     if status := dvc(["repro"]):
+        typer.echo("not finished: what is done is kept, the same command goes on from there", err=True)
         raise typer.Exit(status)
     typer.echo(f"model: {adaptation.save()}")
     typer.echo(f"Next: open {REPORTS / 'report.html'} and look at what is retrieved")

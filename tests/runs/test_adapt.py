@@ -97,7 +97,7 @@ def test_a_second_call_does_nothing_and_new_pictures_are_taken_up(
     before = file.stat().st_mtime_ns, params.read_text()
     capsys.readouterr()
     command(sketches, photos, name="mine")
-    assert "time: " not in capsys.readouterr().out
+    assert "models/mine/model.pt is up to date" in capsys.readouterr().out
     assert (file.stat().st_mtime_ns, params.read_text()) == before
     listed = Path("data/sources/mine/.contents.csv").read_text()
     draw("circle", np.random.default_rng(9), 40).save(photos / "new.png")
@@ -107,7 +107,7 @@ def test_a_second_call_does_nothing_and_new_pictures_are_taken_up(
     assert "25 files of photos" in told
     assert Path("data/sources/mine/.contents.csv").read_text() != listed, "or DVC would not see it"
     assert file.stat().st_mtime_ns != before[0]
-    with pytest.raises(UserError, match="--method protoot: 'mine' was begun with 'ucdir'"):
+    with pytest.raises(UserError, match="--method protoot: the model 'mine' was made with 'ucdir'"):
         command(sketches, photos, name="mine", method="protoot")
     with pytest.raises(UserError, match=r"'mine' is adapted to .*sketches and .*photos already"):
         command(photos, fill(tmp_path / "others"), name="mine")
@@ -132,6 +132,9 @@ def test_mistakes_are_one_line_before_any_work(command: Command, tmp_path: Path,
         (sketches, photos, {"weights": "no/weights.pt"}, "no such file"),
         (sketches, photos, {"weights": str(tmp_path / "weights.pth")}, "weights.pth: "),
         (sketches, photos, {"trained": "tail"}, "trained"),
+        (sketches, photos, {"epochs": 0}, "epochs"),
+        (sketches, photos, {"clusters": 1000}, "--clusters 1000: more than the 24 pictures"),
+        (sketches, fill(tmp_path / "few", per_class=1), {}, r"few: 3 picture\(s\): too few"),
     ):
         with pytest.raises(UserError, match=message) as error:
             command(first, second, **options)

@@ -128,6 +128,19 @@ def _disk_full(error: BaseException | None) -> bool:
     return False
 
 
+UNREADABLE = (
+    pickle.UnpicklingError,
+    OSError,
+    RuntimeError,
+    LookupError,
+    EOFError,
+    ValueError,
+    TypeError,
+    AttributeError,
+)
+"""What torch raises for files of other kinds and for damaged ones."""
+
+
 def load_state(path: Path) -> Any:
     """``torch.load`` of tensors and plain data only, on the CPU.
 
@@ -138,7 +151,16 @@ def load_state(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint") from None
-    except (RuntimeError, EOFError, pickle.UnpicklingError, OSError, ValueError, KeyError):
+    except (
+        pickle.UnpicklingError,
+        OSError,
+        RuntimeError,
+        LookupError,
+        EOFError,
+        ValueError,
+        TypeError,
+        AttributeError,
+    ):
         raise UserError(
             f"{path}: unreadable as a checkpoint: damaged, or no file of torch's; if this program wrote "
             "it, delete it and give the same command again"

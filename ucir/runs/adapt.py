@@ -35,7 +35,7 @@ from ucir.progress import clock
 from ucir.runs.cost import embedding_pace, measure_pace
 from ucir.runs.params import method_params
 from ucir.runs.run import plan_runs
-from ucir.runs.study import StudyFile
+from ucir.runs.study import StudyFile, with_blocks
 from ucir.training.start import given_start
 
 SIDE = 128
@@ -43,6 +43,10 @@ SIDE = 128
 TEMPLATE = "pacs"
 """The data set whose settings are taken."""
 CONTENTS = ".contents.csv"
+FEWEST = 8
+"""Pictures of a folder: fewer cannot be clustered."""
+BAD_SHARE = 0.2
+"""What is bad in people's folders is left out by name; benchmarks are stricter."""
 OVERHEAD = 25.0
 """Seconds in which the stages of DVC start."""
 BASE_MEMORY = 1.2 * 2**30
@@ -148,8 +152,12 @@ def plan_adaptation(first: Path, second: Path, name: str | None, options: Option
     for domain, count in counts.items():
         if not count:
             raise UserError(f"{folders[domain]}: no picture in it")
-    if there:
-        return _as_before(name, folders, options, is_new)
+        if count < FEWEST:
+            raise UserError(
+                f"{folders[domain]}: {count} picture(s): too few to learn from, {FEWEST} at least"
+            )
+    if there and (before := _as_before(name, folders, options, is_new)):
+        return before
     method = options.method or "protoot"
     if method not in METHODS or TEMPLATE not in params.methods.get(params_block(method), {}):
         usable = [m for m in METHODS if TEMPLATE in params.methods.get(params_block(m), {})]
@@ -161,7 +169,7 @@ def plan_adaptation(first: Path, second: Path, name: str | None, options: Option
         settings["clusters"] = options.clusters
     elif issubclass(kind, ClusteredParams) and "clusters" not in settings:
         settings["clusters"] = "elbow"
-    if options.epochs:
+    if options.epochs is not None:
         settings["epochs"] = options.epochs
     largest = max(counts.values())
     usual = kind.model_fields["batch_size"].default
@@ -171,6 +179,9 @@ def plan_adaptation(first: Path, second: Path, name: str | None, options: Option
     blocks = StudyFile(
         datasets={name: dataset}, methods={params_block(method): {name: settings}}, studies={name: study}
     )
+    most = method_params(with_blocks(blocks), method, name).most_clusters
+    if most > min(counts.values()):
+        raise UserError(f"--clusters {most}: more than the {min(counts.values())} pictures of a folder")
     return Adaptation(name, folders, method, blocks, is_new)
 
 
@@ -182,7 +193,7 @@ def _dataset_block(name: str, folders: dict[str, Path], options: Options) -> dic
     return {
         "source": str(SOURCES / name),
         "pairs": ["-".join(folders)],
-        "pack": {"side": side},
+        "pack": {"side": side, "max_bad_share": BAD_SHARE},
         "view": {"side": side, "eval_crop": 1.0, "augment": {"blur_sigma": [0.1, round(side * 0.01, 1)]}},
         "start": {
             "encoder": encoder,
@@ -193,8 +204,11 @@ def _dataset_block(name: str, folders: dict[str, Path], options: Options) -> dic
     }
 
 
-def _as_before(name: str, folders: dict[str, Path], options: Options, is_new: bool) -> Adaptation:
-    """What an earlier call wrote, which people may have edited since."""
+def _as_before(name: str, folders: dict[str, Path], options: Options, is_new: bool) -> Adaptation | None:
+    """What an earlier call wrote, which people may have edited since.
+
+    None where there is no model yet and other options are given: it begins anew.
+    """
     raw = parse_yaml(Path(PARAMS_FILE))
     study = raw["studies"].get(name)
     if not study or len(study["methods"]) != 1:
@@ -213,9 +227,11 @@ def _as_before(name: str, folders: dict[str, Path], options: Options, is_new: bo
     )
     for key, wanted in asdict(options).items():
         if wanted is not None and wanted != getattr(stands, key):
+            if not (MODELS / name / "model.pt").exists():
+                return None
             raise UserError(
-                f"--{key} {wanted}: {name!r} was begun with {getattr(stands, key)!r}: give another --name, "
-                f"or change it in {PARAMS_FILE}"
+                f"--{key} {wanted}: the model {name!r} was made with {getattr(stands, key)!r}: give another "
+                f"--name, or change it in {PARAMS_FILE}"
             )
     blocks = StudyFile(
         datasets={name: dataset}, methods={params_block(method): {name: settings}}, studies={name: study}
@@ -311,12 +327,13 @@ def describe_adaptation(params: Params, adaptation: Adaptation) -> str:
     features = total * views * pooled * 2 if head_only else 0
     trunk = block.start.encoder.trunk_name
     part = {"head": "a head on the frozen network", "last": "its last stage and a head", "all": "all of it"}
+    seconds["starting the stages"] = OVERHEAD
     steps = ", ".join(f"{step} {clock(time)}" for step, time in seconds.items() if time)
     lines = [
         f"{adaptation.name}: {' and '.join(f'{n} files of {d}' for d, n in counts.items())}",
         f"network: {trunk} at {block.view.side} px, {origin.line()}",
         f"trained: {part[block.start.trained]}, by {adaptation.method}, {wanted.epochs} epochs",
-        f"time: about {clock(sum(seconds.values()) + OVERHEAD)} on {device} ({steps})",
+        f"time: about {clock(sum(seconds.values()))} on {device} ({steps})",
         f"memory: about {(BASE_MEMORY + features / views * 4) / 2**30:.1f} GiB; "
         f"disk: {2 * (pack + features) / 2**30:.2f} GiB with the copies in DVC's cache",
     ]
