@@ -24,6 +24,7 @@ from ucir.data.pack import Picture
 from ucir.errors import UserError
 
 FILE = "features.json"
+KINDS = ("plain", "views")
 
 
 @dataclass(frozen=True)
@@ -84,15 +85,20 @@ def open_features(folder: Path, domain: str, index: Sequence[Picture]) -> Domain
         UserError: there are none, or not of all these pictures.
     """
     info = read_feature_info(folder)
-    count = info.counts.get(domain, 0)
     row_N = np.array([picture.slot for picture in index], np.int64)
-    hashes = (folder / f"{domain}.sha256").read_text().split() if count else []
-    if any(picture.slot >= count or hashes[picture.slot] != picture.sha256 for picture in index):
+    hashes = read_hashes(folder, domain) if info.counts.get(domain) else []
+    if any(picture.slot >= len(hashes) or hashes[picture.slot] != picture.sha256 for picture in index):
         raise UserError(
             f"{folder}: the features of domain {domain} are of other pictures; run `uv run dvc repro embed`"
         )
-    plain, views = (map_features(folder, domain, kind, info, "r") for kind in ("plain", "views"))
+    plain, views = (map_features(folder, domain, kind, info, "r") for kind in KINDS)
     return DomainFeatures(domain, plain, views, row_N)
+
+
+def read_hashes(folder: Path, domain: str) -> list[str]:
+    """``<domain>.sha256``: content hashes by slot; none where there is no such file."""
+    file = folder / f"{domain}.sha256"
+    return file.read_text().split() if file.exists() else []
 
 
 def map_features(folder: Path, domain: str, kind: str, info: FeaturePackInfo, mode: str) -> np.ndarray:

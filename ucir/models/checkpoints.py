@@ -151,16 +151,7 @@ def load_state(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint") from None
-    except (
-        pickle.UnpicklingError,
-        OSError,
-        RuntimeError,
-        LookupError,
-        EOFError,
-        ValueError,
-        TypeError,
-        AttributeError,
-    ):
+    except UNREADABLE:
         raise UserError(
             f"{path}: unreadable as a checkpoint: damaged, or no file of torch's; if this program wrote "
             "it, delete it and give the same command again"

@@ -16,12 +16,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ucir.config.data import ViewParams
 from ucir.config.model import EncoderParams
 from ucir.data.augment import ViewDraw, draw_view
 from ucir.data.batches import seeded
-from ucir.data.feature_pack import FeaturePackInfo, map_features, read_feature_info
+from ucir.data.feature_pack import KINDS, FeaturePackInfo, map_features, read_feature_info, read_hashes
 from ucir.data.pack import Picture, open_domain, read_index, read_info
 from ucir.data.views import PictureViews
 from ucir.devices import usable_cores
@@ -31,7 +32,6 @@ from ucir.models.encoder import Encoder, new_encoder
 
 CHUNK = 32
 """Pictures that pass through the trunk at once; which these are does not depend on where an attempt began."""
-KINDS = ("plain", "views")
 
 Chunk = tuple[str, int]
 """A domain and the number of its chunk."""
@@ -57,18 +57,14 @@ class Embedder:
             UserError: they are not finite.
         """
         domain, number = chunk
-        trunk, index, views = _opened(self, domain)
+        encoder, index, views = _opened(self, domain)
         pictures = index[number * CHUNK : (number + 1) * CHUNK]
         slot_B = torch.tensor([picture.slot for picture in pictures])
         first = views.plain(0, slice(int(slot_B[0]), int(slot_B[-1]) + 1))
         slot_BV = slot_B.repeat_interleave(self.views)
         draw = self._draw(views, pictures)
         random = views.random(torch.zeros_like(slot_BV), slot_BV, draw)
-        with torch.inference_mode():
-            parts = [
-                trunk.trunk(x.to(self.device, memory_format=torch.channels_last)).float().cpu()
-                for x in (first, *random.split(CHUNK))  # type: ignore[no-untyped-call]
-            ]
+        parts = [pooled_features(encoder, x) for x in (first, *random.split(CHUNK))]  # type: ignore[no-untyped-call]
         features = torch.cat(parts).half().numpy()
         if not np.isfinite(features).all():
             raise UserError(
@@ -102,15 +98,28 @@ def _opened(embedder: Embedder, domain: str) -> tuple[Encoder, list[Picture], Pi
 def _encoder(embedder: Embedder) -> Encoder:
     encoder = new_encoder(embedder.encoder, 0)
     load_encoder(encoder, embedder.start)
-    return encoder.to(embedder.device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload,no-any-return]
+    return encoder.to(embedder.device).eval()
+
+
+@torch.inference_mode()
+def pooled_features(encoder: Encoder, x: Tensor) -> Tensor:
+    """What the trunk makes of views, (B, P) float32 on the CPU."""
+    pooled: Tensor = encoder.trunk(x.to(encoder.device, memory_format=torch.channels_last))
+    return pooled.float().cpu()
+
+
+def one_thread_a_core(device: str) -> tuple[ThreadPoolExecutor, int]:
+    """A pool and its size: many small operations gain nothing by spreading. On a GPU one thread in all."""
+    threads = usable_cores() if device == "cpu" else 1
+    return ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)), threads
 
 
 def embed_here(embedder: Embedder, chunks: list[Chunk]) -> Iterator[tuple[Chunk, Computed]]:
-    """Chunk by chunk in this process, one on each core: many small operations gain nothing by spreading."""
+    """Chunk by chunk in this process, one on each core."""
     for domain in dict.fromkeys(domain for domain, _ in chunks):
         _opened(embedder, domain)  # once, before threads ask for it side by side
-    threads = usable_cores() if embedder.device == "cpu" else 1
-    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    pool, _ = one_thread_a_core(embedder.device)
+    with pool:
         try:
             yield from zip(chunks, pool.map(embedder, chunks), strict=True)
         finally:
@@ -139,13 +148,12 @@ def embed(
     indices = {domain: read_index(embedder.pack, domain) for domain in read_info(embedder.pack).counts}
     pooled_dim = _encoder(embedder).pooled_dim
     info = FeaturePackInfo(key, pooled_dim, embedder.views, {d: len(index) for d, index in indices.items()})
+    wanted = {domain: [picture.sha256 for picture in index] for domain, index in indices.items()}
     with suppress(UserError):
-        if read_feature_info(out) == info and all(
-            _hashes(out, domain) == [p.sha256 for p in index] for domain, index in indices.items()
-        ):
+        if _holds(out, info, wanted):
             return info
     _check_disk(out, info)
-    new = _begin(out, info, indices)
+    new = _begin(out, info, wanted)
     done = {domain: np.memmap(new / f"{domain}.done", np.uint8, "r+") for domain in indices}
     arrays = {
         (domain, kind): map_features(new, domain, kind, info, "r+") for domain in indices for kind in KINDS
@@ -179,17 +187,18 @@ def _beside(out: Path, ending: str) -> Path:
     return out.with_name(f"{out.name}.{ending}")
 
 
-def _hashes(folder: Path, domain: str) -> list[str]:
-    file = folder / f"{domain}.sha256"
-    return file.read_text().split() if file.exists() else []
+def _holds(folder: Path, info: FeaturePackInfo, wanted: dict[str, list[str]]) -> bool:
+    """Whether a pack, finished or not, is of this kind and these pictures. Raises UserError: there is none."""
+    return read_feature_info(folder) == info and all(
+        read_hashes(folder, domain) == hashes for domain, hashes in wanted.items()
+    )
 
 
-def _begin(out: Path, info: FeaturePackInfo, indices: dict[str, list[Picture]]) -> Path:
+def _begin(out: Path, info: FeaturePackInfo, wanted: dict[str, list[str]]) -> Path:
     """The folder of the unfinished pack, with all that is known already."""
     new, before = _beside(out, "unfinished"), _beside(out, "before")
-    wanted = {domain: [picture.sha256 for picture in index] for domain, index in indices.items()}
     with suppress(UserError):
-        if read_feature_info(new) == info and all(_hashes(new, d) == hashes for d, hashes in wanted.items()):
+        if _holds(new, info, wanted):
             return new  # it goes on
     if new.exists() and not before.exists():  # the pictures have changed since: it is a source now
         new.rename(before)
@@ -220,7 +229,7 @@ def _take_over(source: Path, new: Path, info: FeaturePackInfo, wanted: dict[str,
             continue
         known = source / f"{domain}.done"
         is_done = np.fromfile(known, np.uint8) if known.exists() else np.ones(old.counts[domain], np.uint8)
-        places = {digest: row for row, digest in enumerate(_hashes(source, domain)) if is_done[row]}
+        places = {digest: row for row, digest in enumerate(read_hashes(source, domain)) if is_done[row]}
         rows = [(row, places[digest]) for row, digest in enumerate(hashes) if digest in places]
         if not rows:
             continue

@@ -75,6 +75,8 @@ class Adaptation:
     name: str
     folders: dict[str, Path]
     """By domain."""
+    counts: dict[str, int]
+    """Files of each domain that should be pictures."""
     method: str
     blocks: StudyFile
     is_new: bool
@@ -83,16 +85,6 @@ class Adaptation:
     @property
     def pair(self) -> str:
         return "-".join(self.folders)
-
-    @property
-    def source(self) -> Path:
-        """Where the links are."""
-        return SOURCES / self.name
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """Files of each domain that should be pictures."""
-        return _counts(self.source, self.folders)
 
     @property
     def model_file(self) -> Path:
@@ -156,8 +148,8 @@ def plan_adaptation(first: Path, second: Path, name: str | None, options: Option
             raise UserError(
                 f"{folders[domain]}: {count} picture(s): too few to learn from, {FEWEST} at least"
             )
-    if there and (before := _as_before(name, folders, options, is_new)):
-        return before
+    if there and (before := _as_before(name, options)):
+        return Adaptation(name, folders, counts, *before, is_new)
     method = options.method or "protoot"
     if method not in METHODS or TEMPLATE not in params.methods.get(params_block(method), {}):
         usable = [m for m in METHODS if TEMPLATE in params.methods.get(params_block(m), {})]
@@ -176,13 +168,11 @@ def plan_adaptation(first: Path, second: Path, name: str | None, options: Option
     if largest < usual:
         settings["batch_size"] = max(2, largest // 2 * 2)
     study = {"datasets": [name], "settings": ["closed"], "methods": [method], "seeds": [0]}
-    blocks = StudyFile(
-        datasets={name: dataset}, methods={params_block(method): {name: settings}}, studies={name: study}
-    )
+    blocks = _blocks(name, method, dataset, settings, study)
     most = method_params(with_blocks(blocks), method, name).most_clusters
     if most > min(counts.values()):
         raise UserError(f"--clusters {most}: more than the {min(counts.values())} pictures of a folder")
-    return Adaptation(name, folders, method, blocks, is_new)
+    return Adaptation(name, folders, counts, method, blocks, is_new)
 
 
 def _dataset_block(name: str, folders: dict[str, Path], options: Options) -> dict[str, Any]:
@@ -204,8 +194,8 @@ def _dataset_block(name: str, folders: dict[str, Path], options: Options) -> dic
     }
 
 
-def _as_before(name: str, folders: dict[str, Path], options: Options, is_new: bool) -> Adaptation | None:
-    """What an earlier call wrote, which people may have edited since.
+def _as_before(name: str, options: Options) -> tuple[str, StudyFile] | None:
+    """The method and the blocks that an earlier call wrote, which people may have edited since.
 
     None where there is no model yet and other options are given: it begins anew.
     """
@@ -233,10 +223,15 @@ def _as_before(name: str, folders: dict[str, Path], options: Options, is_new: bo
                 f"--{key} {wanted}: the model {name!r} was made with {getattr(stands, key)!r}: give another "
                 f"--name, or change it in {PARAMS_FILE}"
             )
-    blocks = StudyFile(
+    return method, _blocks(name, method, dataset, settings, study)
+
+
+def _blocks(
+    name: str, method: str, dataset: dict[str, Any], settings: dict[str, Any], study: dict[str, Any]
+) -> StudyFile:
+    return StudyFile(
         datasets={name: dataset}, methods={params_block(method): {name: settings}}, studies={name: study}
     )
-    return Adaptation(name, folders, method, blocks, is_new)
 
 
 def _named(folders: tuple[Path, Path]) -> dict[str, Path]:

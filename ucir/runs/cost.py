@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,12 +19,13 @@ from ucir.data.feature_pack import DomainFeatures
 from ucir.data.pack import DomainImages, read_info
 from ucir.data.splits import both_ways, label_spaces, training_order, trainings
 from ucir.data.views import PictureViews
-from ucir.devices import choose_device, usable_cores
+from ucir.devices import choose_device
 from ucir.errors import UserError
 from ucir.methods.base import MethodParams
 from ucir.methods.registry import METHODS
 from ucir.models.checkpoints import save_encoder
 from ucir.models.embedding import CHUNK as EMBEDDED_AT_ONCE
+from ucir.models.embedding import one_thread_a_core, pooled_features
 from ucir.models.encoder import new_encoder
 from ucir.paths import PACKS
 from ucir.progress import Progress, clock
@@ -133,19 +133,16 @@ def embedding_pace(block: DatasetParams, device: torch.device) -> float:
     side = block.pack.side
     noise = np.random.default_rng(0).integers(0, 256, (EMBEDDED_AT_ONCE, side, side, 3), np.uint8)
     images = DomainImages("a", noise, np.arange(len(noise)), np.full((len(noise), 2), side))
-    encoder = new_encoder(block.start.encoder, 0)
-    encoder.to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+    encoder = new_encoder(block.start.encoder, 0).to(device).eval()
     views = PictureViews([images], block.view, encoder.form)
     slot_B = torch.arange(len(noise))
-    threads = usable_cores() if device.type == "cpu" else 1
+    pool, threads = one_thread_a_core(device.type)
 
-    @torch.inference_mode()
     def work(seed: int) -> None:
         draw = views.draw(torch.zeros_like(slot_B), slot_B, seeded(seed))
-        x = views.random(torch.zeros_like(slot_B), slot_B, draw)
-        encoder.trunk(x.to(device, memory_format=torch.channels_last)).cpu()
+        pooled_features(encoder, views.random(torch.zeros_like(slot_B), slot_B, draw))
 
-    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with pool:
         list(pool.map(work, range(threads)))  # warm-up
         began = time.perf_counter()
         list(pool.map(work, range(2 * threads)))
