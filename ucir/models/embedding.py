@@ -188,7 +188,7 @@ def _beside(out: Path, ending: str) -> Path:
 
 
 def _holds(folder: Path, info: FeaturePackInfo, wanted: dict[str, list[str]]) -> bool:
-    """Whether a pack, finished or not, is of this kind and these pictures. Raises UserError: there is none."""
+    """Whether a pack, finished or not, is of this kind and these pictures; UserError: there is none."""
     return read_feature_info(folder) == info and all(
         read_hashes(folder, domain) == hashes for domain, hashes in wanted.items()
     )
