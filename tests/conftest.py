@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +176,19 @@ def prepared(project: Path) -> Path:
     return project
 
 
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """A cluster on this machine that holds a training of two workers and who waits for them."""
+    import ray
+
+    from ucir.cluster.launch import connect
+    from ucir.config.cluster import ClusterParams
+
+    connect(ClusterParams(num_workers=2), "")
+    yield
+    ray.shutdown()
+
+
 def write_params(folder: Path, params: dict[str, Any]) -> None:
     (folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False), encoding="utf-8")
 
@@ -184,7 +198,9 @@ def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An MLflow store with its tables: making one takes many seconds, copying it none."""
     from ucir import tracking
 
-    database = tmp_path_factory.mktemp("store") / "mlflow.db"
+    own = tmp_path_factory.getbasetemp()
+    shared = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own  # the first process makes it for all
+    database = shared / "mlflow.db"
     tracking.init_store(f"sqlite:///{database}")
     return database
 

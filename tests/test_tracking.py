@@ -67,8 +67,8 @@ def test_addresses_are_absolute(project: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_processes_may_meet_at_a_fresh_store(tmp_path: Path) -> None:
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     command = [sys.executable, "-c", f"from ucir import tracking; tracking.init_store({uri!r})"]
-    running = [subprocess.Popen(command) for _ in range(3)]
-    assert [process.wait() for process in running] == [0, 0, 0]
+    running = [subprocess.Popen(command) for _ in range(2)]
+    assert [process.wait() for process in running] == [0, 0]
     assert MlflowClient(uri).search_experiments()
 
 

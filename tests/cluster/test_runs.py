@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import fcntl
 import os
@@ -286,9 +285,12 @@ def test_a_state_is_kept_in_the_middle_of_an_epoch(
 
 
 @pytest.mark.slow
-def test_many_runs_at_once_outlive_a_killed_worker_and_a_spoilt_run(prepared: Path, store: str) -> None:
+@pytest.mark.xdist_group("ray")  # these share a cluster, see `ray_cluster`
+def test_runs_at_once_outlive_a_killed_worker_and_a_spoilt_run(
+    prepared: Path, store: str, ray_cluster: None
+) -> None:
     """On Ray, one worker each: the killed one goes on from its last epoch, the spoilt one fails alone."""
-    good = plan(methods__ucdir__shapes__epochs=60)
+    good = plan(methods__ucdir__shapes__epochs=60)[:1]
     spoilt = plan(methods__ucdir__shapes__lr=1e30)[:1]
 
     def kill_one() -> None:
@@ -303,12 +305,12 @@ def test_many_runs_at_once_outlive_a_killed_worker_and_a_spoilt_run(prepared: Pa
     killed: list[int] = []
     killer = threading.Thread(target=kill_one, daemon=True)
     killer.start()
-    with pytest.raises(UserError, match=r"1 of 3 runs failed: ucdir art-photo s0 .NotFinite.*fault.json"):
+    with pytest.raises(UserError, match=r"1 of 2 runs failed: ucdir art-photo s0 .NotFinite.*fault.json"):
         train_all([*good, *spoilt], ClusterParams(num_workers=1))
     killer.join()
     assert len(killed) == 1
     assert 0 < killed[0] < 60
-    assert [len(run.history()) for run in good] == [60, 60]
+    assert [len(run.history()) for run in good] == [60]
     assert not spoilt[0].done
     alone = PairRun(**{**good[0].__dict__, "folder": prepared / "runs/alone", "key": "alone"})
     train_all([alone], ClusterParams())
@@ -330,7 +332,8 @@ def open_files(process: psutil.Process) -> list[Any]:
 
 
 @pytest.mark.slow
-def test_two_ray_workers_train_what_one_process_does(prepared: Path, store: str) -> None:
+@pytest.mark.xdist_group("ray")
+def test_two_ray_workers_train_what_one_process_does(prepared: Path, store: str, ray_cluster: None) -> None:
     (run,) = plan_runs(load_params(), "shapes", "closed", "ucdir", ("art-photo",))
     train_all([run], ClusterParams(num_workers=2, cpus_per_worker=1))
     assert run.done
@@ -350,37 +353,3 @@ def test_two_ray_workers_train_what_one_process_does(prepared: Path, store: str)
         stored[name] = {path.name: path.read_bytes() for path in (FEATURES / name).iterdir()}
     assert len(stored["here"]) == 10, "plain, views and hashes of three domains, and what they are of"
     assert stored["ray"] == stored["here"]
-
-
-@pytest.mark.slow
-def test_an_elastic_training_goes_on_with_the_workers_that_are_left(prepared: Path, store: str) -> None:
-    """Two machines; one leaves for good in the middle, and the other ends the training alone."""
-    import ray
-    from ray.cluster_utils import Cluster
-
-    (run,) = plan(methods__ucdir__shapes__epochs=40)[:1]
-    ray.shutdown()
-    machines = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
-    leaving = machines.add_node(num_cpus=1)
-    ray.init(machines.address)
-    seen: list[int] = []
-
-    def leave() -> None:
-        while len(seen) < 3:
-            with contextlib.suppress(FileNotFoundError, EOFError, RuntimeError):
-                seen[:] = [int(entry["time/workers"]) for entry in run.history()]
-            time.sleep(0.05)
-        machines.remove_node(leaving, allow_graceful=False)
-
-    leaver = threading.Thread(target=leave, daemon=True)
-    leaver.start()
-    try:
-        train_all([run], ClusterParams(num_workers=1, max_workers=2))
-    finally:
-        leaver.join()
-        ray.shutdown()
-        machines.shutdown()
-    workers = [int(entry["time/workers"]) for entry in run.history()]
-    assert len(workers) == 40
-    assert (workers[0], workers[-1]) == (2, 1)
-    assert workers == sorted(workers, reverse=True)

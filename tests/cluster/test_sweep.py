@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import os
 import signal
 import subprocess
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 import torch
 import yaml
 from mlflow import MlflowClient
@@ -202,32 +202,31 @@ def test_what_is_found_is_a_block_for_params_yaml(prepared: Path) -> None:
         _ = SweepResult("x", (), "rank", [Trial({}, 1, "failed: why", {})]).best
 
 
-TUNE = """
-import json, ray
-from ucir.cluster.tune import tune_all
-from ucir.config.load import load_params
-(found,) = tune_all(load_params(), "try")
-import time
-for _ in range(40):
-    if ray.available_resources().get("CPU") == ray.cluster_resources()["CPU"]:
-        break
-    time.sleep(0.5)
-print("RESULT", json.dumps({
-    "states": [t.state for t in found.trials],
-    "scores": {t.values["temperature"]: t.scores for t in found.trials},
-    "free": ray.available_resources().get("CPU"), "all": ray.cluster_resources()["CPU"],
-}))
-"""
+def is_free() -> bool:
+    """Whether the cluster gets back all that trials held, a moment after they have ended."""
+    give_up = time.monotonic() + 20
+    while time.monotonic() < give_up:
+        if ray.available_resources().get("CPU") == ray.cluster_resources()["CPU"]:
+            return True
+        time.sleep(0.2)
+    return False
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("ray")
 def test_a_sweep_is_killed_and_goes_on_and_gives_everything_back(
-    prepared: Path, store: str, monkeypatch: pytest.MonkeyPatch
+    prepared: Path,
+    store: str,
+    ray_cluster: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     with_sweep(prepared, trials=3, grace=1, reduction=2)
-    command = [sys.executable, "-c", TUNE]
     first = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True
+        [sys.executable, "-c", "from ucir.cli import main; main()", "tune", "try"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
     )
     give_up = time.monotonic() + 120
     while not list(prepared.glob("runs/shapes-*/done.json")) and time.monotonic() < give_up:
@@ -237,13 +236,12 @@ def test_a_sweep_is_killed_and_goes_on_and_gives_everything_back(
     time.sleep(3)  # trials notice a moment later that nobody is there any more
     finished = {p: p.stat().st_mtime_ns for p in prepared.glob("runs/shapes-*/done.json")}
     assert finished
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    assert "goes on" in done.stdout
-    result = json.loads(done.stdout.rsplit("RESULT ", 1)[1])
-    assert len(result["states"]) == 3
-    assert "finished" in result["states"]
-    assert result["free"] == result["all"]
+    (found,) = tune_all(load_params(), "try")
+    assert "goes on" in capsys.readouterr().out
+    states = [trial.state for trial in found.trials]
+    assert len(states) == 3
+    assert "finished" in states
+    assert is_free()
     assert {path: path.stat().st_mtime_ns for path in finished} == finished, "a finished run was repeated"
     client = MlflowClient(store)
     (experiment,) = client.search_experiments(filter_string="name = 'ucir/sweeps/shapes-ucdir'")
@@ -253,28 +251,28 @@ def test_a_sweep_is_killed_and_goes_on_and_gives_everything_back(
     assert {run.data.tags["mlflow.parentRunId"] for run in children} == {parent.info.run_id}
     assert parent.info.status == "FINISHED"
     assert len(children) >= 3
-    states = [run.info.status for run in children]
-    assert states.count("FINISHED") == result["states"].count("finished")
-    assert states.count("KILLED") == result["states"].count("stopped")
+    statuses = [run.info.status for run in children]
+    assert statuses.count("FINISHED") == states.count("finished")
+    assert statuses.count("KILLED") == states.count("stopped")
     for run in children:
         points = client.get_metric_history(run.info.run_id, "mutual_neighbours")
         assert [p.step for p in points] == list(range(len(points)))
     monkeypatch.setattr("ucir.cluster.tune.connect", lambda *given: pytest.fail("repeated"))
     (again,) = tune_all(load_params(), "try")
-    assert [trial.state for trial in again.trials] == result["states"]
+    assert [trial.state for trial in again.trials] == states
 
 
 @pytest.mark.slow
-def test_trials_of_two_workers_find_what_trials_in_one_process_do(prepared: Path, store: str) -> None:
+@pytest.mark.xdist_group("ray")
+def test_trials_of_two_workers_find_what_trials_in_one_process_do(
+    prepared: Path, store: str, ray_cluster: None
+) -> None:
     space = {"temperature": [0.1]}
     params = with_sweep(prepared, search="grid", space=space, pairs=["art-photo"], scheduler="fifo")
-    alone = {t: run_trial(params, store, {"temperature": t}, f"t{t}")[-1] for t in space["temperature"]}
+    alone = run_trial(params, store, {"temperature": 0.1}, "t0")[-1]
     (prepared / "runs").rename(prepared / "elsewhere")
-    script = TUNE.replace("load_params()", 'load_params(overrides=["cluster.num_workers=2"])')
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    result = json.loads(done.stdout.rsplit("RESULT ", 1)[1])
-    assert result["states"] == ["finished"]
-    assert result["free"] == result["all"]
-    for temperature, scores in result["scores"].items():
-        assert scores["loss"] == pytest.approx(alone[float(temperature)]["scores_loss"], rel=0.01)
+    (found,) = tune_all(load_params(overrides=["cluster.num_workers=2"]), "try")
+    (trial,) = found.trials
+    assert trial.state == "finished"
+    assert is_free()
+    assert trial.scores["loss"] == pytest.approx(alone["scores_loss"], rel=0.01)

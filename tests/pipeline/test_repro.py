@@ -15,7 +15,11 @@ import torch
 import yaml
 
 from tests.conftest import ROOT, make_images, run_python, tiny_params, write_params
+from ucir.cluster.launch import train_all
+from ucir.config.cluster import ClusterParams
+from ucir.config.load import load_params
 from ucir.models.checkpoints import load_state
+from ucir.runs.run import PairRun, plan_runs
 
 pytestmark = pytest.mark.slow
 
@@ -86,12 +90,8 @@ def test_the_report_stands_and_shows_every_part(workspace: Path) -> None:
     assert "**shapes, closed: P@2" in (workspace / "reports/results.md").read_text()
 
 
-def test_a_second_repro_does_nothing_and_a_weight_re_runs_its_method(workspace: Path) -> None:
+def test_a_second_repro_does_nothing(workspace: Path) -> None:
     assert stages_run(repro(workspace)) == []
-    change(workspace, "methods.ucdir.shapes.entropy_weight", 0.7)
-    output = repro(workspace)
-    assert stages_run(output) == ["train@shapes-closed-ucdir", "evaluate@shapes-closed-ucdir", "report"]
-    assert "finished before" not in output
 
 
 def test_prepare_keeps_what_it_has_decoded(workspace: Path) -> None:
@@ -106,7 +106,10 @@ def test_prepare_keeps_what_it_has_decoded(workspace: Path) -> None:
     assert not kept.exists()
 
 
-def test_a_killed_repro_goes_on_and_ends_as_an_undisturbed_one(workspace: Path) -> None:
+def test_a_killed_repro_goes_on_with_what_a_weight_changes_and_ends_as_an_undisturbed_one(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    change(workspace, "methods.ucdir.shapes.entropy_weight", 0.7)
     change(workspace, "methods.ucdir.shapes.epochs", EPOCHS)
     before = set((workspace / "runs").iterdir())
     process = subprocess.Popen(
@@ -133,10 +136,15 @@ def test_a_killed_repro_goes_on_and_ends_as_an_undisturbed_one(workspace: Path) 
     (killed,) = states()
     assert not (killed.parent / "done.json").exists()
 
-    assert "resumes after epoch" in repro(workspace, "train@shapes-closed-ucdir")
+    output = repro(workspace)
+    assert stages_run(output) == ["train@shapes-closed-ucdir", "evaluate@shapes-closed-ucdir", "report"]
+    assert "resumes after epoch" in output
+    assert "finished before" not in output
     one = load_state(killed.parent / "last.pt")["state_dict"]
-    kept = killed.parent.rename(workspace / "kept")
-    repro(workspace, "--force", "--single-item", "train@shapes-closed-ucdir")
-    two = load_state(killed.parent / "last.pt")["state_dict"]
+    monkeypatch.chdir(workspace)
+    (run, _) = plan_runs(load_params(), "shapes", "closed", "ucdir")
+    assert run.folder == killed.parent
+    alone = PairRun(**{**run.__dict__, "folder": workspace / "runs/alone", "key": "alone"})
+    train_all([alone], ClusterParams())
+    two = load_state(alone.folder / "last.pt")["state_dict"]
     assert all(torch.equal(one[key], two[key]) for key in one)
-    shutil.rmtree(kept)

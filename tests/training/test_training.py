@@ -251,9 +251,7 @@ def _worker(rank: int, world: int, port: int, pack: Path, start: Path, names: li
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("world", "names"), [(2, [*METHODS, PRETRAIN]), (3, ["ucdir"]), (4, ["ucdir", "protoot", "uem"])]
-)
+@pytest.mark.parametrize(("world", "names"), [(2, [*METHODS, PRETRAIN]), (3, ["ucdir", "protoot", "uem"])])
 def test_workers_change_speed_and_never_results(
     pack: Path, start: Path, tmp_path: Path, world: int, names: list[str]
 ) -> None:

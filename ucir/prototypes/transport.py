@@ -9,10 +9,12 @@ so that memory does not grow with N. float32 throughout; POT in float64 is the o
 from __future__ import annotations
 
 import math
+import os
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -295,8 +297,7 @@ def relaxed_plan(
         TransportError: POT's solver did not settle, or its plan is none: not finite, empty, of more than the
             whole mass, or not of the share that was to be moved.
     """
-    import ot
-
+    ot = _pot()
     cost = 1 - similarity_NK.double().cpu()
     rows = torch.full((len(cost),), 1 / len(cost), dtype=torch.float64)
     takes = marginal_K.cpu() > 0  # the solvers divide by the shares
@@ -337,13 +338,12 @@ def match_prototypes(given_KD: Tensor, other_LD: Tensor) -> Tensor:
     Entropic OT with uniform marginals and squared Euclidean cost, by POT in float64 and log domain.
 
     Args:
-        own_KD, other_LD: unit prototypes.
+        given_KD, other_LD: unit prototypes.
 
     Returns:
         (K,) int64.
     """
-    import ot  # seconds, which only those who match should wait
-
+    ot = _pot()
     one_KD, other = given_KD.double().cpu(), other_LD.double().cpu()
     cost = torch.cdist(one_KD, other).square()
     mass = [torch.full((len(x),), 1 / len(x), dtype=torch.float64) for x in (one_KD, other)]
@@ -353,3 +353,15 @@ def match_prototypes(given_KD: Tensor, other_LD: Tensor) -> Tensor:
     )
     match: Tensor = plan.argmax(dim=1).to(given_KD.device)
     return match
+
+
+def _pot() -> Any:
+    """POT, imported when it is needed: that takes seconds.
+
+    It also imports what other array libraries are installed; JAX then takes three quarters of a GPU's memory.
+    """
+    for library in ("JAX", "TENSORFLOW", "CUPY"):
+        os.environ.setdefault(f"POT_BACKEND_DISABLE_{library}", "1")
+    import ot
+
+    return ot

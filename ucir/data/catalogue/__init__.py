@@ -5,7 +5,7 @@ Adding a data set is adding a file. ``folder`` is the entry of everything else.
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -63,12 +63,13 @@ class Entry(BaseModel):
 
     def class_of(self, folder: str) -> str | None:
         """Our name of the class that a folder of this name holds; None = not of this data set."""
-        return self._class_names().get(plain(folder))
+        return self._class_names.get(plain(folder))
 
     def class_names(self) -> list[str]:
         """All classes, sorted; none for ``folder`` and other sets that are not counted."""
-        return sorted(set(self._class_names().values()))
+        return sorted(set(self._class_names.values()))
 
+    @cached_property
     def _class_names(self) -> dict[str, str]:
         return {plain(label): label for classes in self.counts.values() for label in classes}
 
