@@ -53,15 +53,12 @@ CLASSES = ("circle", "cross", "square")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Fast tests first, what is wrong shows within seconds; then the longest. A workspace has one process."""
+    """Fast tests first, what is wrong shows within seconds; then the longest."""
 
     def order(item: pytest.Item) -> tuple[bool, bool]:
         return item.get_closest_marker("slow") is not None, "test_hosts" not in item.nodeid
 
     items.sort(key=order)
-    for item in items:
-        if "workspace" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.xdist_group("workspace"))
 
 
 def draw(label: str, rng: np.random.Generator, side: int = 20) -> Image.Image:

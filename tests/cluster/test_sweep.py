@@ -228,7 +228,7 @@ def test_a_sweep_is_killed_and_goes_on_and_gives_everything_back(
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
-    give_up = time.monotonic() + 120
+    give_up = time.monotonic() + 300
     while not list(prepared.glob("runs/shapes-*/done.json")) and time.monotonic() < give_up:
         time.sleep(0.2)
     os.killpg(first.pid, signal.SIGKILL)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import random
+import struct
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from ucir.config.data import PackParams
 from ucir.data.decode import decode_image
@@ -60,6 +64,142 @@ def test_sixteen_bits_keep_their_range() -> None:
     ramp = Image.fromarray(np.array([[0, 32768, 65535]], np.uint16))
     decoded = np.asarray(decode_image(encoded(ramp, "png"), 10**6))
     assert decoded[0, :, 0].tolist() == [0, 127, 255]
+
+
+def odd_exif(tag: int, kind: int, count: int, value: bytes) -> bytes:
+    """EXIF of orientation 6 and one more tag that Pillow reads and cannot write again."""
+    entries = [
+        (0x0112, 3, 1, struct.pack("<HH", 6, 0)),
+        (tag, kind, count, value),
+    ]
+    body = b"".join(struct.pack("<HHI", *entry[:3]) + entry[3] for entry in sorted(entries))
+    extra = struct.pack("<ii", -72, 1)
+    return b"Exif\0\0II*\0" + struct.pack("<IH", 8, len(entries)) + body + struct.pack("<I", 0) + extra
+
+
+@pytest.mark.parametrize(
+    ("tag", "kind", "count", "value"),
+    [
+        (0x0100, 2, 4, b"abc\0"),  # a width in letters
+        (0x011A, 10, 1, struct.pack("<I", 38)),  # a resolution below 0
+        (0x9000, 4, 1, struct.pack("<I", 7)),  # a version that is a number
+    ],
+)
+def test_an_odd_tag_beside_it_does_not_hide_the_orientation(
+    tag: int, kind: int, count: int, value: bytes
+) -> None:
+    data = encoded(Image.new("RGB", (40, 20)), "jpeg", exif=odd_exif(tag, kind, count, value))
+    assert decode_image(data, 10**6).size == (20, 40)
+
+
+def test_exif_that_cannot_be_read_costs_the_orientation_alone() -> None:
+    data = encoded(Image.new("RGB", (40, 20)), "jpeg", exif=b"Exif\0\0MM\0*\xff\xff")
+    assert decode_image(data, 10**6).size == (40, 20)
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_text_of_any_length_in_a_png_costs_nothing(compressed: bool) -> None:
+    text = PngInfo()
+    text.add_text("parameters", "a" * (2 * 2**20), zip=compressed)
+    assert decode_image(encoded(Image.new("RGB", (4, 2), "red"), "png", pnginfo=text), 10**6).size == (4, 2)
+
+
+RAMP = np.linspace(0, 1, 64 * 64, dtype=np.float32).reshape(64, 64)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        RAMP,
+        RAMP * 255,
+        RAMP * 65535,
+        RAMP * 0.01,
+        RAMP * 3e7,
+        RAMP * 7,  # high dynamic range
+        RAMP * 2 - 1,
+        1000 + RAMP,
+        RAMP * 1.04 - 0.02,  # overshoot of a resize
+        np.where(RAMP == 1, np.inf, RAMP),
+        np.where(RAMP == 0, -np.inf, RAMP),
+        np.where(RAMP > 0.99, np.nan, RAMP),
+        np.where(RAMP == 1, 1e9, RAMP),  # one hot pixel
+        (RAMP * 4095).astype(np.uint16),  # 12 bits in 16
+        (RAMP * 1023).astype(np.uint16),
+        (RAMP * 255).astype(np.uint16),
+        (RAMP * 65535).astype(np.uint16),
+        (RAMP * 2**30).astype(np.int32),
+        (RAMP * 9).astype(np.int32),
+    ],
+    ids=str,
+)
+def test_values_of_any_range_keep_their_contrast(values: np.ndarray) -> None:
+    decoded = np.asarray(decode_image(encoded(Image.fromarray(values), "tiff"), 10**6))[..., 0]
+    kept = np.isfinite(values) & (RAMP < 1)
+    order = np.corrcoef(values[kept].astype(float), decoded[kept])[0, 1]
+    assert order > 0.98
+    assert decoded.max() - decoded.min() > 200
+
+
+def test_a_picture_of_no_numbers_is_left_out_and_one_grey_stays_one() -> None:
+    with pytest.raises(ValueError, match="most of its values are no numbers"):
+        decode_image(encoded(Image.fromarray(np.where(RAMP > 0.3, np.nan, RAMP)), "tiff"), 10**6)
+    grey = decode_image(encoded(Image.fromarray(RAMP * 0 + 0.5), "tiff"), 10**6)
+    assert grey.getextrema() == ((127, 127),) * 3
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "empty file"),
+        (bytes(5000), "nothing but zeros"),
+        (b"\0\0\0\x18ftypheic" + bytes(50), "HEIC picture: convert"),
+        (b"\0\0\0\x18ftypisom" + bytes(50), "a film"),
+        (b"\xff\x0a" + bytes(50), "JPEG XL"),
+        (b'<?xml version="1.0"?>\n<svg xmlns="x"/>', "an SVG drawing"),
+        (b"<!DOCTYPE html><html>404", "a web page"),
+        (b"%PDF-1.4 ", "a PDF"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n", "a PostScript"),
+        (b"version https://git-lfs.github.com/spec/v1\noid", "Git LFS"),
+        (b"hello", "not an image"),
+    ],
+)
+def test_what_is_no_picture_is_called_what_it_is(data: bytes, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        decode_image(data, 10**6)
+
+
+@pytest.mark.filterwarnings("ignore:IM image format")
+def test_whatever_a_decoder_raises_costs_that_picture_alone() -> None:
+    """Mutations of every format that Pillow can write: a picture or a reason, nothing else."""
+    Image.init()
+    rng = random.Random(0)
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (37, 53, 3)).astype(np.uint8))
+    kinds = outcomes = 0
+    for kind in sorted(Image.SAVE):
+        data = b""
+        for mode in ("RGB", "P", "L", "1", "RGBA", "F"):
+            with contextlib.suppress(Exception):
+                data = encoded(noise.convert(mode), kind)
+                break
+        kinds += bool(data)
+        for _ in range(10 if data else 0):
+            mutated = bytearray(data)
+            place = rng.randrange(len(mutated))
+            match rng.randrange(4):
+                case 0:
+                    mutated = mutated[:place]
+                case 1:
+                    mutated[place : place + 300] = bytes(len(mutated[place : place + 300]))
+                case 2:
+                    mutated[place:place] = rng.randbytes(30)
+                case _:
+                    for _ in range(6):
+                        mutated[rng.randrange(len(mutated))] = rng.randrange(256)
+            with contextlib.suppress(ValueError):
+                decode_image(bytes(mutated), 10**6)
+                outcomes += 1
+    assert kinds > 20
+    assert outcomes > 50
 
 
 @pytest.mark.parametrize("kind", ["gif", "webp", "png", "tiff"])

@@ -310,6 +310,7 @@ def office_home(root: Path, side: int = 16) -> Path:
             for i in range(count or 0):
                 number += 1
                 picture = Image.new("RGB", (side, side), (number % 256, number // 256, 77))
+                picture.putpixel((0, 0), (255, 255, 255))
                 picture.save(folder / f"{i:05}.jpg", comment=str(number))
     return root
 

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
 import tarfile
+import warnings
 import zipfile
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from tests.conftest import DOMAINS, make_images
-from ucir.config.data import PackParams
+from ucir.config.data import DatasetParams, PackParams
 from ucir.data import source as source_module
 from ucir.data.catalogue import entry, names
-from ucir.data.prepare import write_pack
-from ucir.data.source import Source, survey
+from ucir.data.prepare import source_faults, write_pack
+from ucir.data.source import Source, survey, unusable_names
 from ucir.errors import UserError
 
 PARAMS = PackParams(side=20, max_bad_share=0.5)
@@ -240,3 +243,213 @@ def test_a_source_that_is_no_source(tmp_path: Path) -> None:
         (tmp_path / "x.zip").touch(mode=0)
         with pytest.raises(UserError, match="not a complete archive"):
             Source(tmp_path / "x.zip")
+
+
+def pictures(root: Path, *names: str) -> Path:
+    for number, name in enumerate(names):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        picture = Image.new("RGB", (24, 24), (number, 0, 0))
+        picture.putpixel((0, 0), (255, 255, 255))
+        picture.save(root / name, "png")
+    return root
+
+
+def found(root: Path, name: str = "folder") -> dict[str, list[str]]:
+    """Labels by domain."""
+    files = survey(Source(root), entry(name))
+    return {domain: sorted(file.label for file in of_domain) for domain, of_domain in files.domains.items()}
+
+
+@pytest.mark.parametrize(
+    ("layout", "expected"),
+    [
+        ("{domain}/{split}/{label}/{split}{n}.png", ["cat", "cat", "dog", "dog"]),
+        ("{split}/{domain}/{label}/{split}{n}.png", ["cat", "cat", "dog", "dog"]),
+        ("{domain}/{split}/{label}{n}.png", ["", "", "", ""]),
+    ],
+)
+@pytest.mark.parametrize("splits", [("train", "test"), ("Training", "VAL")])
+def test_splits_are_no_classes(
+    tmp_path: Path, layout: str, expected: list[str], splits: tuple[str, str]
+) -> None:
+    names = [
+        layout.format(domain=domain, split=split, label=label, n=n)
+        for n, (domain, split, label) in enumerate(product(("art", "photo"), splits, ("cat", "dog")))
+    ]
+    pictures(tmp_path, *names)
+    assert found(tmp_path) == {"art": expected, "photo": expected}
+    assert any("taken together: splits" in note for note in survey(Source(tmp_path), entry("folder")).notes)
+
+
+def test_what_may_be_a_split_is_asked_about(tmp_path: Path) -> None:
+    pictures(tmp_path / "a", "train/cat/0.png", "test/cat/1.png")
+    notes = survey(Source(tmp_path / "a"), entry("folder")).notes
+    assert notes == ["the domains are called test and train: is this one collection, split?"]
+    names = [f"{domain}/{label}/{domain}{label}.png" for domain in "ab" for label in ("train", "bus")]
+    pictures(tmp_path / "vehicles", *names)
+    assert found(tmp_path / "vehicles") == {"a": ["bus", "train"], "b": ["bus", "train"]}
+    pictures(tmp_path / "mixed", "a/train/cat/0.png", "a/dog/1.png", "b/dog/2.png")
+    notes = survey(Source(tmp_path / "mixed"), entry("folder")).notes
+    assert notes == ["domain a: train taken for a class: is it a split with classes below it?"]
+
+
+def test_what_systems_leave_in_folders_is_no_picture(tmp_path: Path) -> None:
+    pictures(
+        tmp_path,
+        *("a/cat/0.png", "b/cat/1.png"),
+        *(
+            "a/cat/@eaDir/0.png/SYNOFILE_THUMB_M.png",
+            "a/@EADIR/x.png",
+            "#recycle/a/2.png",
+            "$RECYCLE.BIN/a/3.png",
+        ),
+        *(
+            "a/cat/THUMBS.DB",
+            "a/cat/0.png:Zone.Identifier",
+            "__MacOSX/a/cat/4.png",
+            "a/cat/Icon\r",
+            "a/~$cat.png",
+        ),
+        *(
+            "a/cat/._0.png",
+            "b/.thumbnails/5.png",
+            "@Recycle/b/6.png",
+            "lost+found/7.png",
+            "b/cat/Desktop.INI",
+        ),
+    )
+    assert found(tmp_path) == {"a": ["cat"], "b": ["cat"]}
+
+
+@pytest.mark.parametrize("name", ["mine.7z", "mine.RAR", "mine.tar.zst", "mine.zip.001", "mine.z01"])
+def test_an_archive_that_is_not_read_is_mentioned(tmp_path: Path, name: str) -> None:
+    pictures(tmp_path, "a/0.png", "b/1.png")
+    (tmp_path / name).write_bytes(b"x")
+    assert (
+        f"{name}: an archive of a kind that is not read" in survey(Source(tmp_path), entry("folder")).notes[0]
+    )
+    for folder in "ab":
+        shutil.rmtree(tmp_path / folder)
+    with pytest.raises(UserError, match=r"0 domain folder.*an archive of a kind that is not read"):
+        write_pack(tmp_path, ["a", "b"], tmp_path / "pack", PARAMS)
+
+
+@pytest.mark.parametrize("kind", ["tar.xz", "txz", "tar.bz2"])
+def test_other_tars_are_read(tree: Path, tmp_path: Path, kind: str) -> None:
+    with tarfile.open(tmp_path / f"x.{kind}", "w:bz2" if "bz" in kind else "w:xz") as opened:
+        opened.add(tree, "")
+    assert found(tmp_path / f"x.{kind}") == found(tree)
+    broken = tmp_path / f"broken.{kind}"
+    broken.write_bytes((tmp_path / f"x.{kind}").read_bytes()[:-200])
+    with pytest.raises(UserError, match="not a complete archive"):
+        Source(broken)
+
+
+def patched(archive: Path, method: int = 0, flags: int = 0) -> Path:
+    """The archive with another method or flags in all its headers."""
+    data = bytearray(archive.read_bytes())
+    for signature, place in ((b"PK\x01\x02", 8), (b"PK\x03\x04", 6)):
+        start = data.find(signature)
+        while start >= 0:
+            data[start + place] |= flags
+            data[start + place + 2] = method or data[start + place + 2]
+            start = data.find(signature, start + 4)
+    archive.write_bytes(data)
+    return archive
+
+
+def test_zips_that_cannot_be_read_are_refused_at_once(tree: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is packed by deflate64, which Python does not read"):
+        Source(patched(zipped(tree, tmp_path / "a.zip"), method=9))
+    with pytest.raises(UserError, match="is packed by wavpack"):
+        Source(patched(zipped(tree, tmp_path / "b.zip"), method=97))
+    with pytest.raises(UserError, match="is encrypted"):
+        Source(patched(zipped(tree, tmp_path / "c.zip"), flags=1))
+    last = bytearray(zipped(tree, tmp_path / "d.zip").read_bytes())
+    last[last.rfind(b"PK\x01\x02") + 34] = 1  # the number of the part that it begins in
+    (tmp_path / "d.zip").write_bytes(last)
+    with pytest.raises(UserError, match=r"d\.zip: one part of several: join them with"):
+        Source(tmp_path / "d.zip")
+
+
+def test_names_in_a_zip(tmp_path: Path) -> None:
+    """Backslashes of Windows, UTF-8 that does not say so, a code page, a name twice."""
+
+    def png(colour: int) -> bytes:
+        buffer = io.BytesIO()
+        Image.new("RGB", (24, 24), (colour, 0, 255)).save(buffer, "png")
+        return buffer.getvalue()
+
+    archive = tmp_path / "windows.zip"
+    with zipfile.ZipFile(archive, "w") as opened, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for number, name in enumerate(("a\\cat\\0.png", "a\\cat\\1.png", "b\\cat\\2.png", "a\\cat\\1.png")):
+            info = zipfile.ZipInfo()
+            info.filename = name
+            opened.writestr(info, png(number))
+    source = Source(archive)
+    assert found(archive) == {"a": ["cat", "cat"], "b": ["cat"]}
+    assert dict(source.read(source.names))["a/cat/1.png"]() == png(3), "the last of a name, as in unpacking"
+    assert source.notes == [f"{archive}: 1 name(s) stand in it more than once: the last of each counts"]
+
+    archive = tmp_path / "plain.zip"
+    with zipfile.ZipFile(archive, "w") as opened:
+        for number, name in enumerate(("a/K?che/0.png", "b/K?che/1.png")):
+            opened.writestr(name, png(number))
+    data = archive.read_bytes()
+    archive.write_bytes(data.replace(b"/K?che/", b"/K\x81che/"))  # of code page 850
+    assert "1 name(s) are in an unknown code page" not in Source(archive).notes
+    assert "2 name(s) are in an unknown code page" in Source(archive).notes[0]
+    archive.write_bytes(data.replace(b"K?che", "Kü".encode() + b"he"))
+    assert found(archive) == {"a": ["Kühe"], "b": ["Kühe"]}
+
+
+def test_names_that_cannot_be_worked_with_are_refused(tmp_path: Path) -> None:
+    pictures(tmp_path / "x", "photo/cat/0.png", "sketch > line/cat/1.png")
+    with pytest.raises(UserError, match=r"domain 'sketch > line': '>' stands between query and gallery"):
+        write_pack(tmp_path / "x", ["photo", "sketch > line"], tmp_path / "pack", PARAMS)
+    block = DatasetParams(
+        source=str(tmp_path / "x"),
+        catalogue="folder",
+        start={"checkpoint": "x"},
+        pairs=["photo-sketch > line"],
+    )
+    assert any("'sketch > line'" in fault for fault in source_faults(block))
+    pictures(tmp_path / "y", "photo/big\ncat/0.png", "sketch/cat/1.png", f"{'long' * 25}/cat/2.png")
+    faults = unusable_names(survey(Source(tmp_path / "y"), entry("folder")))
+    assert [fault.split(": ")[1] for fault in faults] == [
+        "a name of more than 80 bytes",
+        "a control character in its name",
+    ]
+    pictures(tmp_path / "z", "a/0.png", "b/1.png")
+    os.rename(tmp_path / "z/a/0.png", os.fsencode(tmp_path / "z/a") + b"/caf\xe9.png")
+    pictures(tmp_path / "z", "a/2.png")
+    _, check = write_pack(tmp_path / "z", ["a", "b"], tmp_path / "pack", PARAMS)
+    assert any("its name is no Unicode" in fault for fault in check.faults)
+    with tarfile.open(tmp_path / "z.tar", "w") as opened:
+        opened.add(tmp_path / "z", "")
+    assert "its name is no Unicode" in Source(tmp_path / "z.tar").notes[0]
+
+
+def test_a_folder_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pictures(tmp_path, "a/cat/0.png", "b/cat/1.png", "b/dog/2.png")
+
+    def scandir(path: Path) -> object:
+        if Path(path).name == "dog":
+            raise PermissionError(13, "Permission denied")
+        return original(path)
+
+    original = os.scandir
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(UserError, match=r"b/dog: this user may not read it"):
+        write_pack(tmp_path, ["a", "b"], tmp_path / "pack", PARAMS)
+
+
+def test_domains_that_show_next_to_nothing_are_told(tmp_path: Path) -> None:
+    for number in range(4):
+        (tmp_path / "b").mkdir(exist_ok=True)
+        Image.new("L", (24, 24), number).save(tmp_path / f"b/{number}.png")
+    pictures(tmp_path, "a/0.png", "a/1.png")
+    _, check = write_pack(tmp_path, ["a", "b"], tmp_path / "pack", PARAMS)
+    (fault,) = check.faults
+    assert "domain b: 4 of 4 pictures are of nearly one colour, such as b/0.png" in fault

@@ -21,7 +21,7 @@ from ucir.config.load import load_params
 from ucir.models.checkpoints import load_state
 from ucir.runs.run import PairRun, plan_runs
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("workspace")]
 
 EPOCHS = 40
 """Of the run that is killed: long enough to be met in the middle."""

@@ -13,6 +13,8 @@ from ucir.data.catalogue import Entry
 from ucir.data.source import Located, Survey
 
 BESIDE = "lies beside the class folders"
+FLAT_SHARE = 0.2
+"""Of a domain's pictures may be of one colour before it is worth a line."""
 SHOWN = 20
 """Lines of a kind that are printed; the files have them all."""
 
@@ -63,13 +65,15 @@ class DomainFiles:
     bad_labels: Counter[str]
     decoded: int
     """Pictures that no earlier pack or attempt had."""
+    flat: list[str]
+    """Those of them that show next to nothing."""
 
 
 def compare(files: Survey, results: Mapping[str, DomainFiles], domains: list[str], entry: Entry) -> Check:
     """Compare what was found and read with the catalogue.
 
     Args:
-        found: the source's files by name.
+        files: the source's files by name.
         results: the domains that were read.
         domains: their names, in order.
         entry: the data set's entry.
@@ -100,7 +104,13 @@ def compare(files: Survey, results: Mapping[str, DomainFiles], domains: list[str
                 )
             if entry.counts and label and label not in entry.class_names():
                 faults.append(f"domain {domain}: class {label} is not one of {entry.title}'s")
+        if len(flat := result.flat) > FLAT_SHARE * len(result.good):
+            faults.append(
+                f"domain {domain}: {len(flat)} of {len(result.good)} pictures are of nearly one colour, "
+                f"such as {flat[0]}: are their values what they seem?"
+            )
     faults += [f"folder {name} is no domain of {entry.title}: left out" for name in files.unknown]
+    faults += files.notes
     by_content: dict[str, list[Located]] = {}
     for domain in domains:
         for file, sha, *_ in results[domain].good:

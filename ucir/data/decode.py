@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import io
+import re
+from functools import cache
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from ucir.config.data import PackParams
 
@@ -17,32 +19,145 @@ DECODER = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]
 Image.MAX_IMAGE_PIXELS = None  # max_pixels is our own limit, and Pillow's warning is not safe in threads
 
 
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What makes a picture of an EXIF orientation upright."""
+FULL_SCALES = (1, 255, 1023, 4095, 16383, 65535)
+"""White, where values are not 8 bit: of floats, and of the bit depths of cameras and scanners."""
+FOREIGN = (
+    (rb"\x89PNG\r\n\x1a\n|\xff\xd8\xff|GIF8", ""),  # ours, so broken
+    (rb"(?s).{4}ftyp(heic|heix|hevc|heim|heis|mif1|msf1)", "a HEIC picture: convert it to JPEG first"),
+    (rb"(?s).{4}ftyp(crx |qt  |isom|mp4|M4V|3gp|avc1)", "a film or a camera's raw file, no picture"),
+    (rb"\xff\x0a|\0\0\0\x0cJXL ", "a JPEG XL picture: convert it to JPEG or PNG first"),
+    (rb"(?s)\s*(<\?xml.{0,500})?<svg", "an SVG drawing: convert it to PNG first"),
+    (rb"(?is)\s*(<!doctype html|<html|<head)", "a web page: what was to be downloaded was not there"),
+    (rb"%PDF", "a PDF document"),
+    (rb"%!PS|\xc5\xd0\xd3\xc6", "a PostScript drawing: convert it to PNG first"),
+    (rb"version https://git-lfs", "a pointer of Git LFS: fetch the file itself with `git lfs pull`"),
+    (rb"PK\x03\x04|Rar!|7z\xbc\xaf|\xfd7zXZ|BZh|\x1f\x8b", "an archive, no picture"),
+)
+"""What files begin with that are taken for pictures by their name, and what they are."""
+NO_IMAGE = "not an image"
+
+
+class _BrokenError(Exception):
+    """Why a picture is left out."""
+
+
 def decode_image(data: bytes, max_pixels: int) -> Image.Image:
     """An image file's bytes as upright RGB: EXIF turned, transparency on white, first frame.
+
+    Values of more than 8 bits and floats are brought to 8 so that the picture keeps its contrast.
 
     Raises:
         ValueError: not an image, broken, or too large; the message is the reason.
     """
     try:
-        image: Image.Image = Image.open(io.BytesIO(data))
-        width, height = image.size
-        if width * height > max_pixels:
-            raise ValueError(f"{width} x {height} pixels, more than max_pixels = {max_pixels}")
-        image.load()
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I") or image.mode == "F":  # 16 bit and more: to 8 by range
-            values = np.asarray(image, np.float64)
-            top = 255 / (65535 if values.max() > 255 else 255)
-            image = Image.fromarray((values * top).clip(0, 255).astype(np.uint8))
-        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-            image = image.convert("RGBA")
-            ground = Image.new("RGBA", image.size, "white")
-            image = Image.alpha_composite(ground, image)
-        return image.convert("RGB")
+        try:
+            return _decoded(data, max_pixels)
+        except ValueError:
+            if (without := _without_text(data)) == data:
+                raise
+            return _decoded(without, max_pixels)  # Pillow refuses text of more than a mebibyte
+    except _BrokenError as error:
+        raise ValueError(str(error)) from None
     except UnidentifiedImageError:
-        raise ValueError("not an image" if data else "empty file") from None
-    except (OSError, SyntaxError, EOFError, TypeError) as error:  # what Pillow's readers raise
-        raise ValueError(f"broken image: {error}") from None
+        raise ValueError(_what_it_is(data)) from None
+    except Exception as error:  # a decoder may raise anything, and it costs this picture alone
+        words = str(error) or type(error).__name__
+        raise ValueError(f"broken image: {words.splitlines()[0][:200]}") from None
+
+
+def _decoded(data: bytes, max_pixels: int) -> Image.Image:
+    image: Image.Image = Image.open(io.BytesIO(data), formats=_formats())
+    width, height = image.size
+    if width * height > max_pixels:
+        raise _BrokenError(f"{width} x {height} pixels, more than max_pixels = {max_pixels}")
+    if not width * height:
+        raise _BrokenError("an image without a pixel")
+    image.load()
+    orientation = _orientation(image)
+    if image.mode.startswith("I") or image.mode == "F":
+        with np.errstate(invalid="ignore"):  # what is no number
+            image = Image.fromarray(_to_8_bits(np.asarray(image, np.float64)))
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        ground = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(ground, image)
+    image = image.convert("RGB")
+    return image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image
+
+
+@cache
+def _formats() -> list[str]:
+    """All that Pillow reads by itself: PostScript would be run, by a program of its own."""
+    Image.init()
+    return [name for name in Image.ID if name != "EPS"]
+
+
+def _orientation(image: Image.Image) -> int:
+    """Of EXIF or XMP; 1 where they cannot be read, as the pixels can.
+
+    Not by ``ImageOps.exif_transpose``: it writes all other tags anew, and fails where one is odd.
+    """
+    try:
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:
+        return 1
+
+
+def _to_8_bits(values: np.ndarray) -> np.ndarray:
+    """Grey values of any range as uint8.
+
+    0 is black and white is the full scale that the brightest thousandth comes near to. Where there is none,
+    or the values lie so close together that all would become one grey, they are stretched from the darkest to
+    the brightest.
+    """
+    finite = values[np.isfinite(values)]
+    if 2 * finite.size < values.size:
+        raise _BrokenError("most of its values are no numbers")
+    low, high = np.percentile(finite, (0.1, 99.9))
+    white = next((scale for scale in FULL_SCALES if scale / 4 < high <= 1.05 * scale), 0)
+    black = 0.0
+    if low < 0 or not white or high - low < white / 32:
+        low, high = (low, high) if high > low else (finite.min(), finite.max())
+        if high > low:
+            black, white = low, high - low
+    values = np.nan_to_num(values, nan=black, posinf=black + white, neginf=black)
+    return ((values - black) * (255 / (white or 1))).clip(0, 255).astype(np.uint8)
+
+
+def _without_text(data: bytes) -> bytes:
+    """A PNG less its chunks of text; anything else as it is."""
+    signature = b"\x89PNG\r\n\x1a\n"
+    if not data.startswith(signature):
+        return data
+    kept, place = [signature], len(signature)
+    while place + 12 <= len(data):
+        end = place + 12 + int.from_bytes(data[place : place + 4], "big")
+        if data[place + 4 : place + 8] not in (b"tEXt", b"zTXt", b"iTXt"):
+            kept.append(data[place:end])
+        place = end
+    return b"".join(kept)
+
+
+def _what_it_is(data: bytes) -> str:
+    """In words, of a file that no reader knows."""
+    if not data.strip(b"\0"):
+        return "empty file" if not data else "nothing but zeros: its copying was cut off"
+    return next((words or NO_IMAGE for begin, words in FOREIGN if re.match(begin, data[:600])), NO_IMAGE)
+
+
+def is_flat(image: Image.Image) -> bool:
+    """Whether an RGB picture shows next to nothing: grey values within four of each other."""
+    return all(high - low < 4 for low, high in image.getextrema())  # type: ignore[misc]
 
 
 def fitted(image: Image.Image, params: PackParams) -> np.ndarray:

@@ -23,9 +23,9 @@ from ucir.config.data import DatasetParams, PackParams
 from ucir.data.catalogue import FOLDER, Entry
 from ucir.data.catalogue import entry as catalogue_entry
 from ucir.data.checks import BadFile, Check, DomainFiles, compare, write_check, write_rows
-from ucir.data.decode import DECODER, decode_image, fitted
+from ucir.data.decode import DECODER, decode_image, fitted, is_flat
 from ucir.data.pack import INDEX_COLUMNS, PackInfo, Picture, map_rows, read_index, read_info, split_pair
-from ucir.data.source import Located, Reader, Source, Survey, missing_domains, survey
+from ucir.data.source import Located, Reader, Source, Survey, missing_domains, survey, unusable_names
 from ucir.data.splits import label_spaces
 from ucir.devices import usable_cores
 from ucir.errors import UserError
@@ -69,6 +69,8 @@ def write_pack(
     opened = Source(source)
     files = survey(opened, entry)
     domains = list(domains)
+    if faults := unusable_names(files):
+        raise UserError("; ".join(faults))
     _check_two(opened.root, files)
     if faults := _name_faults(opened, files, domains, entry):
         raise UserError("; ".join(faults))
@@ -183,7 +185,8 @@ def check_source(
 
 
 def _source_faults(block: DatasetParams, opened: Source, files: Survey) -> list[str]:
-    faults = []
+    if faults := unusable_names(files):
+        return faults
     wanted = list(block.entry.domains)
     try:
         wanted = _wanted(block, files, opened.root)
@@ -293,9 +296,11 @@ def _read_domain(
     good: list[tuple[Located, str, int, int]] = []
     bad: list[BadFile] = []
     bad_labels: Counter[str] = Counter()
+    flat: list[str] = []
     known: Mapping[str, tuple[bool, int, int, int]] = store.known if store else {}
 
     def work(item: tuple[str, Reader]) -> tuple[str, str, tuple[np.ndarray | None, int, int] | str]:
+        """Name, content hash, and pixels, width and height; or why the file is left out."""
         name, read = item
         try:
             data = read()
@@ -308,6 +313,8 @@ def _read_domain(
             image = decode_image(data, params.max_pixels)
         except ValueError as error:
             return name, sha, str(error)
+        if is_flat(image):
+            flat.append(name)
         square = fitted(image, params) if store else None
         return name, sha, (square, image.width, image.height)
 
@@ -331,7 +338,7 @@ def _read_domain(
             decoded += len(new)
             done += len(chunk)
             progress(files[0].domain, done, len(files))
-    return DomainFiles(good, bad, bad_labels, decoded)
+    return DomainFiles(good, bad, bad_labels, decoded, sorted(flat))
 
 
 def _in_slots(result: DomainFiles) -> list[Picture]:
@@ -347,6 +354,7 @@ def _name_faults(source: Source, files: Survey, domains: list[str], entry: Entry
     root = source.root
     faults = missing_domains(files, domains, entry, root)
     faults += [f"{root / name}: empty class folder; fill it or remove it" for name in files.empty]
+    faults += [f"{root / name}: this user may not read it: `chmod +rx` or move it" for name in source.closed]
     faults += [f"{root / name}: a link that leads nowhere; remove it" for name in files.dangling]
     faults += [
         f"{root}: domain {domain}: no picture"
@@ -362,6 +370,7 @@ def _check_two(root: Path, files: Survey) -> None:
         raise UserError(
             f"{root}: {len(files.domains)} domain folder(s) ({there}); cross-domain retrieval needs "
             "at least two, as <domain>/<class>/<file> or <domain>/<file>"
+            + "".join(f"; {note}" for note in files.notes[:3])
         )
 
 

@@ -9,16 +9,33 @@ from __future__ import annotations
 
 import os
 import tarfile
+import unicodedata
 import zipfile
-import zlib
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from ucir.data.catalogue import Entry
 from ucir.errors import UserError, nearest
 
-ENDINGS = (".zip", ".tar", ".tar.gz", ".tgz")
+ENDINGS = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
+UNREAD = (
+    ".7z",
+    ".rar",
+    ".zst",
+    ".tzst",
+    ".lz4",
+    ".lzma",
+    ".gz",
+    ".bz2",
+    ".xz",
+    ".cab",
+    ".iso",
+    ".dmg",
+    ".001",
+    ".z01",
+)
+"""Endings of archives that are not read."""
 MAX_MEMBERS = 5_000_000
 MAX_MEMBER_BYTES = 2**30
 MAX_ARCHIVE_BYTES = 2**40
@@ -35,10 +52,29 @@ NO_PICTURES = (
     ".pdf",
     ".log",
     ".py",
+    ".ini",
+    ".db",
+    ".xmp",
+    ".aae",
+    ".thm",
+    ".lnk",
+    ".url",
 )
 """Files that people keep beside pictures: passed over."""
-PASSED_LEVELS = ("images", "train")
-"""Office-31 and the official UCDIR code put such a folder between domain and classes."""
+LITTER = {
+    *("thumbs.db", "ehthumbs.db", "ehthumbs_vista.db", "desktop.ini", "$recycle.bin", "recycler"),  # Windows
+    *("system volume information", "found.000"),
+    *("__macosx", "icon\r", "network trash folder", "temporary items"),  # macOS
+    *("@eadir", "@tmp", "#recycle", "#snapshot", "@sharebin"),  # Synology
+    *("@recycle", "@recently-snapshot", "@transcode"),  # QNAP
+    *("lost+found", "__pycache__", "picasa.ini", "zbthumbnail.info", "_gsdata_", "sync.ffs_db"),
+}
+"""What systems and programs leave in folders, in lower case."""
+LITTER_ENDINGS = (":zone.identifier", "@synoeastream", "@synoresource", ".lrdata")
+SPLITS = {"images", "train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval"}
+"""Folders between domain and classes that are no classes: Office-31 has one, and people split their data."""
+LONGEST_NAME = 80
+"""Bytes of a domain's name: two of them and more stand in the name of a run's folder."""
 
 Reader = Callable[[], bytes]
 
@@ -70,6 +106,8 @@ class Survey:
     """Links that lead nowhere."""
     passed_over: int
     """Files of classes that the data set does not take, or that its lists do not name."""
+    notes: list[str]
+    """What is doubtful, one line each."""
 
 
 def is_archive(path: Path) -> bool:
@@ -94,13 +132,23 @@ class Source:
     """Folders of a tree that hold no file at any depth."""
     dangling: list[str] = field(init=False, default_factory=list)
     """Links of a tree that lead nowhere; DVC cannot read a folder with one."""
+    closed: list[str] = field(init=False, default_factory=list)
+    """Folders of a tree that may not be read."""
+    notes: list[str] = field(init=False, default_factory=list)
+    """What is left out or doubtful, one line each."""
     tree: list[str] = field(init=False, default_factory=list)
-    members: dict[Path, list[str]] = field(init=False)
+    members: dict[Path, dict[str, int]] = field(init=False)
+    """By archive: a member's name with '/', and its number; of several the last, as in unpacking."""
 
     def __post_init__(self) -> None:
         if self.root.is_dir():
             self.archives = sorted(p for p in self.root.iterdir() if p.is_file() and is_archive(p))
             self._walk("", set())
+            self.notes += [
+                f"{self.root / name}: an archive of a kind that is not read: unpack it, or make it a .zip"
+                for name in self.tree
+                if "/" not in name and name.lower().endswith(UNREAD)
+            ]
         elif self.root.is_file() and is_archive(self.root):
             self.archives = [self.root]
         elif self.root.is_file():
@@ -113,8 +161,9 @@ class Source:
         self.members = {}
         known = set(self.tree)  # an archive may lie beside the folders that it was unpacked to
         for archive in self.archives:
-            self.members[archive] = [name for name in _checked_members(archive) if name not in known]
-            known.update(self.members[archive])
+            there = _checked_members(archive, self.notes)
+            self.members[archive] = {name: number for name, number in there.items() if name not in known}
+            known.update(there)
 
     @property
     def names(self) -> list[str]:
@@ -132,15 +181,16 @@ class Source:
             if name in wanted:
                 yield name, (self.root / name).read_bytes
         for archive, members in self.members.items():
-            chosen = [name for name in members if name in wanted]
+            chosen = {number: name for name, number in members.items() if name in wanted}
             if not chosen:
                 continue
             if _is_zip(archive):
                 opened = zipfile.ZipFile(archive)  # closed with the last reader, which may outlive this loop
-                for name in chosen:
-                    yield name, _member_reader(opened, name)
+                infos = opened.infolist()
+                for number, name in chosen.items():
+                    yield name, _member_reader(opened, infos[number])
             else:
-                yield from _read_tar(archive, set(chosen))
+                yield from _read_tar(archive, chosen)
 
     def _walk(self, folder: str, above: set[str]) -> bool:
         """Collect a folder's files; False when there is none at any depth. Links may not lead round."""
@@ -148,9 +198,17 @@ class Source:
         if real in above:
             return False
         any_file = False
-        for item in sorted(os.scandir(self.root / folder), key=lambda item: item.name):
+        try:
+            items = sorted(os.scandir(self.root / folder), key=lambda item: item.name)
+        except PermissionError:
+            self.closed.append(folder or ".")
+            return True
+        for item in items:
             name = f"{folder}/{item.name}" if folder else item.name
             if _hidden(item.name):
+                continue
+            if not _is_text(item.name):
+                self.notes.append(f"{self.root}: left out {name!a}: its name is no Unicode; rename it")
                 continue
             if item.is_dir():
                 if self._walk(name, {*above, real}):
@@ -172,6 +230,7 @@ def survey(source: Source, entry: Entry) -> Survey:
     catalogue; in all others the first folder is the domain and the second, if there is one, the class.
     """
     split = [(name, tuple(PurePosixPath(name).parts)) for name in source.names]
+    notes = list(source.notes)
     wrapped = bool(entry.domains) or source.root.is_file()
     while wrapped and (top := {parts[0] for _, parts in split if len(parts) > 1}) and len(top) == 1:
         (folder,) = top
@@ -179,6 +238,7 @@ def survey(source: Source, entry: Entry) -> Survey:
         if entry.domain_of(folder) or deep < (3 if entry.domains else 4):
             break
         split = [(name, parts[1:]) for name, parts in split if len(parts) > 1]
+    split = _less_splits_of_all(split, entry, notes)
     by_domain: dict[str, list[tuple[str, tuple[str, ...]]]] = {}
     unknown: list[str] = []
     for name, parts in split:
@@ -194,7 +254,7 @@ def survey(source: Source, entry: Entry) -> Survey:
     strays: list[Located] = []
     passed_over = 0
     for domain, files in by_domain.items():
-        files = _less_a_passed_level(files)
+        files = _less_a_split(files, domain, entry, notes)
         flat = all(len(parts) == 1 for _, parts in files)
         kept = domains.setdefault(domain, [])
         for name, parts in sorted(files):
@@ -220,6 +280,7 @@ def survey(source: Source, entry: Entry) -> Survey:
         empty,
         source.dangling,
         passed_over,
+        notes,
     )
 
 
@@ -235,13 +296,62 @@ def missing_domains(files: Survey, wanted: Collection[str], entry: Entry, root: 
     return faults
 
 
-def _less_a_passed_level(files: list[tuple[str, tuple[str, ...]]]) -> list[tuple[str, tuple[str, ...]]]:
-    """Drop a folder that stands between the domain and its classes."""
+Files = list[tuple[str, tuple[str, ...]]]
+"""A file's name, and the folders below which it lies, with its own name last."""
+
+
+def _less_splits_of_all(files: Files, entry: Entry, notes: list[str]) -> Files:
+    """Drop folders like ``train`` and ``test`` that stand above the domains."""
     folders = {parts[0] for _, parts in files if len(parts) > 1}
-    deep = [parts for _, parts in files if len(parts) > 1]
-    if len(folders) == 1 and folders <= set(PASSED_LEVELS) and all(len(parts) > 2 for parts in deep):
+    if len(folders) < 2 or not _are_splits(folders):
+        return files
+    named = " and ".join(sorted(folders))
+    below = {parts[1] for _, parts in files if len(parts) > 2}
+    deep = all(len(parts) != 3 for _, parts in files)
+    if any(map(entry.domain_of, below)) if entry.domains else deep:
+        notes.append(f"the folders {named} are taken together: splits, not domains")
         return [(name, parts[1:]) for name, parts in files if len(parts) > 1]
+    if not entry.domains:
+        notes.append(f"the domains are called {named}: is this one collection, split?")
     return files
+
+
+def _less_a_split(files: Files, domain: str, entry: Entry, notes: list[str]) -> Files:
+    """Drop folders like ``train`` that stand between a domain and its classes."""
+    folders = {parts[0] for _, parts in files if len(parts) > 1}
+    splits = {folder for folder in folders if _are_splits([folder]) and not entry.class_of(folder)}
+    below = all(len(parts) != 2 for _, parts in files)
+    if splits and splits == folders and (below or len(splits) > 1):
+        if len(splits) > 1:
+            named = " and ".join(sorted(splits))
+            notes.append(f"domain {domain}: the folders {named} are taken together: splits, not classes")
+        return [(name, parts[1:]) for name, parts in files if len(parts) > 1]
+    doubtful = sorted(f for f in splits if any(parts[0] == f and len(parts) > 2 for _, parts in files))
+    if doubtful and not entry.counts:
+        named = " and ".join(doubtful)
+        notes.append(f"domain {domain}: {named} taken for a class: is it a split with classes below it?")
+    return files
+
+
+def _are_splits(folders: Collection[str]) -> bool:
+    return all(folder.casefold() in SPLITS for folder in folders)
+
+
+def unusable_names(files: Survey) -> list[str]:
+    """One line for each name of a domain or class that cannot be worked with."""
+    faults = []
+    for domain, of_domain in files.domains.items():
+        if ">" in domain:
+            faults.append(f"domain {domain!r}: '>' stands between query and gallery: rename the folder")
+        if len(domain.encode()) > LONGEST_NAME:
+            faults.append(f"domain {domain!r}: a name of more than {LONGEST_NAME} bytes: rename the folder")
+        faults += [
+            f"{kind} {name!r}: a control character in its name: rename the folder"
+            for kind, names in (("domain", [domain]), ("class", sorted({file.label for file in of_domain})))
+            for name in names
+            if any(unicodedata.category(character) == "Cc" for character in name)
+        ]
+    return list(dict.fromkeys(faults))
 
 
 def _listed(source: Source, entry: Entry) -> dict[str, set[str]]:
@@ -262,76 +372,141 @@ def _is_zip(archive: Path) -> bool:
 
 
 def _hidden(name: str) -> bool:
-    """Hidden files and what desktops leave in folders."""
-    return name.startswith(".") or name in ("Thumbs.db", "desktop.ini", "__MACOSX")
+    """Hidden files and what systems and programs leave in folders."""
+    plain = name.casefold()
+    return plain.startswith((".", "~$")) or plain in LITTER or plain.endswith(LITTER_ENDINGS)
 
 
-def _checked_members(archive: Path) -> list[str]:
-    """Names of an archive's files.
+def _is_text(name: str) -> bool:
+    """Whether a name can be written into a file of text: bytes of another encoding cannot."""
+    return not any(unicodedata.category(character) == "Cs" for character in name)
+
+
+def _checked_members(archive: Path, notes: list[str]) -> dict[str, int]:
+    """Names of an archive's files, with their numbers.
+
+    Args:
+        archive: the archive.
+        notes: gets a line for what is left out or doubtful.
 
     Raises:
-        UserError: not a complete archive; a name that leads out of it, a link, too many or too large
-            members.
+        UserError: not a complete archive, or a method of packing that is not read; a name that leads out of
+            it, a link, too many or too large members.
     """
-    names: list[str] = []
+    names: dict[str, int] = {}
     total = 0
+    guessed = twice = 0
+    unread = [""]
     try:
-        for name, size, kind in _listing(archive):
-            path = PurePosixPath(name.replace("\\", "/"))
+        for number, (name, size, kind, sure) in enumerate(_listing(archive)):
+            path = PurePosixPath(name)
             if path.is_absolute() or ".." in path.parts or (path.parts and path.parts[0].endswith(":")):
                 raise UserError(f"{archive}: refused: member {name!r} leads out of the archive")
             if kind == "other":
                 raise UserError(f"{archive}: refused: member {name!r} is a link or a device")
             if kind == "folder" or any(map(_hidden, path.parts)):
                 continue
+            if not _is_text(name):
+                notes.append(f"{archive}: left out {name!a}: its name is no Unicode; rename it")
+                continue
             total += size
-            names.append(name)
+            twice += name in names
+            guessed += not sure
+            names[name] = number
+            if len(path.parts) == 1 and name.lower().endswith((*ENDINGS, *UNREAD)):
+                unread.append(name)
             if size > MAX_MEMBER_BYTES:
                 raise UserError(f"{archive}: refused: member {name!r} unpacks to {size} bytes")
             if len(names) > MAX_MEMBERS or total > MAX_ARCHIVE_BYTES:
                 raise UserError(
                     f"{archive}: refused: more than {MAX_MEMBERS} files or {MAX_ARCHIVE_BYTES} bytes"
                 )
-    except (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error, OSError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # what readers of damaged archives raise
         raise UserError(f"{archive}: not a complete archive ({error}): delete it and get it again") from None
+    notes += [f"{archive}: {name} is an archive in an archive, which is not read" for name in unread[1:]]
+    if twice:
+        notes.append(f"{archive}: {twice} name(s) stand in it more than once: the last of each counts")
+    if guessed:
+        notes.append(f"{archive}: {guessed} name(s) are in an unknown code page and may look odd")
     return names
 
 
-def _listing(archive: Path) -> Iterator[tuple[str, int, str]]:
-    """Name, unpacked size and kind of each member."""
+def _listing(archive: Path) -> Iterator[tuple[str, int, str, bool]]:
+    """Each member's name with '/', unpacked size, kind, and whether its name's encoding is known."""
     if _is_zip(archive):
         with zipfile.ZipFile(archive) as opened:
             for info in opened.infolist():
+                name, sure = _zip_name(info)
                 mode = info.external_attr >> 28  # the file type of Unix, 0 where another system packed
-                kind = "folder" if info.is_dir() else "file" if mode in (0, 8) else "other"
+                kind = "folder" if name.endswith("/") else "file" if mode in (0, 8) else "other"
+                if info.volume:
+                    raise UserError(
+                        f"{archive}: one part of several: join them with "
+                        f"`zip -s 0 {archive.name} --out whole.zip`"
+                    )
                 if info.flag_bits & 1:
-                    raise UserError(f"{archive}: refused: member {info.filename!r} is encrypted")
-                yield info.filename, info.file_size, kind
+                    raise UserError(f"{archive}: refused: member {name!r} is encrypted: unpack it yourself")
+                if kind == "file" and info.compress_type not in ZIP_METHODS:
+                    known: dict[int, str] = getattr(zipfile, "compressor_names", {})
+                    method = known.get(info.compress_type, f"method {info.compress_type}")
+                    raise UserError(
+                        f"{archive}: refused: member {name!r} is packed by {method}, which Python does not "
+                        "read: unpack it, or pack it anew as .zip with another program or as .tar"
+                    )
+                yield name, info.file_size, kind, sure
     else:
         with tarfile.open(archive) as opened_tar:
             for member in opened_tar:
                 kind = "folder" if member.isdir() else "file" if member.isreg() else "other"
-                yield member.name, member.size, kind
-            whole = archive.name.lower().endswith("gz") or archive.stat().st_size >= opened_tar.offset + 512
+                yield member.name, member.size, kind, True
+            packed = not archive.name.lower().endswith(".tar")
+            whole = packed or archive.stat().st_size >= opened_tar.offset + 512
         if not whole:  # tarfile takes the end of the file for the end of the archive
             raise tarfile.ReadError("its end mark is missing")
 
 
-def _member_reader(opened: zipfile.ZipFile, name: str) -> Reader:
+ZIP_METHODS = {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA}
+UNICODE_PATH = 0x7075
+"""The extra field in which some programs keep a member's name in UTF-8."""
+
+
+def _zip_name(info: zipfile.ZipInfo) -> tuple[str, bool]:
+    r"""A member's name with '/', and whether its encoding is known.
+
+    Windows has written '\' and the code page at hand; others UTF-8 without saying so.
+    """
+    name, sure = info.filename, True
+    if not (name.isascii() or info.flag_bits & 0x800):
+        raw, extra = name.encode("cp437"), info.extra
+        while len(extra) >= 4:
+            kind, size = int.from_bytes(extra[:2], "little"), int.from_bytes(extra[2:4], "little")
+            if kind == UNICODE_PATH:
+                raw = extra[9 : 4 + size]
+            extra = extra[4 + size :]
+        try:
+            name = raw.decode("utf-8")
+        except UnicodeDecodeError:
+            sure = False
+    return name.replace("\\", "/"), sure
+
+
+def _member_reader(opened: zipfile.ZipFile, info: zipfile.ZipInfo) -> Reader:
     def read() -> bytes:
         try:
-            return opened.read(name)
-        except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+            return opened.read(info)
+        except Exception as error:  # of several decompressors
             raise OSError(f"broken in its archive: {error}") from None
 
     return read
 
 
-def _read_tar(archive: Path, wanted: set[str]) -> Iterator[tuple[str, Reader]]:
+def _read_tar(archive: Path, wanted: Mapping[int, str]) -> Iterator[tuple[str, Reader]]:
     with tarfile.open(archive) as opened:
-        for member in opened:
-            if member.name in wanted and member.isreg():
+        for number, member in enumerate(opened):
+            if number in wanted:
                 file = opened.extractfile(member)
                 assert file is not None
                 data = file.read()
-                yield member.name, lambda data=data: data  # type: ignore[misc]
+                yield wanted[number], lambda data=data: data  # type: ignore[misc]
