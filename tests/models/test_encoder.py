@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import argparse
+import os
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from ucir.config.model import EncoderParams
 from ucir.errors import UserError
 from ucir.models import trunks
-from ucir.models.checkpoints import load_encoder, load_torchvision, save_atomically, save_encoder
+from ucir.models.checkpoints import (
+    load_encoder,
+    load_state,
+    load_torchvision,
+    save_atomically,
+    save_encoder,
+)
 from ucir.models.encoder import Encoder, key_encoder_of, new_encoder, update_key_encoder
 from ucir.models.norm import GroupedBatchNorm2d
 from ucir.models.trunk import check_trunk
@@ -114,13 +125,17 @@ def test_unfit_checkpoints_are_named_with_what_is_wrong(tmp_path: Path) -> None:
     assert "no such checkpoint" in told(None)
     assert "unreadable" in told(b"garbage")
     assert "unreadable" in told(b"")
-    assert "no 'state_dict'" in told({"model": {}})
+    assert "holds no tensors by name" in told({"model": {}})
     assert "no key begins with" in told({"state_dict": {"backbone.conv1.weight": torch.zeros(1)}})
     state = {f"encoder_q.{k}": v for k, v in new_encoder(TINY, 0).moco_state().items()}
     del state["encoder_q.fc.2.bias"]
     assert "fc.2.bias is missing" in told({"state_dict": state})
     state["encoder_q.fc.2.bias"] = torch.zeros(3)
     assert "fc.2.bias has shape (3,), not (8,)" in told({"state_dict": state})
+    state["encoder_q.fc.2.bias"] = torch.full((8,), torch.nan)
+    assert "fc.2.bias holds values that are not finite" in told({"state_dict": state})
+    state["encoder_q.fc.2.bias"] = [0.0] * 8
+    assert "fc.2.bias is missing" in told({"state_dict": state})
 
 
 def test_writing_is_all_or_nothing(tmp_path: Path) -> None:
@@ -210,3 +225,58 @@ def test_a_kind_of_trunk_is_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert encoder.form.mean == (0.5, 0.5, 0.5)
     save_encoder(encoder, tmp_path / "toy.pt")
     load_encoder(new_encoder(encoder.params, 1), tmp_path / "toy.pt")
+
+
+class Settings:
+    """Of somebody's training script; to be unpickled it would have to be imported."""
+
+    def __init__(self) -> None:
+        self.lr = 0.03
+
+
+class Hostile:
+    def __reduce__(self) -> Any:
+        return os.mkdir, ("hacked",)
+
+
+@pytest.mark.parametrize(
+    "prefix", ["encoder_q.", "_orig_mod.module.encoder_q.", "module.encoder_q._orig_mod."]
+)
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_training_scripts_objects_beside_the_weights_are_passed_over(
+    tmp_path: Path, prefix: str, zipped: bool
+) -> None:
+    encoder = new_encoder(TINY, 0)
+    state = {prefix + k: v for k, v in encoder.moco_state().items() if "num_batches" not in k}
+    content = {
+        "state_dict": {**state, "queue_ptr": torch.zeros(1)},
+        "args": argparse.Namespace(lr=0.03, betas=(0.9, 0.99)),
+        "settings": Settings(),
+        "best": np.float64(0.7),
+        "when": datetime(2024, 1, 1),
+        "where": Path("x"),
+    }
+    torch.save(content, tmp_path / "x.pth", _use_new_zipfile_serialization=zipped)
+    other = new_encoder(TINY, 1)
+    assert load_encoder(other, tmp_path / "x.pth")
+    assert torch.equal(other.eval()(IMAGES), encoder.eval()(IMAGES))
+
+
+def test_safetensors_and_checkpoints_without_a_head(tmp_path: Path) -> None:
+    encoder, other = new_encoder(TINY, 0), new_encoder(TINY, 1)
+    state = {f"encoder_q.{k}": v for k, v in encoder.moco_state().items() if not k.startswith("fc.")}
+    save_file({k: v.contiguous() for k, v in state.items()}, tmp_path / "x.safetensors")
+    with pytest.raises(UserError, match=r"fc.0.weight is missing"):
+        load_encoder(other, tmp_path / "x.safetensors")
+    assert not load_encoder(other, tmp_path / "x.safetensors", head_optional=True)
+    mixed = other.moco_state()
+    assert torch.equal(mixed["blocks.0.weight"], encoder.moco_state()["blocks.0.weight"])
+    assert not torch.equal(mixed["fc.0.weight"], encoder.moco_state()["fc.0.weight"])
+
+
+def test_code_in_a_checkpoint_is_never_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"state_dict": {}, "x": Hostile()}, tmp_path / "x.pth")
+    with pytest.raises(UserError, match=r"holds more than weights \(\w+.mkdir\), which is not read"):
+        load_state(tmp_path / "x.pth")
+    assert not (tmp_path / "hacked").exists()

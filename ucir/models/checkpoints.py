@@ -5,16 +5,23 @@ from __future__ import annotations
 import errno
 import os
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ucir.errors import UserError, nearest
 from ucir.models.encoder import HEAD, Encoder
 from ucir.models.trunk import StoredTrunk
 
-PREFIXES = ("module.encoder_q.", "encoder_q.")
+PREFIX = "module.encoder_q."
+"""Of the query encoder's names, as DDP writes them."""
+QUERY = re.compile(r"(?:module\.|_orig_mod\.)*encoder_q\.(?:module\.|_orig_mod\.)*(.+)")
+"""Its names, whatever wrapped it."""
+BLOCKS = ("state_dict", "model", "teacher", "model_state_dict")
+"""Under what checkpoints keep their tensors."""
 
 
 def save_encoder(encoder: Encoder, path: Path, **blocks: dict[str, Any]) -> None:
@@ -25,35 +32,45 @@ def save_encoder(encoder: Encoder, path: Path, **blocks: dict[str, Any]) -> None
         path: of the file.
         blocks: what the file says beside them, see :mod:`ucir.models.model`.
     """
-    state = {PREFIXES[0] + name: value for name, value in encoder.moco_state().items()}
+    state = {PREFIX + name: value for name, value in encoder.moco_state().items()}
     save_atomically({"state_dict": state, **blocks}, path)
 
 
-def load_encoder(encoder: Encoder, path: Path) -> None:
+def load_encoder(encoder: Encoder, path: Path, head_optional: bool = False) -> bool:
     """Fill ``encoder`` (head and batch statistics too) from a checkpoint in MoCo v2's layout.
 
     Of an encoder with a :class:`ucir.models.trunk.StoredTrunk` it is the head that is filled.
 
-    The prefix may be ``module.encoder_q.`` (DDP) or ``encoder_q.``. The checkpoint's key encoder and
-    queue are not used, as in UCDIR and ProtoOT.
+    Before ``encoder_q.`` there may be what wrappers write. The checkpoint's key encoder and queue are not
+    used, as in UCDIR and ProtoOT; counters of batches may be missing.
+
+    Args:
+        encoder: to be filled.
+        path: of the checkpoint, torch's or safetensors.
+        head_optional: whether the head stays as it is where the checkpoint has none.
+
+    Returns:
+        Whether the head was filled, too.
 
     Raises:
-        UserError: no such file, not a checkpoint, a key missing, unknown or of another shape.
+        UserError: no such file, not a checkpoint, a key missing, unknown, of another shape or not finite.
     """
-    state = load_state(path)
-    tensors = state.get("state_dict") if isinstance(state, dict) else None
-    if not isinstance(tensors, dict):
-        raise UserError(f"{path}: not a MoCo v2 checkpoint: it holds no 'state_dict'")
-    prefix = next((p for p in PREFIXES if any(key.startswith(p) for key in tensors)), None)
-    if prefix is None:
+    tensors = load_tensors(path)
+    given = {match[1]: value for key, value in tensors.items() if (match := QUERY.fullmatch(key))}
+    if not given:
         raise UserError(
             f"{path}: not a MoCo v2 checkpoint: no key begins with 'module.encoder_q.' or 'encoder_q.' "
-            f"(the first key is {next(iter(tensors), None)!r})"
+            f"(the first key is {next(iter(tensors))!r}); another network's weights go with a timm trunk: "
+            "`start.weights`, see ucir/data/README.md"
         )
-    given = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+    wanted = encoder.moco_state()
+    has_head = any(name.startswith(HEAD) for name in given)
     if isinstance(encoder.trunk, StoredTrunk):
         given = {name: value for name, value in given.items() if name.startswith(HEAD)}
-    wanted = encoder.moco_state()
+    elif head_optional and not has_head:
+        given |= {name: value for name, value in wanted.items() if name.startswith(HEAD)}
+    counters = {name: value for name, value in wanted.items() if name.endswith("num_batches_tracked")}
+    given = {**counters, **given}
     faults = [
         *(f"{key} is missing" for key in wanted if key not in given),
         *(f"{key} is unknown to this trunk" for key in given if key not in wanted),
@@ -66,7 +83,38 @@ def load_encoder(encoder: Encoder, path: Path) -> None:
     if faults:
         more = f" and {len(faults) - 5} more" if len(faults) > 5 else ""
         raise UserError(f"{path}: does not fit the encoder: {'; '.join(faults[:5])}{more}")
+    if infinite := [name for name, value in given.items() if not torch.isfinite(value).all()]:
+        raise UserError(f"{path}: damaged: {infinite[0]} holds values that are not finite")
     encoder.load_moco_state(given)
+    return has_head
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """A checkpoint's tensors by name, of torch or safetensors.
+
+    Raises:
+        UserError: no such file, unreadable, or no tensors by name in it.
+    """
+    if path.suffix == ".safetensors":
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            state: Any = load_file(path)
+        except FileNotFoundError:
+            raise UserError(f"{path}: no such checkpoint") from None
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path}: unreadable as safetensors: {error}") from None
+    else:
+        state = load_state(path)
+    for block in BLOCKS:
+        if isinstance(state, dict) and isinstance(state.get(block), dict):
+            state = state[block]
+            break
+    tensors = {k: v for k, v in state.items() if isinstance(v, Tensor)} if isinstance(state, dict) else {}
+    if not tensors:
+        raise UserError(f"{path}: holds no tensors by name")
+    return tensors
 
 
 def load_torchvision(encoder: Encoder, name: str) -> None:
@@ -141,18 +189,50 @@ UNREADABLE = (
 """What torch raises for files of other kinds and for damaged ones."""
 
 
+class _Inert:
+    """Stands for an object of a class that a checkpoint names: none of its code is run."""
+
+    def __init__(self, *given: Any, **named: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+FOREIGN = re.compile(r"GLOBAL (\S+) was not an allowed global")
+"""How torch names a class that it would have to import."""
+
+
 def load_state(path: Path) -> Any:
     """``torch.load`` of tensors and plain data only, on the CPU.
+
+    Objects of other classes, such as the ``argparse.Namespace`` of a training script, are passed over: their
+    code is neither imported nor called.
 
     Raises:
         UserError: no such file, or unreadable.
     """
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such checkpoint") from None
-    except UNREADABLE:
-        raise UserError(
-            f"{path}: unreadable as a checkpoint: damaged, or no file of torch's; if this program wrote "
-            "it, delete it and give the same command again"
-        ) from None
+    inert: list[tuple[type, str]] = []
+    while True:
+        try:
+            with torch.serialization.safe_globals(inert):  # type: ignore[arg-type]
+                return torch.load(path, map_location="cpu", weights_only=True)
+        except FileNotFoundError:
+            raise UserError(f"{path}: no such checkpoint") from None
+        except UNREADABLE as error:
+            text = str(error)
+            foreign = FOREIGN.search(text)
+            if foreign and all(foreign[1] != name for _, name in inert):
+                inert.append((_Inert, foreign[1]))
+                continue
+            if inert or "is blocked" in text:
+                names = ", ".join(name for _, name in inert) or text.split("GLOBAL ")[1].split(" ")[0]
+                raise UserError(
+                    f"{path}: holds more than weights ({names}), which is not read as it could run any code; "
+                    'where you trust it, keep the weights alone: python -c "import torch; c = torch.load('
+                    "'old.pth', weights_only=False); torch.save({'state_dict': c['state_dict']}, 'new.pth')\""
+                ) from None
+            raise UserError(
+                f"{path}: unreadable as a checkpoint: damaged, or no file of torch's; if this program wrote "
+                "it, delete it and give the same command again"
+            ) from None

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ucir.data.fetch import verify
 from ucir.errors import UserError, nearest
-from ucir.models.checkpoints import load_state
+from ucir.models.checkpoints import load_tensors
 from ucir.models.trunk import Trunk
 
 EMBEDDED, HUB = "embedded", "hub"
@@ -23,8 +23,6 @@ FILES = ("model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors"
 """What a folder's weights are called, the first that is there; as timm looks for them."""
 PREFIXES = ("module.", "_orig_mod.", "backbone.", "teacher.", "student.", "model.", "trunk.", "encoder.")
 """What wrappers write before a network's names."""
-BLOCKS = ("state_dict", "model", "teacher", "model_state_dict")
-"""Under what a checkpoint keeps its tensors."""
 FREE = ("apache-2.0", "mit", "bsd-3-clause")
 
 
@@ -138,23 +136,7 @@ def _from_hub(name: str, config: Mapping[str, Any]) -> Path:
 
 def _tensors(file: Path) -> dict[str, Tensor]:
     """A file's tensors, by names without wrappers' prefixes."""
-    if file.suffix == ".safetensors":
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            state: Any = load_file(file)
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{file}: unreadable as safetensors: {error}") from None
-    else:
-        state = load_state(file)
-    for block in BLOCKS:
-        if isinstance(state, dict) and isinstance(state.get(block), dict):
-            state = state[block]
-            break
-    tensors = {k: v for k, v in state.items() if isinstance(v, Tensor)} if isinstance(state, dict) else {}
-    if not tensors:
-        raise UserError(f"{file}: holds no tensors by name")
+    tensors = load_tensors(file)
     for prefix in PREFIXES * 2:
         if all(name.startswith(prefix) for name in tensors):
             tensors = {name.removeprefix(prefix): x for name, x in tensors.items()}

@@ -190,7 +190,8 @@ def given_start(start: StartParams, side: int | None) -> tuple[Encoder, Origin |
             f"side: {reason}; it is made for {encoder.form.side} px"
         ) from None
     if start.checkpoint is not None:
-        load_encoder(encoder, Path(start.checkpoint))
+        if not load_encoder(encoder, Path(start.checkpoint), head_optional=True):
+            print(f"{start.checkpoint}: has no head: it begins at random")
     elif start.torchvision is not None:
         load_torchvision(encoder, start.torchvision)
     elif start.weights is not None:
