@@ -19,8 +19,9 @@ os.environ.update(
     RAY_AUTH_MODE="disabled",
     RAY_USAGE_STATS_ENABLED="0",
     RAY_worker_niceness="0",  # 15 else: beside another test that computes, a worker gets next to nothing
+    RAY_prestart_worker_first_driver="0",  # a worker for each core, of which few are used
     RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.2",
-    # an elastic training that lost a machine asks for it once more and waits this long
+    # an elastic training that lost a machine asks for it once more and waits this long, 90 s else
     RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S="45",
     RAY_TRAIN_ENABLE_PREEMPTION_WATCHER="0",
     RAY_TRAIN_METRICS_ENABLED="0",
@@ -153,7 +154,7 @@ def tiny_params(source: str) -> dict[str, Any]:
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A project's folder with a tiny study, as the working directory; nothing is run yet."""
-    folder = tmp_path / "project"
+    folder = tmp_path / "my project #1 (100%?)"
     folder.mkdir()
     make_images(folder / "images")
     write_params(folder, tiny_params("images"))
@@ -205,8 +206,10 @@ def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def store(empty_store: Path, project: Path) -> str:
     """The project's own MLflow store; returns its address."""
+    from ucir import tracking
+
     shutil.copyfile(empty_store, project / "mlflow.db")
-    return f"sqlite:///{project / 'mlflow.db'}"
+    return tracking.tracking_uri()
 
 
 def run_python(*arguments: str, cwd: Path, check: bool = True) -> subprocess.CompletedProcess[str]:

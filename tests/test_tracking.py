@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 from mlflow import MlflowClient
@@ -56,9 +57,9 @@ def test_a_run_ends_as_what_it_came_to(store: str) -> None:
 
 
 def test_addresses_are_absolute(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert tracking.tracking_uri() == f"sqlite:///{project / 'mlflow.db'}"
+    assert unquote(tracking.tracking_uri()) == f"sqlite:///{project / 'mlflow.db'}"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///other.db")
-    assert tracking.tracking_uri() == f"sqlite:///{project / 'other.db'}"
+    assert unquote(tracking.tracking_uri()) == f"sqlite:///{project / 'other.db'}"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow:5000")
     assert tracking.tracking_uri() == "http://mlflow:5000"
 

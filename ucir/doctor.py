@@ -5,12 +5,17 @@ from __future__ import annotations
 import importlib.metadata as metadata
 import os
 import shutil
+import sys
+import tempfile
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 
 from ucir import tracking
+from ucir.cluster.launch import OPEN_FILES, ray_folder, resources_at
+from ucir.errors import UserError
 from ucir.paths import RUNS
 
 
@@ -24,7 +29,8 @@ class Finding:
 
 def examine() -> list[Finding]:
     """Look at packages, devices, disk, memory, cluster and tracking server."""
-    return [_torch(), _faiss(), _disk(), _shared_memory(), _ray(), _mlflow(), _dvc()]
+    machine = [_disk(), _shared_memory(), _temporary(), _open_files()]
+    return [_torch(), _faiss(), *machine, _ray(), _mlflow(), _dvc()]
 
 
 def _torch() -> Finding:
@@ -64,12 +70,37 @@ def _shared_memory() -> Finding:
     return Finding(free > 1, f"{free:.1f} GiB free in {folder}" + ("" if free > 1 else remedy))
 
 
+def _temporary() -> Finding:
+    folder = Path(tempfile.gettempdir())
+    free = shutil.disk_usage(folder).free / 2**30
+    if free < 1:
+        return Finding(False, f"{free:.1f} GiB free in {folder}: make room, or set TMPDIR to another folder")
+    try:
+        ray = ray_folder()
+    except UserError as error:
+        return Finding(False, str(error))
+    beside = f"; Ray's files in {ray}, as sockets want short paths" if ray else ""
+    return Finding(True, f"{free:.0f} GiB free in {folder}{beside}")
+
+
+def _open_files() -> Finding:
+    """Ray holds many sockets; this program raises its own limit as far as it may."""
+    if sys.platform == "win32":
+        return Finding(True, "no limit of open files on this system")
+    import resource
+
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if 0 <= most < OPEN_FILES:
+        return Finding(
+            False, f"{most} open files at most: Ray wants {OPEN_FILES}; raise the hard limit (ulimit -Hn)"
+        )
+    return Finding(True, f"{most if most >= 0 else 'any number of'} open files")
+
+
 def _ray() -> Finding:
     address = os.environ.get("RAY_ADDRESS")
     if not address:
         return Finding(True, "RAY_ADDRESS is not set: trainings run on this machine")
-    from ucir.cluster.launch import resources_at
-
     try:
         resources = resources_at(address)
     except (ConnectionError, RuntimeError, ValueError) as error:
@@ -82,16 +113,21 @@ def _ray() -> Finding:
 
 
 def _mlflow() -> Finding:
-    uri = tracking.tracking_uri()
+    try:
+        uri = tracking.tracking_uri()
+    except UserError as error:
+        return Finding(False, str(error))
     if not uri.startswith("http"):
         return Finding(True, f"MLflow store {uri}")
     try:
-        with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=10):
-            return Finding(True, f"MLflow server {uri}")
+        with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=10) as answer:
+            if answer.read(100).strip() == b"OK":
+                return Finding(True, f"MLflow server {uri}")
+        return Finding(False, f"{uri} answers, but is no MLflow server: correct MLFLOW_TRACKING_URI")
     except urllib.error.HTTPError as error:
         remedy = ": start it with --allowed-hosts naming this address" if error.code == 403 else ""
         return Finding(False, f"MLflow server {uri} answers {error.code}{remedy}")
-    except OSError as error:
+    except (OSError, ValueError, HTTPException) as error:
         return Finding(
             False, f"MLflow server {uri} does not answer ({error}): start it or unset the variable"
         )

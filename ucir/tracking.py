@@ -12,13 +12,16 @@ import hashlib
 import json
 import math
 import os
+import shlex
 import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote, unquote
 
+from ucir.errors import UserError, nearest
 from ucir.paths import RUNS, write_atomically
 
 # before mlflow is imported: it reports usage to its makers and warns of a missing git otherwise
@@ -28,6 +31,8 @@ os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
 
+SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks")
+"""Of MLflow's servers and databases."""
 KEY_TAG = "run_key"
 UNSENT = RUNS / "mlflow-unsent"
 SILENCE = 60.0
@@ -36,12 +41,36 @@ _silent_until: dict[str, float] = {}
 
 
 def tracking_uri() -> str:
-    """The configured server or store; the default is a local file, as an absolute address."""
-    default = f"sqlite:///{Path('mlflow.db').resolve()}"
-    uri = os.environ.get("MLFLOW_TRACKING_URI") or default
+    """The configured server or store; the default is a local file, as an absolute address.
+
+    Raises:
+        UserError: MLFLOW_TRACKING_URI is no address of a server or a database.
+    """
+    uri = os.environ.get("MLFLOW_TRACKING_URI")
+    if not uri:
+        return _address_of(Path("mlflow.db"))
+    scheme, there, rest = uri.partition("://")
+    fault = ""
+    if scheme.split("+")[0] not in SCHEMES:
+        if uri.startswith(("file:", "./", "/")) or not (there or ":" in uri):
+            fault = "a folder of files, which MLflow gives up: say sqlite:///mlflow.db"
+        elif not there:
+            fault = f"no scheme: say http://{uri}"
+        else:
+            fault = f"unknown scheme {scheme!r}; {nearest(scheme, SCHEMES)}"
+    elif not there or not rest.strip("/"):
+        fault = "it names no host and no file"
+    if fault:
+        raise UserError(f"MLFLOW_TRACKING_URI={uri}: {fault}")
     if uri.startswith("sqlite:///") and not uri.startswith("sqlite:////"):
-        uri = f"sqlite:///{Path(uri.removeprefix('sqlite:///')).resolve()}"
+        uri = _address_of(Path(uri.removeprefix("sqlite:///")))
     return uri
+
+
+def _address_of(database: Path) -> str:
+    """A file as a database's address, in which '?' and '%' mean something else."""
+    path = quote(str(database.resolve()), safe="/ #!$&'()*+,;=:@[]")
+    return f"sqlite:///{path}"
 
 
 def init_store(uri: str) -> None:
@@ -54,7 +83,7 @@ def init_store(uri: str) -> None:
         return
     import fcntl
 
-    database = Path(uri.removeprefix("sqlite:///"))
+    database = Path(unquote(uri.removeprefix("sqlite:///").partition("?")[0]))
     database.parent.mkdir(parents=True, exist_ok=True)
     with database.with_name(database.name + ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -281,7 +310,7 @@ def _is_down(error: Exception) -> bool:
 
 def experiment_url(uri: str) -> str:
     """How to look at the store."""
-    return uri if uri.startswith("http") else f"uv run mlflow ui --backend-store-uri {uri}"
+    return uri if uri.startswith("http") else f"uv run mlflow ui --backend-store-uri {shlex.quote(uri)}"
 
 
 def git_sha() -> str:

@@ -222,14 +222,22 @@ def test_a_sweep_is_killed_and_goes_on_and_gives_everything_back(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     with_sweep(prepared, trials=3, grace=1, reduction=2)
+    elsewhere = prepared / ("t" * 90)  # as on clusters: too long for the path of a socket
+    elsewhere.mkdir()
     first = subprocess.Popen(
-        [sys.executable, "-c", "from ucir.cli import main; main()", "tune", "try"],
+        [
+            "bash",
+            "-c",
+            f"ulimit -Sn 256; exec {sys.executable} -c 'from ucir.cli import main; main()' tune try",
+        ],
+        env={**os.environ, "TMPDIR": str(elsewhere)},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
     give_up = time.monotonic() + 300
     while not list(prepared.glob("runs/shapes-*/done.json")) and time.monotonic() < give_up:
+        assert first.poll() is None, "it ended before it could be killed"
         time.sleep(0.2)
     os.killpg(first.pid, signal.SIGKILL)
     first.wait()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +24,6 @@ os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
 os.environ.setdefault("RAY_AUTH_MODE", "disabled" if "RAY_ADDRESS" not in os.environ else "")
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # of Tune: with it, silence is not silent
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
-os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "300")  # 60 is little for a busy machine
 
 
 from ucir import tracking
@@ -47,6 +47,14 @@ from ucir.runs.reporter import RunReporter
 from ucir.runs.run import Run
 from ucir.training.epochs import train
 
+STARTS_WITHIN = 300
+"""Seconds for a training's workers to start: Ray's 60 are little on a busy machine."""
+STARTS_WITHIN_ELASTIC = 90
+"""The same where fewer workers would do: so long it waits for a machine that has died unnoticed."""
+LONGEST_FOLDER = 40
+"""Characters of the folder in which Ray makes its sockets, whose paths may have 107."""
+OPEN_FILES = 4096
+"""That Ray wants to hold at once."""
 CHUNKS_A_TASK = 8
 """Of pictures to embed: enough for a task's own cost not to count."""
 
@@ -248,6 +256,9 @@ def connect(cluster: ClusterParams, uri: str) -> None:
         context = ray.init()
     else:
         needed = (cluster.max_workers or cluster.num_workers) * cluster.cpus_per_worker
+        _raise_open_files()
+        if folder := ray_folder():
+            os.environ["TMPDIR"] = folder  # of Ray's processes
         context = ray.init(
             "local",  # not whatever else may run here
             num_cpus=max(int(needed) + 1, os.cpu_count() or 1),  # and room for who waits for them
@@ -258,6 +269,34 @@ def connect(cluster: ClusterParams, uri: str) -> None:
     held = ", ".join(f"{there[name]:g} {name}" for name in ("CPU", "GPU") if name in there)
     dashboard = f"http://{context.dashboard_url}" if context.dashboard_url else "off"
     print(f"cluster: {held}; dashboard: {dashboard}; runs: {tracking.experiment_url(uri)}", flush=True)
+
+
+def ray_folder() -> str | None:
+    """Where Ray and what it starts are to make their sockets; None = where they would by themselves.
+
+    Raises:
+        UserError: no folder is short enough.
+    """
+    asked = os.environ.get("RAY_TMPDIR")
+    folder = asked or tempfile.gettempdir()
+    if len(os.fsencode(folder)) <= LONGEST_FOLDER:
+        return None
+    if not asked and os.access("/tmp", os.W_OK):
+        return "/tmp"
+    raise UserError(
+        f"{'RAY_TMPDIR' if asked else 'TMPDIR'}={folder}: too long for the paths of Ray's sockets: set "
+        f"RAY_TMPDIR to a folder of at most {LONGEST_FOLDER} characters"
+    )
+
+
+def _raise_open_files() -> None:
+    """The soft limit of open files, as far as one may."""
+    import resource
+
+    now, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = OPEN_FILES if most < 0 else min(OPEN_FILES, most)
+    if 0 <= now < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
 
 
 def _check_answers(address: str) -> None:
@@ -311,6 +350,8 @@ def workers(
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
+    within = STARTS_WITHIN_ELASTIC if cluster.max_workers else STARTS_WITHIN
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(within))
     asked, most = _per_worker(cluster), cluster.max_failures
     fewest = cluster.num_workers
     return TorchTrainer(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import re
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from ucir.config.base import Block, Count, Positive, Share
 from ucir.config.model import StartParams
@@ -100,7 +102,8 @@ class DatasetParams(Block):
     """One data set."""
 
     source: str
-    """A folder or an archive (zip, tar, tar.gz); archives in the folder are read in place."""
+    """A folder or an archive (zip, tar); archives in the folder are read in place. ``~`` and ``$HOME`` stand
+    for what they stand for in a shell."""
     catalogue: str = FOLDER
     """The data set's entry in the catalogue (``ucir fetch`` lists them): names, counts, printed tables."""
     pairs: tuple[Annotated[str, Field(pattern=r"^[^/]+[->][^/]+$")], ...] = ()
@@ -112,6 +115,14 @@ class DatasetParams(Block):
     start: StartParams
     evaluate: EvaluateParams = EvaluateParams()
     split: SplitParams = SplitParams()
+
+    @field_validator("source")
+    @classmethod
+    def _as_a_shell_reads_it(cls, source: str) -> str:
+        expanded = os.path.expandvars(os.path.expanduser(source))
+        if unknown := re.findall(r"\$\{?(\w+)", expanded):
+            raise ValueError(f"{source!r}: the environment has no {unknown[0]}")
+        return expanded
 
     @model_validator(mode="after")
     def _pairs_are_known(self) -> Self:

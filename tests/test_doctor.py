@@ -1,0 +1,95 @@
+"""`ucir doctor` and what it looks at: addresses, folders, limits."""
+
+from __future__ import annotations
+
+import resource
+import tempfile
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+
+from ucir import doctor, tracking
+from ucir.cluster import launch
+from ucir.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("uri", "message"),
+    [
+        ("file:./mlruns", "a folder of files"),
+        ("./mlruns", "a folder of files"),
+        ("/data/mlruns", "a folder of files"),
+        ("mlruns", "a folder of files"),
+        ("localhost:5000", "no scheme: say http://localhost:5000"),
+        ("htp://x", "unknown scheme 'htp'; did you mean 'http'"),
+        ("http://", "names no host"),
+        ("sqlite:///", "names no host and no file"),
+    ],
+)
+def test_an_address_that_is_none_is_told_before_any_work(
+    uri: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    with pytest.raises(UserError, match=f"MLFLOW_TRACKING_URI={uri}: .*{message}"):
+        tracking.tracking_uri()
+    (finding,) = [f for f in doctor.examine() if "MLFLOW_TRACKING_URI" in f.text]
+    assert not finding.good
+
+
+@pytest.mark.parametrize("uri", ["https://x:5000/base", "postgresql+psycopg://u:p@h/db", "sqlite:////a/b.db"])
+def test_addresses_of_servers_and_databases_are_taken_as_they_are(
+    uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    assert tracking.tracking_uri() == uri
+
+
+class Page(BaseHTTPRequestHandler):
+    body = b"<html>welcome</html>"
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(self.body)
+
+    def log_message(self, *given: object) -> None:
+        pass
+
+
+@pytest.fixture
+def server() -> Iterator[str]:
+    running = HTTPServer(("127.0.0.1", 0), Page)
+    threading.Thread(target=running.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{running.server_port}"
+    running.shutdown()
+
+
+def test_a_page_that_answers_is_no_mlflow(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server)
+    assert "answers, but is no MLflow server" in doctor._mlflow().text
+    monkeypatch.setattr(Page, "body", b"OK")
+    assert doctor._mlflow().good
+
+
+def test_rays_folder_is_short(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    monkeypatch.setattr(tempfile, "tempdir", "/tmp")
+    assert launch.ray_folder() is None
+    monkeypatch.setattr(tempfile, "tempdir", "/tmp/" + "t" * 90)
+    assert launch.ray_folder() == "/tmp"
+    monkeypatch.setenv("RAY_TMPDIR", "/scratch/" + "t" * 90)
+    with pytest.raises(UserError, match=r"RAY_TMPDIR=.*too long for the paths of Ray's sockets"):
+        launch.ray_folder()
+
+
+def test_the_limit_of_open_files_is_raised_as_far_as_one_may() -> None:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (256, before[1]))
+        launch._raise_open_files()
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] >= min(launch.OPEN_FILES, before[1])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
