@@ -38,10 +38,21 @@ def workspace(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> Pa
     make_images(folder / "images")
     write_params(folder, tiny_params("images"))
     shutil.copyfile(empty_store, folder / "mlflow.db")
-    subprocess.run(["git", "init", "-q"], cwd=folder, check=True)
+    git(folder, "init", "-q")
     run_python("-m", "dvc", "init", "-q", cwd=folder)
-    repro(folder)
+    run_python("-m", "dvc", "remote", "add", "-d", "store", str(folder.parent / "store"), cwd=folder)
+    dvc(folder, "repro")
+    commit(folder)
     return folder
+
+
+def git(folder: Path, *arguments: str) -> None:
+    subprocess.run(["git", *arguments], cwd=folder, check=True, stdout=subprocess.DEVNULL)
+
+
+def commit(folder: Path) -> None:
+    git(folder, "add", "-A")
+    git(folder, "-c", "user.name=x", "-c", "user.email=x", "commit", "-qm", "x")
 
 
 def environment() -> dict[str, str]:
@@ -50,9 +61,9 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PATH": path, "DVC_NO_ANALYTICS": "1"}
 
 
-def repro(folder: Path, *arguments: str, check: bool = True) -> str:
+def dvc(folder: Path, *arguments: str, check: bool = True) -> str:
     done = subprocess.run(
-        [sys.executable, "-m", "dvc", "repro", *arguments],
+        [sys.executable, "-m", "dvc", *arguments],
         cwd=folder,
         env=environment(),
         capture_output=True,
@@ -91,18 +102,18 @@ def test_the_report_stands_and_shows_every_part(workspace: Path) -> None:
 
 
 def test_a_second_repro_does_nothing(workspace: Path) -> None:
-    assert stages_run(repro(workspace)) == []
+    assert stages_run(dvc(workspace, "repro")) == []
 
 
 def test_prepare_keeps_what_it_has_decoded(workspace: Path) -> None:
     kept = workspace / "data/packs/shapes/unfinished"
     new = workspace / "images/art/circle/new.png"
     new.write_bytes(b"no image, and one of 23 is too many")
-    output = repro(workspace, "--single-item", "prepare@shapes", check=False)
+    output = dvc(workspace, "repro", "--single-item", "prepare@shapes", check=False)
     assert "1 of 23 files are bad" in output
     assert (kept / "earlier.json").exists(), "DVC must not clear the stage's folder (persist)"
     new.unlink()
-    assert stages_run(repro(workspace, "--single-item", "prepare@shapes")) == ["prepare@shapes"]
+    assert stages_run(dvc(workspace, "repro", "--single-item", "prepare@shapes")) == ["prepare@shapes"]
     assert not kept.exists()
 
 
@@ -136,7 +147,7 @@ def test_a_killed_repro_goes_on_with_what_a_weight_changes_and_ends_as_an_undist
     (killed,) = states()
     assert not (killed.parent / "done.json").exists()
 
-    output = repro(workspace)
+    output = dvc(workspace, "exp", "run", "-S", "methods.ucdir.shapes.entropy_weight=0.7")
     assert stages_run(output) == ["train@shapes-closed-ucdir", "evaluate@shapes-closed-ucdir", "report"]
     assert "resumes after epoch" in output
     assert "finished before" not in output
@@ -148,3 +159,24 @@ def test_a_killed_repro_goes_on_with_what_a_weight_changes_and_ends_as_an_undist
     train_all([alone], ClusterParams())
     two = load_state(alone.folder / "last.pt")["state_dict"]
     assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_dvcs_own_commands_know_the_scores(workspace: Path) -> None:
+    """After the killed one: the scores of the commit and of what was run since, also in a fresh clone."""
+    scores = "results/shapes/closed/ucdir/metrics.json"
+    assert "art>photo.seed_0.last.P_at_2" in dvc(workspace, "metrics", "diff", "--all")
+    shown = dvc(workspace, "exp", "show", "--json")
+    assert scores in shown
+    assert '"error": {' not in shown
+    shutil.copytree(workspace / "images/art", workspace / "data/mine")
+    dvc(workspace, "add", "data/mine")
+    commit(workspace)
+    dvc(workspace, "push")
+    fresh = workspace.parent / "fresh"
+    git(workspace.parent, "clone", "-q", str(workspace), str(fresh))
+    dvc(fresh, "pull")
+    assert (fresh / scores).read_bytes() == (workspace / scores).read_bytes()
+    assert (fresh / "data/mine/circle/0.png").exists(), "or an experiment elsewhere would have no pictures"
+    assert "P_at_2" in dvc(fresh, "metrics", "show")
+    assert "failed" not in dvc(workspace, "gc", "--workspace", "--force")
+    assert (workspace / scores).exists()

@@ -206,5 +206,12 @@ def test_curves_and_embedding_draw() -> None:
     ]
     assert b"<svg" in curves({"a-b": history, "a-c": history}, 2)
     features = {d: normalize(torch.randn(9, 6), dim=1) for d in ("a", "b")}
-    png = embedding(features, {d: ["x", "y", "z"] * 3 for d in features})
-    assert Image.open(io.BytesIO(png)).width > 100
+    assert b"<svg" in embedding(features, {d: ["x", "y", "z"] * 3 for d in features})
+
+
+def test_names_in_any_script_are_text_in_the_figures() -> None:
+    features = {"_素描": torch.randn(12, 4), "a$b$": torch.randn(12, 4)}
+    labels = {domain: ["猫", "_dog", "x<y&z", "$1"] * 3 for domain in features}
+    svg = embedding(features, labels).decode()
+    for name in ("_素描", "a$b$", "猫", "_dog", "x&lt;y&amp;z", "$1"):
+        assert f"{name}</text>" in svg, name

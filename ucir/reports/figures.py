@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Mapping, Sequence
 
 import matplotlib
@@ -17,6 +18,9 @@ from ucir.retrieval.metrics import metrics, precision_name
 matplotlib.use("Agg")
 
 from matplotlib import pyplot as plt
+
+# text stays text, so that the reader's fonts show names in any script; '$' in a name is no formula
+matplotlib.rcParams.update({"svg.fonttype": "none", "text.parse_math": False})
 
 QUERY, HIT, MISS = (37, 99, 235), (22, 163, 74), (220, 38, 38)
 UNKNOWN = (160, 160, 160)
@@ -119,7 +123,7 @@ def query_slots(labels: Sequence[str], count: int) -> list[int]:
 
 
 def embedding(features: Mapping[str, Tensor], labels: Mapping[str, Sequence[str]], seed: int = 0) -> bytes:
-    """t-SNE of both domains, colour = class, marker = domain; PNG."""
+    """t-SNE of both domains, colour = class, marker = domain; SVG, the points in it as a picture."""
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE
 
@@ -144,17 +148,20 @@ def embedding(features: Mapping[str, Tensor], labels: Mapping[str, Sequence[str]
             c=[colour[label] for label in labels[domain][:n]],
             linewidths=0.8,
             alpha=0.7,
+            rasterized=True,
         )
-        axis.scatter([], [], color="grey", marker=marker, label=domain, s=14)
+        axis.scatter([], [], color="grey", marker=marker, label=_legend(domain), s=14)
     for label in filter(None, classes[:20]):
-        axis.scatter([], [], color=colour[label], label=label, s=14)
+        axis.scatter([], [], color=colour[label], label=_legend(label), s=14)
     axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     axis.set_xticks([])
     axis.set_yticks([])
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight")
-    plt.close(figure)
-    return buffer.getvalue()
+    return _svg(figure)
+
+
+def _legend(name: str) -> str:
+    """A name as the legend shows it: matplotlib passes over those that begin with an underscore."""
+    return f" {name}" if name.startswith("_") else name
 
 
 def _framed(pixels: np.ndarray, colour: tuple[int, int, int]) -> Image.Image:
@@ -171,7 +178,8 @@ def _png(image: Image.Image) -> bytes:
 def _svg(figure: plt.Figure) -> bytes:
     buffer = io.BytesIO()
     # a fixed id salt and no date: equal results give equal bytes
-    with plt.rc_context({"svg.hashsalt": "ucir"}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    with plt.rc_context({"svg.hashsalt": "ucir"}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # of its own, not of the reader's
+        figure.savefig(buffer, format="svg", dpi=110, bbox_inches="tight", metadata={"Date": None})
     plt.close(figure)
     return buffer.getvalue()

@@ -232,8 +232,8 @@ def _pictures(
             shown.append({"title": f"{query} → {gallery}", "grids": grids})
         plots = []
         for method, x in features.items():
-            png = figures.embedding({domain: x[domain] for domain in pair}, labels)
-            plots.append({"method": method, "png": _base64(png)})
+            svg = figures.embedding({domain: x[domain] for domain in pair}, labels)
+            plots.append({"method": method, "svg": _base64(svg)})
         embeddings.append({"title": name, "plots": plots})
     return {"methods": curves, "directions": shown, "embeddings": embeddings}
 
