@@ -101,6 +101,8 @@ def test_a_second_call_does_nothing_and_new_pictures_are_taken_up(
     assert (file.stat().st_mtime_ns, params.read_text()) == before
     listed = Path("data/sources/mine/.contents.csv").read_text()
     draw("circle", np.random.default_rng(9), 40).save(photos / "new.png")
+    command(sketches, photos, name="mine", dry_run=True)
+    assert "up to date" not in capsys.readouterr().out
     command(sketches, photos, name="mine")
     told = capsys.readouterr().out
     assert "time: " in told

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import csv
 import io
-import os
 import re
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +28,7 @@ from ucir.methods.registry import METHODS, params_block
 from ucir.models.encoder import new_encoder
 from ucir.models.model import load_model, save_model
 from ucir.models.pretrained import EMBEDDED, EMBEDDED_TRUNK, HUB
-from ucir.paths import MODELS, RESULTS, SOURCES, write_atomically
+from ucir.paths import MODELS, PACKS, RESULTS, SOURCES, write_atomically
 from ucir.progress import clock
 from ucir.runs.cost import embedding_pace, measure_pace
 from ucir.runs.params import method_params
@@ -79,8 +77,6 @@ class Adaptation:
     """Files of each domain that should be pictures."""
     method: str
     blocks: StudyFile
-    is_new: bool
-    """Whether its pictures are others than at the last call."""
 
     @property
     def pair(self) -> str:
@@ -92,7 +88,10 @@ class Adaptation:
 
     def is_done(self, params: Params) -> bool:
         """Whether nothing is left to do."""
-        if self.is_new or not self.model_file.exists():
+        listed, pack = SOURCES / self.name / CONTENTS, PACKS / self.name / "pack.json"
+        if not self.model_file.exists() or not pack.exists():
+            return False
+        if listed.stat().st_mtime_ns > pack.stat().st_mtime_ns:  # pictures have changed since
             return False
         try:
             (run,) = plan_runs(params, self.name, "closed", self.method, (self.pair,), (0,))
@@ -139,7 +138,7 @@ def plan_adaptation(first: Path, second: Path, name: str | None, options: Option
         if known and known != folders:
             was = " and ".join(str(folder) for folder in known.values())
             raise UserError(f"{name!r} is adapted to {was} already: give another --name")
-    is_new = _link(SOURCES / name, folders)
+    _link(SOURCES / name, folders)
     counts = _counts(SOURCES / name, folders)
     for domain, count in counts.items():
         if not count:
@@ -149,7 +148,7 @@ def plan_adaptation(first: Path, second: Path, name: str | None, options: Option
                 f"{folders[domain]}: {count} picture(s): too few to learn from, {FEWEST} at least"
             )
     if there and (before := _as_before(name, options)):
-        return Adaptation(name, folders, counts, *before, is_new)
+        return Adaptation(name, folders, counts, *before)
     method = options.method or "protoot"
     if method not in METHODS or TEMPLATE not in params.methods.get(params_block(method), {}):
         usable = [m for m in METHODS if TEMPLATE in params.methods.get(params_block(m), {})]
@@ -172,7 +171,7 @@ def plan_adaptation(first: Path, second: Path, name: str | None, options: Option
     most = method_params(with_blocks(blocks), method, name).most_clusters
     if most > min(counts.values()):
         raise UserError(f"--clusters {most}: more than the {min(counts.values())} pictures of a folder")
-    return Adaptation(name, folders, counts, method, blocks, is_new)
+    return Adaptation(name, folders, counts, method, blocks)
 
 
 def _dataset_block(name: str, folders: dict[str, Path], options: Options) -> dict[str, Any]:
@@ -258,18 +257,8 @@ def _plain(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9_.]+", "_", name).strip("._") or "pictures"
 
 
-def _contents(folder: Path, below: str) -> Iterator[tuple[str, int, int]]:
-    """Path, size and time of change of each file, sorted."""
-    for item in sorted(os.scandir(folder), key=lambda item: item.name):
-        if item.is_dir():
-            yield from _contents(Path(item.path), f"{below}/{item.name}")
-        elif item.is_file():
-            status = item.stat()
-            yield f"{below}/{item.name}", status.st_size, status.st_mtime_ns
-
-
-def _link(source: Path, folders: dict[str, Path]) -> bool:
-    """Make the links and list what lies behind them. Returns whether that is new."""
+def _link(source: Path, folders: dict[str, Path]) -> None:
+    """Make the links, and a list of what lies behind them: DVC sees by it that pictures have changed."""
     source.mkdir(parents=True, exist_ok=True)
     for domain, folder in folders.items():
         link = source / domain
@@ -279,13 +268,12 @@ def _link(source: Path, folders: dict[str, Path]) -> bool:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(("file", "bytes", "modified"))
-    for domain, folder in folders.items():
-        writer.writerows(_contents(folder, domain))
+    for name in Source(source).tree:
+        status = (source / name).stat()
+        writer.writerow((name, status.st_size, status.st_mtime_ns))
     listed = source / CONTENTS
-    if listed.exists() and listed.read_text("utf-8") == text.getvalue():
-        return False
-    write_atomically(text.getvalue(), listed)
-    return True
+    if not listed.exists() or listed.read_text("utf-8") != text.getvalue():
+        write_atomically(text.getvalue(), listed)
 
 
 def _counts(source: Path, folders: dict[str, Path]) -> dict[str, int]:
