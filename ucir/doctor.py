@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata as metadata
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -118,7 +119,7 @@ def _mlflow() -> Finding:
     except UserError as error:
         return Finding(False, str(error))
     if not uri.startswith("http"):
-        return Finding(True, f"MLflow store {uri}")
+        return Finding(True, "MLflow store " + re.sub(r"(://[^:/@]+):[^@]+@", r"\1:***@", uri))
     try:
         with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=10) as answer:
             if answer.read(100).strip() == b"OK":

@@ -50,7 +50,9 @@ def tracking_uri() -> str:
     if not uri:
         return _address_of(Path("mlflow.db"))
     scheme, there, rest = uri.partition("://")
-    fault = ""
+    scheme, fault = scheme.lower(), ""
+    if uri == "databricks":
+        return uri
     if scheme.split("+")[0] not in SCHEMES:
         if uri.startswith(("file:", "./", "/")) or not (there or ":" in uri):
             fault = "a folder of files, which MLflow gives up: say sqlite:///mlflow.db"

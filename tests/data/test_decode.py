@@ -6,6 +6,7 @@ import contextlib
 import io
 import random
 import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -77,12 +78,15 @@ def odd_exif(tag: int, kind: int, count: int, value: bytes) -> bytes:
     return b"Exif\0\0II*\0" + struct.pack("<IH", 8, len(entries)) + body + struct.pack("<I", 0) + extra
 
 
+@pytest.mark.filterwarnings("ignore:Truncated File Read")
 @pytest.mark.parametrize(
     ("tag", "kind", "count", "value"),
     [
         (0x0100, 2, 4, b"abc\0"),  # a width in letters
         (0x011A, 10, 1, struct.pack("<I", 38)),  # a resolution below 0
         (0x9000, 4, 1, struct.pack("<I", 7)),  # a version that is a number
+        (0x010E, 2, 20, struct.pack("<I", 0xFFFFFFF0)),  # a description that lies nowhere
+        (0x010F, 5, 1, struct.pack("<I", 99999)),
     ],
 )
 def test_an_odd_tag_beside_it_does_not_hide_the_orientation(
@@ -123,6 +127,10 @@ RAMP = np.linspace(0, 1, 64 * 64, dtype=np.float32).reshape(64, 64)
         np.where(RAMP == 0, -np.inf, RAMP),
         np.where(RAMP > 0.99, np.nan, RAMP),
         np.where(RAMP == 1, 1e9, RAMP),  # one hot pixel
+        np.where(RAMP > 0.99, 1e6, RAMP),
+        np.where(RAMP > 0.95, -9999, RAMP * 300),  # no data
+        np.where(RAMP > 0.95, -3.4e38, RAMP),
+        np.where(RAMP > 0.95, 65535, RAMP * 4095).astype(np.uint16),
         (RAMP * 4095).astype(np.uint16),  # 12 bits in 16
         (RAMP * 1023).astype(np.uint16),
         (RAMP * 255).astype(np.uint16),
@@ -134,10 +142,29 @@ RAMP = np.linspace(0, 1, 64 * 64, dtype=np.float32).reshape(64, 64)
 )
 def test_values_of_any_range_keep_their_contrast(values: np.ndarray) -> None:
     decoded = np.asarray(decode_image(encoded(Image.fromarray(values), "tiff"), 10**6))[..., 0]
-    kept = np.isfinite(values) & (RAMP < 1)
+    kept = np.isfinite(values) & (RAMP < 0.95)
     order = np.corrcoef(values[kept].astype(float), decoded[kept])[0, 1]
     assert order > 0.98
     assert decoded.max() - decoded.min() > 200
+
+
+@pytest.mark.parametrize("top", [255, 4095, 65535])
+def test_colours_of_sixteen_bits_are_seen_or_left_out(top: int) -> None:
+    """Written by hand, as Pillow writes none."""
+    values = (RAMP[:8, :8, None] * [[[1, 0.5, 1]]] / RAMP[7, 7] * top).astype(">u2")
+
+    def chunk(name: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+    rows = b"".join(b"\0" + row.tobytes() for row in values)
+    header = struct.pack(">IIBBBBB", 8, 8, 16, 2, 0, 0, 0)
+    data = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows))
+    data += chunk(b"IEND", b"")
+    if top == 65535:
+        assert decode_image(data, 10**6).getextrema()[0][1] > 250  # type: ignore[index]
+    else:
+        with pytest.raises(ValueError, match="colours of 16 bits that use less than a quarter"):
+            decode_image(data, 10**6)
 
 
 def test_a_picture_of_no_numbers_is_left_out_and_one_grey_stays_one() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import os
 import shutil
@@ -453,3 +454,46 @@ def test_domains_that_show_next_to_nothing_are_told(tmp_path: Path) -> None:
     _, check = write_pack(tmp_path, ["a", "b"], tmp_path / "pack", PARAMS)
     (fault,) = check.faults
     assert "domain b: 4 of 4 pictures are of nearly one colour, such as b/0.png" in fault
+
+
+def test_a_damaged_header_in_a_tar_is_not_its_end(tree: Path, tmp_path: Path) -> None:
+    for name in ("x.tar", "x.tar.gz"):
+        archive = tarred(tree, tmp_path / "whole.tar")
+        with tarfile.open(archive) as opened:
+            place = opened.getmembers()[5].offset
+        data = bytearray(archive.read_bytes())
+        data[place] ^= 1
+        (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith("gz") else data)
+        with pytest.raises(UserError, match=r"not a complete archive .*a header is damaged"):
+            Source(tmp_path / name)
+
+
+def test_names_with_a_dot_before_them_and_in_two_archives(tree: Path, tmp_path: Path) -> None:
+    tarred(tree, tree / "x.tar", "./")
+    assert all(not members for members in Source(tree).members.values()), "they are in the folders beside it"
+    folder = tmp_path / "two"
+    folder.mkdir()
+    zipped(tree, folder / "a.zip")
+    zipped(tree, folder / "b.zip")
+    assert "stand in an earlier archive, too" in Source(folder).notes[0]
+
+
+def test_wrapped_splits_and_other_words_for_them(tmp_path: Path) -> None:
+    for number, layout in enumerate(
+        (
+            "{d}/images/{s}/cat/{s}.png",
+            "{d}/{s}/images/cat/{s}.png",
+            "{d}/{s}_set/cat/{s}.png",
+            "{d}/{s}2017/cat/{s}.png",
+        )
+    ):
+        root = tmp_path / str(number)
+        pictures(root, *(layout.format(d=d, s=s) for d in "ab" for s in ("train", "val")))
+        assert found(root) == {"a": ["cat", "cat"], "b": ["cat", "cat"]}, layout
+
+
+def test_a_link_that_leads_to_itself_is_named(tmp_path: Path) -> None:
+    pictures(tmp_path, "a/cat/0.png", "b/cat/1.png")
+    (tmp_path / "a/cat/round").symlink_to("round")
+    with pytest.raises(UserError, match="a/cat/round: a link that leads nowhere"):
+        write_pack(tmp_path, ["a", "b"], tmp_path / "pack", PARAMS)

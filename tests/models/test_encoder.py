@@ -238,17 +238,16 @@ class Hostile:
         return os.mkdir, ("hacked",)
 
 
-@pytest.mark.parametrize(
-    "prefix", ["encoder_q.", "_orig_mod.module.encoder_q.", "module.encoder_q._orig_mod."]
-)
+@pytest.mark.parametrize("prefix", ["encoder_q.", "model.module.encoder_q.", "module.encoder_q._orig_mod."])
 @pytest.mark.parametrize("zipped", [True, False])
 def test_a_training_scripts_objects_beside_the_weights_are_passed_over(
     tmp_path: Path, prefix: str, zipped: bool
 ) -> None:
     encoder = new_encoder(TINY, 0)
     state = {prefix + k: v for k, v in encoder.moco_state().items() if "num_batches" not in k}
+    tensors: dict[Any, Any] = {**state, "queue_ptr": torch.zeros(1), 7: torch.zeros(1)}
     content = {
-        "state_dict": {**state, "queue_ptr": torch.zeros(1)},
+        "state_dict": tensors,
         "args": argparse.Namespace(lr=0.03, betas=(0.9, 0.99)),
         "settings": Settings(),
         "best": np.float64(0.7),

@@ -7,6 +7,7 @@ import io
 import re
 from functools import cache
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
@@ -84,6 +85,7 @@ def _decoded(data: bytes, max_pixels: int) -> Image.Image:
         raise _BrokenError("an image without a pixel")
     image.load()
     orientation = _orientation(image)
+    _check_depth(image, data)
     if image.mode.startswith("I") or image.mode == "F":
         with np.errstate(invalid="ignore"):  # what is no number
             image = Image.fromarray(_to_8_bits(np.asarray(image, np.float64)))
@@ -107,10 +109,44 @@ def _orientation(image: Image.Image) -> int:
 
     Not by ``ImageOps.exif_transpose``: it writes all other tags anew, and fails where one is odd.
     """
+    if found := _exif_orientation(image.info.get("exif") or b""):
+        return found
     try:
         return int(image.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:
         return 1
+
+
+def _exif_orientation(exif: bytes) -> int:
+    """The tag in its first directory; 0 = there is none. Pillow stops at an odd tag before it."""
+    start = exif[:16].find(b"II*\0")
+    order: Literal["little", "big"] = "little"
+    if start < 0:
+        start, order = exif[:16].find(b"MM\0*"), "big"
+    if start < 0:
+        return 0
+    body = exif[start:]
+    place = int.from_bytes(body[4:8], order)
+    for number in range(int.from_bytes(body[place : place + 2], order)):
+        entry = body[place + 2 + 12 * number : place + 14 + 12 * number]
+        if int.from_bytes(entry[:2], order) == ExifTags.Base.Orientation:
+            size = {1: 1, 3: 2, 4: 4}.get(int.from_bytes(entry[2:4], order), 0)
+            return int.from_bytes(entry[8 : 8 + size], order)
+    return 0
+
+
+def _check_depth(image: Image.Image, data: bytes) -> None:
+    """Of colours of 16 bits Pillow keeps the upper 8.
+
+    Raises:
+        _BrokenError: these are next to black.
+    """
+    bits = data[24] if data.startswith(b"\x89PNG") else max(getattr(image, "tag_v2", {}).get(258, (8,)))
+    if bits <= 8 or image.mode not in ("RGB", "RGBA", "LA"):
+        return
+    colours = image.split()[: 1 if image.mode == "LA" else 3]
+    if max(np.asarray(band).max() for band in colours) < 64:
+        raise _BrokenError("colours of 16 bits that use less than a quarter of them: scale them first")
 
 
 def _to_8_bits(values: np.ndarray) -> np.ndarray:
@@ -123,8 +159,8 @@ def _to_8_bits(values: np.ndarray) -> np.ndarray:
     finite = values[np.isfinite(values)]
     if 2 * finite.size < values.size:
         raise _BrokenError("most of its values are no numbers")
-    low, high = np.percentile(finite, (0.1, 99.9))
-    white = next((scale for scale in FULL_SCALES if scale / 4 < high <= 1.05 * scale), 0)
+    low, high = np.percentile(_less_outliers(finite), (0.1, 99.9))
+    white = next((scale for scale in FULL_SCALES if scale / 2 < high <= 1.05 * scale), 0)
     black = 0.0
     if low < 0 or not white or high - low < white / 32:
         low, high = (low, high) if high > low else (finite.min(), finite.max())
@@ -134,15 +170,24 @@ def _to_8_bits(values: np.ndarray) -> np.ndarray:
     return ((values - black) * (255 / (white or 1))).clip(0, 255).astype(np.uint8)
 
 
+def _less_outliers(values: np.ndarray) -> np.ndarray:
+    """Values less those far from all others that are few, or all the same: "no data"."""
+    low, high = np.percentile(values, (10, 90))
+    reach = 4 * (high - low)
+    far = (values < low - reach) | (values > high + reach)
+    few = np.count_nonzero(far) < 0.02 * values.size
+    return values[~far] if reach and (few or len(np.unique(values[far])) <= 2) else values
+
+
 def _without_text(data: bytes) -> bytes:
-    """A PNG less its chunks of text; anything else as it is."""
+    """A PNG less its chunks of text and its colour profile; anything else as it is."""
     signature = b"\x89PNG\r\n\x1a\n"
     if not data.startswith(signature):
         return data
     kept, place = [signature], len(signature)
     while place + 12 <= len(data):
         end = place + 12 + int.from_bytes(data[place : place + 4], "big")
-        if data[place + 4 : place + 8] not in (b"tEXt", b"zTXt", b"iTXt"):
+        if data[place + 4 : place + 8] not in (b"tEXt", b"zTXt", b"iTXt", b"iCCP"):
             kept.append(data[place:end])
         place = end
     return b"".join(kept)

@@ -8,6 +8,7 @@ lead out of it, links, bombs and broken archives are refused before anything is 
 from __future__ import annotations
 
 import os
+import re
 import tarfile
 import unicodedata
 import zipfile
@@ -67,11 +68,15 @@ LITTER = {
     *("__macosx", "icon\r", "network trash folder", "temporary items"),  # macOS
     *("@eadir", "@tmp", "#recycle", "#snapshot", "@sharebin"),  # Synology
     *("@recycle", "@recently-snapshot", "@transcode"),  # QNAP
+    *("thumbnails", "thumbs", "_thumbs", "_thumb", "wpthumb"),
     *("lost+found", "__pycache__", "picasa.ini", "zbthumbnail.info", "_gsdata_", "sync.ffs_db"),
 }
 """What systems and programs leave in folders, in lower case."""
 LITTER_ENDINGS = (":zone.identifier", "@synoeastream", "@synoresource", ".lrdata")
-SPLITS = {"images", "train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval"}
+SPLIT = re.compile(
+    r"(images?|imgs?|data|dataset|pictures|train(ing)?|test(ing)?|val(id(ation)?)?|dev|eval|query|gallery|probe"
+    r"|fold|split)[-_ ]?(set|images|\d{0,4})"
+)
 """Folders between domain and classes that are no classes: Office-31 has one, and people split their data."""
 LONGEST_NAME = 80
 """Bytes of a domain's name: two of them and more stand in the name of a run's folder."""
@@ -163,6 +168,10 @@ class Source:
         for archive in self.archives:
             there = _checked_members(archive, self.notes)
             self.members[archive] = {name: number for name, number in there.items() if name not in known}
+            if again := len(known & there.keys() - set(self.tree)):
+                self.notes.append(
+                    f"{archive}: {again} name(s) stand in an earlier archive, too, which counts"
+                )
             known.update(there)
 
     @property
@@ -210,7 +219,12 @@ class Source:
             if not _is_text(item.name):
                 self.notes.append(f"{self.root}: left out {name!a}: its name is no Unicode; rename it")
                 continue
-            if item.is_dir():
+            try:
+                is_folder = item.is_dir()
+            except OSError:  # a link that leads to itself
+                self.dangling.append(name)
+                continue
+            if is_folder:
                 if self._walk(name, {*above, real}):
                     any_file = True
                 else:
@@ -325,7 +339,8 @@ def _less_a_split(files: Files, domain: str, entry: Entry, notes: list[str]) -> 
         if len(splits) > 1:
             named = " and ".join(sorted(splits))
             notes.append(f"domain {domain}: the folders {named} are taken together: splits, not classes")
-        return [(name, parts[1:]) for name, parts in files if len(parts) > 1]
+        files = [(name, parts[1:]) for name, parts in files if len(parts) > 1]
+        return _less_a_split(files, domain, entry, notes)
     doubtful = sorted(f for f in splits if any(parts[0] == f and len(parts) > 2 for _, parts in files))
     if doubtful and not entry.counts:
         named = " and ".join(doubtful)
@@ -334,7 +349,7 @@ def _less_a_split(files: Files, domain: str, entry: Entry, notes: list[str]) -> 
 
 
 def _are_splits(folders: Collection[str]) -> bool:
-    return all(folder.casefold() in SPLITS for folder in folders)
+    return all(SPLIT.fullmatch(folder.casefold()) for folder in folders)
 
 
 def unusable_names(files: Survey) -> list[str]:
@@ -409,6 +424,7 @@ def _checked_members(archive: Path, notes: list[str]) -> dict[str, int]:
             if not _is_text(name):
                 notes.append(f"{archive}: left out {name!a}: its name is no Unicode; rename it")
                 continue
+            name = str(path)  # without './'
             total += size
             twice += name in names
             guessed += not sure
@@ -424,7 +440,8 @@ def _checked_members(archive: Path, notes: list[str]) -> dict[str, int]:
     except UserError:
         raise
     except Exception as error:  # what readers of damaged archives raise
-        raise UserError(f"{archive}: not a complete archive ({error}): delete it and get it again") from None
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise UserError(f"{archive}: not a complete archive ({reason}): delete it and get it again") from None
     notes += [f"{archive}: {name} is an archive in an archive, which is not read" for name in unread[1:]]
     if twice:
         notes.append(f"{archive}: {twice} name(s) stand in it more than once: the last of each counts")
@@ -461,10 +478,10 @@ def _listing(archive: Path) -> Iterator[tuple[str, int, str, bool]]:
             for member in opened_tar:
                 kind = "folder" if member.isdir() else "file" if member.isreg() else "other"
                 yield member.name, member.size, kind, True
-            packed = not archive.name.lower().endswith(".tar")
-            whole = packed or archive.stat().st_size >= opened_tar.offset + 512
-        if not whole:  # tarfile takes the end of the file for the end of the archive
-            raise tarfile.ReadError("its end mark is missing")
+            assert opened_tar.fileobj is not None
+            opened_tar.fileobj.seek(opened_tar.offset)
+            if opened_tar.fileobj.read(512) != bytes(512):  # tarfile takes a damaged header for the end
+                raise tarfile.ReadError("its end mark is missing, or a header is damaged")
 
 
 ZIP_METHODS = {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA}

@@ -18,7 +18,7 @@ from ucir.models.trunk import StoredTrunk
 
 PREFIX = "module.encoder_q."
 """Of the query encoder's names, as DDP writes them."""
-QUERY = re.compile(r"(?:module\.|_orig_mod\.)*encoder_q\.(?:module\.|_orig_mod\.)*(.+)")
+QUERY = re.compile(r"(?:\w+\.)*?encoder_q\.(?:module\.|_orig_mod\.)*(.+)")
 """Its names, whatever wrapped it."""
 BLOCKS = ("state_dict", "model", "teacher", "model_state_dict")
 """Under what checkpoints keep their tensors."""
@@ -111,7 +111,8 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         if isinstance(state, dict) and isinstance(state.get(block), dict):
             state = state[block]
             break
-    tensors = {k: v for k, v in state.items() if isinstance(v, Tensor)} if isinstance(state, dict) else {}
+    named = state.items() if isinstance(state, dict) else ()
+    tensors = {k: v for k, v in named if isinstance(k, str) and isinstance(v, Tensor) and _is_plain(v)}
     if not tensors:
         raise UserError(f"{path}: holds no tensors by name")
     return tensors
@@ -187,6 +188,11 @@ UNREADABLE = (
     AttributeError,
 )
 """What torch raises for files of other kinds and for damaged ones."""
+
+
+def _is_plain(value: Tensor) -> bool:
+    """Whether it holds its numbers one by one: neither sparse nor quantised nor without any."""
+    return value.layout == torch.strided and not value.is_quantized and not value.is_meta
 
 
 class _Inert:

@@ -245,6 +245,9 @@ def _named(folders: tuple[Path, Path]) -> dict[str, Path]:
     for one, other in (whole, whole[::-1]):
         if one.is_relative_to(other):
             raise UserError(f"{one} lies in {other}: give two folders beside each other")
+    for folder in whole:
+        if Path.cwd().is_relative_to(folder):
+            raise UserError(f"{folder}: holds this project, and so its own copies: give folders of pictures")
     names = [_plain(folder.name) for folder in whole]
     if names[0] == names[1]:
         names = [_plain(f"{folder.parent.name}_{folder.name}") for folder in whole]
