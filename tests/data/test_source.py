@@ -432,6 +432,14 @@ def test_names_that_cannot_be_worked_with_are_refused(tmp_path: Path) -> None:
     assert "its name is no Unicode" in Source(tmp_path / "z.tar").notes[0]
 
 
+def test_an_accent_is_the_same_however_it_is_written(tmp_path: Path) -> None:
+    pictures(tmp_path, "e\u0301te\u0301/pe\u0301/0.png", "b/p\xe9/1.png")
+    assert found(tmp_path) == {"\xe9t\xe9": ["p\xe9"], "b": ["p\xe9"]}
+    start = {"checkpoint": "x"}
+    block = DatasetParams(source=str(tmp_path), start=start, pairs=["b-e\u0301te\u0301"])  # type: ignore[arg-type]
+    assert source_faults(block) == []
+
+
 def test_a_folder_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pictures(tmp_path, "a/cat/0.png", "b/cat/1.png", "b/dog/2.png")
 

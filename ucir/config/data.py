@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import unicodedata
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -123,6 +124,11 @@ class DatasetParams(Block):
         if unknown := re.findall(r"\$\{?(\w+)", expanded):
             raise ValueError(f"{source!r}: the environment has no {unknown[0]}")
         return expanded
+
+    @field_validator("pairs")
+    @classmethod
+    def _as_domains_are_spelt(cls, pairs: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(unicodedata.normalize("NFC", pair) for pair in pairs)
 
     @model_validator(mode="after")
     def _pairs_are_known(self) -> Self:

@@ -243,7 +243,8 @@ def survey(source: Source, entry: Entry) -> Survey:
     Known data sets may be wrapped in one more folder, and their folders spelt in any of the ways of the
     catalogue; in all others the first folder is the domain and the second, if there is one, the class.
     """
-    split = [(name, tuple(PurePosixPath(name).parts)) for name in source.names]
+    # macOS writes an accent as a letter of its own, others do not
+    split = [(name, PurePosixPath(unicodedata.normalize("NFC", name)).parts) for name in source.names]
     notes = list(source.notes)
     wrapped = bool(entry.domains) or source.root.is_file()
     while wrapped and (top := {parts[0] for _, parts in split if len(parts) > 1}) and len(top) == 1:
