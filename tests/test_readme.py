@@ -29,6 +29,9 @@ ELSEWHERE = {
     "uv run pytest": "this",
     "uv run mlflow ui --backend-store-uri sqlite:///mlflow.db": "a server, which stays",
     "uv run ucir adapt sketches/ photos/": "tests/runs/test_adapt.py",
+    "uv run ucir index photos/ --model sketches_photos": "tests/retrieval/test_search.py",
+    "uv run ucir search --index photos/ sketch.png": "tests/retrieval/test_search.py",
+    "uv run ucir serve photos/": "tests/serve",
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -345,6 +346,219 @@ def tune(
 
     out = run_sweep(params, name)
     typer.echo(f"Next: look at {out}/best.yaml, put its block into params.yaml, then `uv run dvc repro`")
+
+
+@app.command()
+def index(
+    source: Annotated[Path, typer.Argument(help="A folder of pictures, an archive (zip, tar), or a pack.")],
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="A name under models/, or a file. Default: that of the index, or for a new one the network "
+            "that came with the installation (`embedded`)."
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the index. Default: <source>.index, beside the pictures.")
+    ] = None,
+    domain: Annotated[
+        str | None,
+        typer.Option(
+            help="See the pictures as of this domain of the model. Default: the folder's name if the "
+            "model knows it, else of each picture the nearest."
+        ),
+    ] = None,
+    queries: Annotated[
+        Path | None,
+        typer.Option(
+            help="Pictures like those that will be asked with: the limit beyond which nothing is like "
+            "a query is learnt from them. Default: from the pictures that the model was trained on."
+        ),
+    ] = None,
+    workers: Annotated[
+        int,
+        typer.Option(help="Embed on so many workers of a Ray cluster (RAY_ADDRESS, or one started here)."),
+    ] = 0,
+    thumbnails: Annotated[
+        bool, typer.Option(help="Keep a small form of each picture, some 8 kB: pages and grids show these.")
+    ] = True,
+    rebuild: Annotated[
+        bool, typer.Option("--rebuild", help="Make it anew, e.g. with another model.")
+    ] = False,
+) -> None:
+    """Make a collection searchable, or bring its index up to date.
+
+    \b
+      uv run ucir index photos/ --model sketches_photos
+
+    Give the same command again after pictures were added, changed or removed, or after a kill: only what is
+    new is read. Files that are no pictures, or broken, are left out and named.
+    """
+    from ucir.config.cluster import ClusterParams
+    from ucir.devices import choose_device
+    from ucir.models.model import find_model, load_model
+    from ucir.models.pretrained import EMBEDDED
+    from ucir.progress import Progress
+    from ucir.retrieval import index as build
+
+    folder = out or build.default_folder(source)
+    if rebuild:
+        build.remove_index(folder)
+    cluster = ClusterParams(num_workers=workers)
+    device = choose_device(cluster)
+    there = folder / build.MODEL_FILE
+    chosen = (
+        load_model(there, device)
+        if model is None and there.exists()
+        else find_model(model or EMBEDDED, device)
+    )
+    if domain is None and source.resolve().name in chosen.domains:
+        domain = source.resolve().name
+    chosen.check_domain(domain)
+    samples = {queries.resolve().name: build.sample_features(chosen, queries)} if queries else None
+
+    def compute(embedder: build.FileEmbedder) -> build.Compute:
+        if not workers:
+            return build.embed_files(embedder)
+        from ucir.cluster.index import embed_on_ray
+
+        return embed_on_ray(embedder, cluster)
+
+    with Progress(f"index {source}", 0, "file") as bar:
+        info = build.update_index(
+            source, folder, chosen, domain, compute, bar.reach, thumbnails, query_features=samples
+        )
+    typer.echo(build.describe_index(folder, info))
+    typer.echo(f"Next: `uv run ucir search --index {folder} <picture>`, `uv run ucir serve {folder}`")
+
+
+@app.command()
+def search(
+    query: Annotated[list[Path] | None, typer.Argument(help="Pictures to search with.")] = None,
+    index: Annotated[
+        Path | None,
+        typer.Option(help="The index, or the collection beside which it lies. Default: the only one here."),
+    ] = None,
+    top: Annotated[int, typer.Option(help="Hits of each query.", min=1)] = 10,
+    like: Annotated[
+        str | None, typer.Option(help="Search with a picture of the index, by its path in the collection.")
+    ] = None,
+    folder: Annotated[
+        str | None,
+        typer.Option("--folder", "--domain", help="Only pictures in this folder of the collection."),
+    ] = None,
+    query_domain: Annotated[
+        str | None,
+        typer.Option(
+            help="Which of the model's domains the queries are of, whose limit counts. Default: of each the "
+            "nearest, and the widest limit."
+        ),
+    ] = None,
+    hide_duplicates: Annotated[
+        bool, typer.Option("--hide-duplicates", help="Of near duplicates show the most similar one.")
+    ] = False,
+    limit: Annotated[
+        float | None,
+        typer.Option(help="1 - cosine beyond which nothing is like a query. Default: the index's own."),
+    ] = None,
+    anyway: Annotated[
+        bool, typer.Option("--anyway", help="List the nearest also where nothing is like the query.")
+    ] = False,
+    expand: Annotated[
+        int, typer.Option(help="Search once more with the mean of the query and so many hits.", min=0)
+    ] = 0,
+    json: Annotated[bool, typer.Option("--json", help="One JSON object a query, on a line.")] = False,
+    grid: Annotated[Path | None, typer.Option(help="Write a picture of queries and hits, PNG.")] = None,
+) -> None:
+    """Find the most similar pictures of an index.
+
+    \b
+      uv run ucir search --index photos sketch.png --top 5
+
+    Scores are cosines. Where the nearest picture lies beyond the index's limit, nothing is listed but the
+    reason.
+    """
+    from json import dumps
+
+    from ucir.retrieval.search import Searcher, only_index, open_query
+
+    if bool(query) == bool(like):
+        raise UserError("give pictures to search with, or --like a picture of the index")
+    searcher = Searcher.load(index or only_index())
+    if like:
+        answers = [searcher.like(like, top, below=folder, hide_duplicates=hide_duplicates)]
+    else:
+        answers = searcher.search(
+            list(query or []),
+            top,
+            below=folder,
+            hide_duplicates=hide_duplicates,
+            domain=query_domain,
+            limit=limit,
+            expand=expand,
+        )
+    names = [like] if like else [str(path) for path in query or []]
+    for name, answer in zip(names, answers, strict=True):
+        shown = answer.hits if anyway or answer.accepted is not False else ()
+        if json:
+            hits = [{**asdict(hit), "score": round(hit.score, 6)} for hit in shown]
+            line = {"query": name, "accepted": answer.accepted, "reason": answer.reason, "hits": hits}
+            typer.echo(dumps(line, ensure_ascii=False))
+            continue
+        typer.echo(f"{name}: {answer.reason}")
+        for hit in shown:
+            more = f"  and {len(hit.duplicates)} near duplicate(s)" if hit.duplicates else ""
+            typer.echo(f"{hit.rank:5}  {hit.score:6.3f}  {hit.path}{more}")
+    if any(answer.accepted is False for answer in answers) and not anyway and not json:
+        typer.echo("`--anyway` lists the nearest all the same")
+    if grid:
+        from ucir.reports.figures import hit_grid
+
+        pictures = (
+            [searcher.picture(like)]
+            if like
+            else [open_query(path, searcher.model.pack.max_pixels) for path in query or []]
+        )
+        found = [[searcher.picture(hit.id) for hit in answer.hits] for answer in answers]
+        grid.write_bytes(hit_grid(pictures, found))
+        typer.echo(f"grid: {grid}", err=json)
+
+
+@app.command()
+def serve(
+    index: Annotated[
+        list[Path] | None,
+        typer.Argument(help="Indexes, or the collections beside which they lie. Default: the only one here."),
+    ] = None,
+    host: Annotated[
+        str, typer.Option(help="Address to listen at; 0.0.0.0 = for others, too, who then need the token.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535)] = 8000,
+    token: Annotated[
+        str | None,
+        typer.Option(
+            envvar="UCIR_TOKEN",
+            help="What every request must bring. Default: none on this machine, a new one for others.",
+        ),
+    ] = None,
+    name: Annotated[
+        list[str] | None, typer.Option(help="A name that others call this machine by; may be repeated.")
+    ] = None,
+) -> None:
+    """Serve a page on which a drawing or a picture finds pictures, and its API (/openapi.json).
+
+    \b
+      uv run ucir serve photos
+      curl -F picture=@sketch.png 'http://127.0.0.1:8000/api/search?index=photos&k=5'
+
+    It answers this machine alone, unless --host says otherwise. An index that is brought up to date meanwhile
+    is taken up. /health and /metrics (Prometheus) tell how it does. Ctrl+C ends it.
+    """
+    from ucir.retrieval.search import index_folder, only_index
+    from ucir.serve.run import run_server
+
+    folders = [index_folder(path) for path in index or [only_index()]]
+    run_server(folders, host, port, token, list(name or []))
 
 
 def _dataset_block(dataset: str) -> DatasetParams:

@@ -5,17 +5,22 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import shutil
 import signal
 import threading
 import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 import torch
 from mlflow import MlflowClient
 
+from tests.conftest import make_images
+from tests.retrieval.test_search import tiny_model
+from ucir.cluster.index import embed_on_ray
 from ucir.cluster.launch import at_once, connect, embed_on_cluster, train_all
 from ucir.config.base import checked
 from ucir.config.cluster import ClusterParams
@@ -26,6 +31,7 @@ from ucir.models.checkpoints import load_state, save_encoder
 from ucir.models.embedding import embed, embed_here
 from ucir.models.encoder import new_encoder
 from ucir.paths import FEATURES
+from ucir.retrieval.index import Compute, FileEmbedder, left_out, update_index
 from ucir.runs.cost import describe
 from ucir.runs.reporter import RunReporter
 from ucir.runs.run import PairRun, embedder_of, materialise, plan_runs
@@ -353,3 +359,24 @@ def test_two_ray_workers_train_what_one_process_does(prepared: Path, store: str,
         stored[name] = {path.name: path.read_bytes() for path in (FEATURES / name).iterdir()}
     assert len(stored["here"]) == 10, "plain, views and hashes of three domains, and what they are of"
     assert stored["ray"] == stored["here"]
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("ray")
+def test_two_workers_index_what_one_process_does(tmp_path: Path, ray_cluster: None) -> None:
+    source = make_images(tmp_path / "many", per_class=12)
+    (source / "art/cross/broken.png").write_bytes(b"no picture")
+    model = tiny_model()
+    here = update_index(source, tmp_path / "here", model)
+
+    def on_ray(embedder: FileEmbedder) -> Compute:
+        return embed_on_ray(embedder, ClusterParams(num_workers=2, use_gpu=False))
+
+    there = update_index(source, tmp_path / "there", model, compute=on_ray)
+    assert (there.state, there.count, there.bad) == (here.state, here.count, 1)
+    rows = [np.load(tmp_path / name / f"rows-{here.state}.npy") for name in ("here", "there")]
+    assert np.array_equal(*rows)
+    assert left_out(tmp_path / "there") == left_out(tmp_path / "here")
+    archive = Path(shutil.make_archive(str(tmp_path / "zipped"), "zip", source))
+    with pytest.raises(UserError, match="workers read folders alone"):
+        update_index(archive, tmp_path / "zip", model, compute=on_ray)

@@ -84,6 +84,10 @@ def test_two_folders_become_a_model_in_one_file(
     results = Path("results/my_sketches_photos/closed/protoot/evaluate/my_sketches-photos-s0.npz")
     stored = load_features(results)["photos"]
     assert (features.numpy() @ stored.float().numpy().T).max() > 0.999
+    assert {name: tuple(x.shape) for name, x in model.samples.items()} == {
+        "my_sketches": (24, 128),
+        "photos": (24, 128),
+    }
     scores = json.loads((results.parent.parent / "metrics.json").read_text())
     assert scores == {"mean": {}, "directions": {}}, "no labels, so no scores"
 

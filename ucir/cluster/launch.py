@@ -245,7 +245,7 @@ def _worker_main(config: dict[str, Any]) -> None:
 def connect(cluster: ClusterParams, uri: str) -> None:
     """Join the cluster at RAY_ADDRESS, or start one on this machine that holds the workers.
 
-    Prints where to look meanwhile.
+    Prints where to look meanwhile; ``uri`` is that of the tracking store, empty where nothing is tracked.
     """
     import ray
 
@@ -268,7 +268,8 @@ def connect(cluster: ClusterParams, uri: str) -> None:
     there = ray.cluster_resources()
     held = ", ".join(f"{there[name]:g} {name}" for name in ("CPU", "GPU") if name in there)
     dashboard = f"http://{context.dashboard_url}" if context.dashboard_url else "off"
-    print(f"cluster: {held}; dashboard: {dashboard}; runs: {tracking.experiment_url(uri)}", flush=True)
+    runs = f"; runs: {tracking.experiment_url(uri)}" if uri else ""
+    print(f"cluster: {held}; dashboard: {dashboard}{runs}", flush=True)
 
 
 def ray_folder() -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import re
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Literal
@@ -52,21 +53,31 @@ class _BrokenError(Exception):
     """Why a picture is left out."""
 
 
-def decode_image(data: bytes, max_pixels: int) -> Image.Image:
+def decode_image(
+    data: bytes, max_pixels: int, formats: Sequence[str] | None = None, animated: bool = True
+) -> Image.Image:
     """An image file's bytes as upright RGB: EXIF turned, transparency on white, first frame.
 
     Values of more than 8 bits and floats are brought to 8 so that the picture keeps its contrast.
+
+    Args:
+        data: the file's bytes.
+        max_pixels: of larger ones nothing is decoded.
+        formats: those of Pillow that are read; None: all but PostScript.
+        animated: whether of several frames the first is taken, or the picture refused.
 
     Raises:
         ValueError: not an image, broken, or too large; the message is the reason.
     """
     try:
         try:
-            return _decoded(data, max_pixels)
+            return _decoded(data, max_pixels, formats, animated)
         except ValueError:
             if (without := _without_text(data)) == data:
                 raise
-            return _decoded(without, max_pixels)  # Pillow refuses text of more than a mebibyte
+            return _decoded(
+                without, max_pixels, formats, animated
+            )  # Pillow refuses text of more than a mebibyte
     except _BrokenError as error:
         raise ValueError(str(error)) from None
     except UnidentifiedImageError:
@@ -76,8 +87,12 @@ def decode_image(data: bytes, max_pixels: int) -> Image.Image:
         raise ValueError(f"broken image: {words.splitlines()[0][:200]}") from None
 
 
-def _decoded(data: bytes, max_pixels: int) -> Image.Image:
-    image: Image.Image = Image.open(io.BytesIO(data), formats=_formats())
+def _decoded(data: bytes, max_pixels: int, formats: Sequence[str] | None, animated: bool) -> Image.Image:
+    image: Image.Image = Image.open(
+        io.BytesIO(data), formats=[name for name in _formats() if formats is None or name in formats]
+    )
+    if not animated and image.format in ("GIF", "PNG", "WEBP") and getattr(image, "is_animated", False):
+        raise _BrokenError("an animation: send one of its pictures")
     width, height = image.size
     if width * height > max_pixels:
         raise _BrokenError(f"{width} x {height} pixels, more than max_pixels = {max_pixels}")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,7 +27,9 @@ from ucir.data.pack import stored_size
 from ucir.errors import UserError, nearest
 from ucir.models.checkpoints import load_encoder, load_state, save_encoder
 from ucir.models.encoder import Encoder, new_encoder
+from ucir.models.pretrained import EMBEDDED, EMBEDDED_SIDE, EMBEDDED_TRUNK, load_weights
 from ucir.models.trunk import StoredTrunk
+from ucir.paths import MODELS
 
 FORMAT = 1
 BATCH = 64
@@ -46,6 +48,39 @@ class Model:
     """Names of its training's two domains, in its order."""
     trunk_file: dict[str, str] = field(default_factory=dict)
     """Where the frozen trunk's weights lie, as ``path`` and ``sha256``, if the file holds the head alone."""
+    used: Literal["head", "pooled"] = "head"
+    """What stands for a picture: the head's output, or what goes into it."""
+    samples: dict[str, Tensor] = field(default_factory=dict)
+    """Unit features of some of its training's pictures by domain, float16 (n, D): what a limit is learnt from
+    beyond which nothing is like a query."""
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        facts = self.facts
+        if "method" not in facts:
+            return self.encoder.params.trunk_name
+        return f"{facts['method']} on {facts['dataset']} {facts['pair']}"
+
+    @property
+    def dim(self) -> int:
+        """Length of what stands for a picture."""
+        return self.encoder.pooled_dim if self.used == "pooled" else self.encoder.feature_dim
+
+    def digest(self) -> str:
+        """sha256 of all that a picture's features depend on."""
+        digest = hashlib.sha256()
+        how = (self.encoder.params, self.view, self.pack)
+        for text in (*(block.model_dump_json() for block in how), self.used):
+            digest.update(text.encode())
+        for name, value in self.encoder.state_dict().items():
+            digest.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    def on(self, device: torch.device | str) -> Model:
+        """The same, on a device."""
+        self.encoder.to(device)
+        return self
 
     def whole(self) -> Model:
         """The same, to be written as a file that holds the trunk, too."""
@@ -55,24 +90,21 @@ class Model:
     def features(
         self,
         pictures: Iterable[np.ndarray],
-        features: Literal["head", "pooled"] = "head",
+        features: Literal["head", "pooled"] | None = None,
         domain: str | None = None,
     ) -> Iterator[Tensor]:
         """Unit features, (B, D) float32 on the CPU, a batch at a time: those that a pack's pictures get.
 
         Args:
             pictures: uint8 (height, width, 3), RGB, of any size, one after the other.
-            features: the head's output, or what goes into it.
+            features: the head's output, or what goes into it; None: what the model is used with.
             domain: of the pictures, one of ``domains``; None: that whose centre is the nearest, a picture
                 at a time.
 
         Raises:
             UserError: the model knows no such domain.
         """
-        if domain is not None and domain not in self.domains:
-            raise UserError(f"domain {domain!r} is unknown to this model; {nearest(domain, self.domains)}")
-        number = None if domain is None else self.domains.index(domain)
-        self.encoder.eval()
+        self.check_domain(domain)
         stored: list[np.ndarray] = []
         sizes: list[tuple[int, int]] = []
         for picture in pictures:
@@ -80,20 +112,64 @@ class Model:
             stored.append(fitted(image, self.pack))
             sizes.append(stored_size(image.size, self.pack.fit))
             if len(stored) == BATCH:
-                yield self._embed(stored, sizes, features == "pooled", number)
+                yield self.embed(stored, sizes, domain, features)
                 stored, sizes = [], []
         if stored:
-            yield self._embed(stored, sizes, features == "pooled", number)
+            yield self.embed(stored, sizes, domain, features)
 
-    def _embed(
-        self, stored: list[np.ndarray], sizes: list[tuple[int, int]], pooled: bool, domain: int | None
+    def check_domain(self, domain: str | None) -> None:
+        """Raises UserError: the model knows no such domain."""
+        if domain is not None and domain not in self.domains:
+            raise UserError(f"domain {domain!r} is unknown to this model; {nearest(domain, self.domains)}")
+
+    @torch.no_grad()
+    def embed(
+        self,
+        stored: list[np.ndarray],
+        sizes: list[tuple[int, int]],
+        domain: str | None = None,
+        features: Literal["head", "pooled"] | None = None,
     ) -> Tensor:
+        """Unit features of one batch, (B, D) float32 on the CPU; may run in any thread.
+
+        Args:
+            stored: squares as ``pack`` stores them, uint8 (side, side, 3).
+            sizes: width and height of what each shows.
+            domain, features: as of :meth:`features`.
+        """
         pixels = torch.from_numpy(np.stack(stored))
         views = eval_views(pixels, torch.tensor(sizes), self.view, self.encoder.form)
         device = self.encoder.device
-        domain_B = None if domain is None else torch.full((len(views),), domain, device=device)
-        features: Tensor = self.encoder(views.to(device), pooled, domain_B)
-        return features.cpu()
+        number = None if domain is None else self.domains.index(domain)
+        domain_B = None if number is None else torch.full((len(views),), number, device=device)
+        views = views.to(device, memory_format=torch.channels_last)
+        out: Tensor = self.encoder(views, (features or self.used) == "pooled", domain_B)
+        return out.cpu()
+
+
+def embedded_model() -> Model:
+    """The network that came with the installation: learnt with ImageNet's labels, adapted to nothing."""
+    encoder = new_encoder(EncoderParams(trunk={"timm": EMBEDDED_TRUNK}), 0)
+    origin = load_weights(encoder.trunk, EMBEDDED_TRUNK, EMBEDDED)
+    view, pack = ViewParams(side=EMBEDDED_SIDE, eval_crop=1.0), PackParams(side=EMBEDDED_SIDE)
+    return Model(encoder.eval(), view, pack, {"weights": asdict(origin)}, used="pooled")
+
+
+def find_model(name: str, device: torch.device | str = "cpu") -> Model:
+    """A model by its file, by its name under ``models/``, or ``embedded``.
+
+    Raises:
+        UserError: there is none; as :func:`load_model`.
+    """
+    if name == EMBEDDED:
+        return embedded_model().on(device)
+    path, by_name = Path(name), MODELS / name / "model.pt"
+    if not path.is_file() and not by_name.exists():
+        known = [EMBEDDED, *(file.parent.name for file in MODELS.glob("*/model.pt"))]
+        raise UserError(
+            f"--model {name!r}: neither a file nor one of this project's models; {nearest(name, known)}"
+        )
+    return load_model(path if path.is_file() else by_name, device)
 
 
 def save_model(model: Model, path: Path) -> None:
@@ -106,6 +182,8 @@ def save_model(model: Model, path: Path) -> None:
         "facts": model.facts,
         "domains": list(model.domains),
         "trunk_file": model.trunk_file,
+        "used": model.used,
+        "samples": model.samples,
     }
     save_encoder(model.encoder, path, model=block)
 
@@ -140,7 +218,8 @@ def load_model(path: Path | str, device: torch.device | str = "cpu") -> Model:
         load_encoder(encoder, path)
     view, pack = ViewParams(**block["view"]), PackParams(**block["pack"])
     domains = tuple(block.get("domains", ()))
-    return Model(encoder.to(device).eval(), view, pack, block["facts"], domains)
+    used, samples = block.get("used", "head"), block.get("samples", {})
+    return Model(encoder.to(device).eval(), view, pack, block["facts"], domains, {}, used, samples)
 
 
 def _trunk_path(path: Path, trunk_file: dict[str, str]) -> Path:

@@ -19,6 +19,8 @@ from ucir.models.trunk import Trunk
 
 EMBEDDED, HUB = "embedded", "hub"
 EMBEDDED_TRUNK = "tf_efficientnet_lite0"
+EMBEDDED_SIDE = 128
+"""Pixels that it is used with: as in the study `pacs`, from which settings are taken."""
 FILES = ("model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors", "model.pth")
 """What a folder's weights are called, the first that is there; as timm looks for them."""
 PREFIXES = ("module.", "_orig_mod.", "backbone.", "teacher.", "student.", "model.", "trunk.", "encoder.")

@@ -110,6 +110,19 @@ def retrieval_grid(
     return _png(sheet)
 
 
+def hit_grid(queries: Sequence[Image.Image], hits: Sequence[Sequence[Image.Image]]) -> bytes:
+    """A row a query: the query (blue frame), then what was found, best first; PNG."""
+    cell = 2 * THUMB + 2 * FRAME + 2
+    columns = 1 + max(map(len, hits))
+    sheet = Image.new("RGB", (cell * columns + FRAME, cell * len(queries)), "white")
+    for row, (query, found) in enumerate(zip(queries, hits, strict=True)):
+        for column, image in enumerate((query, *found)):
+            small = ImageOps.pad(image.convert("RGB"), (2 * THUMB, 2 * THUMB), color="white")
+            framed = ImageOps.expand(small, FRAME, UNKNOWN if column else QUERY)
+            sheet.paste(framed, (column * cell + FRAME * bool(column), row * cell))
+    return _png(sheet)
+
+
 def query_slots(labels: Sequence[str], count: int) -> list[int]:
     """Queries to show: the first image of each class, class after class, the same for every method."""
     by_class = {

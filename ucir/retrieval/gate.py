@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -102,3 +103,21 @@ def _distances(kind: str, x_BD: Tensor, y_ND: Tensor) -> Tensor:
 
 def _largest(kind: str, x_BD: Tensor, y_ND: Tensor) -> float:
     return max(float(_distances(kind, part, y_ND).max()) for part in torch.split(x_BD, CHUNK))
+
+
+def calibrated_limit(nearest_Q: Tensor, false_rejections: float) -> float:
+    """A limit from the features alone: the distance beyond which nothing is taken to be like a query.
+
+    The quantile of split conformal prediction (Vovk et al. 2005; Lei et al. 2018): a new query of the same
+    kind as those given lies beyond it with a probability of at most ``false_rejections``, whatever the
+    features are. Queries without a counterpart among those given make the limit wider, never narrower.
+
+    Args:
+        nearest_Q: 1 - cosine of each query's nearest picture of the gallery.
+        false_rejections: from 0 to 1.
+
+    Returns:
+        The limit; the largest distance that there can be, 2, where there are too few queries to tell.
+    """
+    rank = math.ceil((len(nearest_Q) + 1) * (1 - false_rejections))
+    return 2.0 if rank > len(nearest_Q) else float(nearest_Q.sort().values[rank - 1])

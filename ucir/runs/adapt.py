@@ -10,7 +10,7 @@ from __future__ import annotations
 import csv
 import io
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +27,17 @@ from ucir.methods.base import ClusteredParams
 from ucir.methods.registry import METHODS, params_block
 from ucir.models.encoder import new_encoder
 from ucir.models.model import load_model, save_model
-from ucir.models.pretrained import EMBEDDED, EMBEDDED_TRUNK, HUB
+from ucir.models.pretrained import EMBEDDED, EMBEDDED_SIDE, EMBEDDED_TRUNK, HUB
 from ucir.paths import MODELS, PACKS, RESULTS, SOURCES, write_atomically
 from ucir.progress import clock
+from ucir.retrieval.evaluation import checkpoint_features
+from ucir.retrieval.index import SAMPLES
 from ucir.runs.cost import embedding_pace, measure_pace
 from ucir.runs.params import method_params
 from ucir.runs.run import plan_runs
 from ucir.runs.study import StudyFile, with_blocks
 from ucir.training.start import given_start
 
-SIDE = 128
-"""Pixels, of the embedded network: as in the study `pacs`, from which the methods' settings are taken."""
 TEMPLATE = "pacs"
 """The data set whose settings are taken."""
 CONTENTS = ".contents.csv"
@@ -106,6 +106,13 @@ class Adaptation:
         model = load_model(trained)
         if self.model_file.exists() and load_model(self.model_file).facts == model.facts:
             return self.model_file
+        params = load_params()
+        (run,) = plan_runs(params, self.name, "closed", self.method, (self.pair,), (0,))
+        domains = {domain.name: domain for domain in run.images()}
+        block, device = params.datasets[self.name], choose_device(params.cluster)
+        features = checkpoint_features(trained, block, domains, device)
+        # slots are in no meaningful order, so that the first ones are as good as any
+        model = replace(model, samples={name: x[:SAMPLES].half() for name, x in features.items()})
         self.model_file.parent.mkdir(parents=True, exist_ok=True)
         unfinished = self.model_file.with_suffix(".unfinished")
         save_model(model.whole(), unfinished)
@@ -178,7 +185,7 @@ def _dataset_block(name: str, folders: dict[str, Path], options: Options) -> dic
     trunk = options.trunk or EMBEDDED_TRUNK
     embedded = trunk.partition(".")[0] == EMBEDDED_TRUNK and options.weights in (None, EMBEDDED)
     encoder = {"trunk": {"timm": trunk}, "feature_dim": 128, "head": "residual"}
-    side = SIDE if embedded else new_encoder(EncoderParams(**encoder), 0).form.side
+    side = EMBEDDED_SIDE if embedded else new_encoder(EncoderParams(**encoder), 0).form.side
     return {
         "source": str(SOURCES / name),
         "pairs": ["-".join(folders)],

@@ -1,0 +1,345 @@
+"""An index is what one built anew would be, whatever happened to it; a search of it is exact, and says no."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Collection, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.conftest import draw, make_images, ucir
+from ucir.config.data import PackParams, ViewParams
+from ucir.config.model import EncoderParams
+from ucir.data.prepare import write_pack
+from ucir.errors import UserError
+from ucir.models.encoder import new_encoder
+from ucir.models.model import Model, save_model
+from ucir.retrieval import index as build
+from ucir.retrieval.gate import calibrated_limit
+from ucir.retrieval.index import File, FileEmbedder, IndexInfo, Outcome, embed_files, update_index
+from ucir.retrieval.search import Searcher
+
+
+def tiny_model(seed: int = 0) -> Model:
+    encoder = new_encoder(EncoderParams(trunk={"convnet": {"width": 4}}, feature_dim=8), seed).eval()
+    return Model(encoder, ViewParams(side=16, eval_crop=1.0), PackParams(side=20), {}, ("drawn", "photo"))
+
+
+def index(source: Path, model: Model | None = None, out: Path | None = None) -> IndexInfo:
+    return update_index(source, out or build.default_folder(source), model or tiny_model())
+
+
+def rows(folder: Path) -> dict[str, bytes]:
+    """Features by path."""
+    searcher = Searcher.load(folder)
+    return {
+        searcher._file(int(i))[0]: x.tobytes() for i, x in zip(searcher.id_N, searcher.rows_ND, strict=True)
+    }
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    make_images(tmp_path / "all", domains=("photos",))
+    (tmp_path / "all/photos").rename(tmp_path / "photos")
+    return tmp_path / "photos"
+
+
+def test_hits_are_those_of_the_models_features(photos: Path) -> None:
+    model = tiny_model()
+    index(photos, model)
+    files = sorted(photos.rglob("*.png"))
+    features = torch.cat(list(model.features(np.asarray(Image.open(f).convert("RGB")) for f in files)))
+    similarity = features @ features.T
+    for query in (0, 9):
+        (answer,) = Searcher.load(photos).search(files[query], 5)
+        values, places = similarity[query].topk(5)
+        assert [hit.path for hit in answer.hits] == [str(files[i].relative_to(photos)) for i in places]
+        assert [hit.score for hit in answer.hits] == pytest.approx(values.tolist(), abs=1e-5)
+        assert [hit.rank for hit in answer.hits] == [1, 2, 3, 4, 5]
+        assert answer.accepted is None
+        pixels = np.asarray(Image.open(files[query]).convert("RGB"))
+        for other in Searcher.load(photos).search([pixels, Image.fromarray(pixels)], 5):
+            assert [hit.path for hit in other.hits] == [hit.path for hit in answer.hits]
+
+
+def test_an_index_brought_up_to_date_is_one_built_anew(photos: Path, tmp_path: Path) -> None:
+    index(photos)
+    rng = np.random.default_rng(1)
+    for number in range(3):
+        draw("cross", rng).save(photos / f"cross/new{number}.png")
+        draw("square", rng).save(photos / f"circle/{number}.png")  # another picture under an old name
+        (photos / f"square/{number}.png").unlink()
+    shutil.copy(photos / "cross/0.png", photos / "cross/same.png")
+    (photos / "cross/5.png").rename(photos / "square/moved.png")
+    (photos / "cross/broken.png").write_bytes((photos / "cross/0.png").read_bytes()[:40])
+    read: list[str] = []
+
+    def watched(embedder: FileEmbedder) -> build.Compute:
+        def compute(files: Iterator[File], known: Collection[bytes]) -> Iterator[list[tuple[str, Outcome]]]:
+            for outcomes in embed_files(embedder)(files, known):
+                read.extend(path for path, _ in outcomes)
+                yield outcomes
+
+        return compute
+
+    folder = build.default_folder(photos)
+    info = update_index(photos, folder, tiny_model(), compute=watched)
+    assert len(read) == 9, "files that did not change are not read"
+    anew = index(photos, out=tmp_path / "anew")
+    assert rows(folder) == rows(tmp_path / "anew")
+    assert (info.state, info.count, info.bad) == (anew.state, anew.count, 1)
+    ((path, fault),) = build.left_out(folder)
+    assert path == "cross/broken.png"
+    assert "not an image" in fault
+    assert len(list(folder.glob("rows-*"))) == 1
+    update_index(photos, folder, tiny_model(), compute=watched)
+    assert len(read) == 9
+
+
+def test_a_killed_indexing_goes_on_and_ends_as_an_undisturbed_one(tmp_path: Path) -> None:
+    source = make_images(tmp_path / "many", per_class=60)
+    save_model(tiny_model(), tmp_path / "model.pt")
+    slow = """
+import sys, time, torch
+from pathlib import Path
+from ucir.models.model import load_model
+from ucir.retrieval import index
+torch.set_num_threads(1)
+plain = index.FileEmbedder._features
+def slowly(self, images):
+    time.sleep(0.2)
+    return plain(self, images)
+index.FileEmbedder._features = slowly
+index.update_index(Path("many"), Path("many.index"), load_model("model.pt"))
+"""
+    kept = []
+    for _ in range(3):
+        process = subprocess.Popen([sys.executable, "-c", slow], cwd=tmp_path)
+        database = tmp_path / "many.index/pictures.sqlite"
+        before = _pictures(database)
+        while process.poll() is None and _pictures(database) < before + 64:
+            time.sleep(0.05)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        kept.append(_pictures(database))
+    assert kept == sorted(set(kept)), "what was done is kept"
+    with pytest.raises(UserError, match=r"many\.index: an unfinished index"):
+        Searcher.load(tmp_path / "many")
+    index(source)
+    index(source, out=tmp_path / "undisturbed")
+    assert rows(tmp_path / "many.index") == rows(tmp_path / "undisturbed")
+
+
+def _pictures(database: Path) -> int:
+    import sqlite3
+
+    if not database.exists():
+        return 0
+    opened = sqlite3.connect(database, timeout=60)
+    try:
+        return int(opened.execute("SELECT count(*) FROM picture").fetchone()[0])
+    except sqlite3.OperationalError:  # it has no tables yet
+        return 0
+    finally:
+        opened.close()
+
+
+def test_archives_and_packs_are_indexed_too(photos: Path, tmp_path: Path) -> None:
+    index(photos)
+    archive = Path(shutil.make_archive(str(tmp_path / "zipped"), "zip", photos))
+    index(archive)
+    assert rows(tmp_path / "zipped.zip.index") == rows(build.default_folder(photos))
+    (tmp_path / "two/photos").parent.mkdir()
+    shutil.copytree(photos, tmp_path / "two/photos")
+    shutil.copytree(photos, tmp_path / "two/others")
+    write_pack(tmp_path / "two", ["photos"], tmp_path / "pack", PackParams(side=20))
+    index(tmp_path / "pack")
+    packed = {path.removeprefix("photos/"): x for path, x in rows(tmp_path / "pack.index").items()}
+    assert packed == rows(build.default_folder(photos))
+    with pytest.raises(UserError, match=r"stored at 20 px .*, the model takes 24 px"):
+        index(tmp_path / "pack", replace(tiny_model(), pack=PackParams(side=24)), tmp_path / "other")
+
+
+def test_models_are_never_mixed(photos: Path) -> None:
+    index(photos)
+    with pytest.raises(UserError, match="by another model: give another --out"):
+        index(photos, tiny_model(seed=1))
+    with pytest.raises(UserError, match="of pictures seen as any domain"):
+        update_index(photos, build.default_folder(photos), tiny_model(), "drawn")
+    build.remove_index(build.default_folder(photos))
+    index(photos, tiny_model(seed=1))
+    (photos / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="no index: it holds"):
+        build.remove_index(photos)
+    assert (photos / "notes.txt").exists()
+    index_json = build.default_folder(photos) / "index.json"
+    index_json.write_text(json.dumps({**json.loads(index_json.read_text()), "format": 99}))
+    with pytest.raises(UserError, match="format 99, this version reads 1"):
+        Searcher.load(photos)
+
+
+def test_near_duplicates_are_folded_and_others_are_not(photos: Path) -> None:
+    original = Image.effect_mandelbrot((96, 96), (-2, -1.2, 0.8, 1.2), 60).convert("RGB")
+    original.save(photos / "circle/fractal.png")
+    original.resize((161, 161), Image.Resampling.BICUBIC).save(photos / "circle/large.jpg", quality=70)
+    shutil.copy(photos / "circle/fractal.png", photos / "square/copy.png")
+    original.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(photos / "circle/turned.png")
+    index(photos)
+    searcher = Searcher.load(photos)
+    (plain,) = searcher.search(original, 26)
+    (folded,) = searcher.search(original, 26, hide_duplicates=True)
+    assert len(plain.hits) == 26
+    first, *others = folded.hits
+    assert {first.path, *first.duplicates} == {"circle/fractal.png", "circle/large.jpg", "square/copy.png"}
+    assert [hit.path for hit in others if not hit.duplicates].count("circle/turned.png") == 1
+    assert sum(1 + len(hit.duplicates) for hit in folded.hits) == 26, "none is lost"
+    assert [len(a.hits) for a in searcher.search([original] * 2, 20, hide_duplicates=True)] == [20, 20]
+
+
+def test_folders_likes_and_mistakes(photos: Path) -> None:
+    index(photos)
+    searcher = Searcher.load(photos)
+    query = photos / "circle/1.png"
+    (answer,) = searcher.search(query, 100, below="cross")
+    assert len(answer.hits) == 8
+    assert all(hit.path.startswith("cross/") for hit in answer.hits)
+    (same,) = searcher.search(query, 100)
+    like = searcher.like("circle/1.png", 4)
+    assert [hit.path for hit in like.hits] == [hit.path for hit in same.hits[1:5]]
+    assert searcher.like(same.hits[0].id, 4).hits == like.hits
+    assert Image.open(build_thumbnail(searcher, like.hits[0].id)).size == (20, 20)
+    for call, message in (
+        (lambda: searcher.search(query, below="crss"), "did you mean 'cross'"),
+        (lambda: searcher.search(query, domain="foto"), "did you mean 'photo'"),
+        (lambda: searcher.search(query, 0), "k = 0: at least 1"),
+        (lambda: searcher.search(photos / "none.png"), "none.png: No such file"),
+        (lambda: searcher.search(Path(__file__)), "not an image"),
+        (lambda: searcher.like("circle/none.png"), "no such picture"),
+        (lambda: searcher.thumbnail("../../etc/passwd"), "no thumbnail"),
+        (lambda: Searcher.load(photos / "cross"), "no index: `uv run ucir index <pictures>` makes it"),
+        (lambda: index(photos / "cross/nothing"), "no such folder"),
+    ):
+        with pytest.raises(UserError, match=message) as error:
+            call()
+        assert "\n" not in str(error.value)
+
+
+def build_thumbnail(searcher: Searcher, id: str) -> object:
+    import io
+
+    return io.BytesIO(searcher.thumbnail(id))
+
+
+def test_the_limit_rejects_as_many_as_it_says_and_what_is_unlike_all() -> None:
+    rng = torch.Generator().manual_seed(0)
+    known, new = torch.rand(400, generator=rng), torch.rand(4000, generator=rng)
+    limit = calibrated_limit(known, 0.1)
+    assert limit == float(known.sort().values[360])  # the 361st of 400: ceil(401 * 0.9)
+    assert 0.07 < float((new > limit).float().mean()) < 0.13
+    assert calibrated_limit(torch.rand(8), 0.05) == 2.0, "too few to tell"
+
+
+def test_queries_beyond_the_limit_are_told(photos: Path) -> None:
+    model = tiny_model()
+    plain = index(photos, model)
+    assert plain.limits == {}
+    sample = build.sample_features(model, photos)
+    assert len(sample) == 22
+    info = update_index(photos, build.default_folder(photos), model, query_features={"drawn": sample})
+    (limit,) = info.limits.values()
+    searcher = Searcher.load(photos)
+    scores = searcher.rows_ND @ searcher.rows_ND.T - 2 * np.eye(22, dtype=np.float32)
+    nearest = np.sort(1 - scores.max(axis=1))
+    assert limit == pytest.approx(nearest[21], abs=1e-4), "a picture is not its own counterpart"
+    (answer,) = searcher.search(photos / "cross/1.png", 3)
+    assert answer.accepted
+    (answer,) = searcher.search(photos / "cross/1.png", 3, limit=-1)
+    assert answer.accepted is False
+    assert answer.reason == "nothing like it here: nearest 0.00 beyond the limit -1.00"
+    assert len(answer.hits) == 3, "who wants them all the same has them"
+    again = index(photos, model)
+    assert again.limits == info.limits, "bringing it up to date keeps them"
+
+
+def test_an_inverted_file_is_used_where_it_recalls_and_can_forget(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "EXACT_UP_TO", 100)
+    monkeypatch.setattr(build, "POINTS_A_CELL", 8)
+    monkeypatch.setattr(build, "RECALL_DEPTHS", (5,))
+    model, many = tiny_model(), make_images(tmp_path / "many", per_class=40)
+    info = index(many, model)
+    assert info.kind == "ivf"
+    assert info.recall["5"] >= 0.99
+    assert info.probes <= info.cells // 2
+    exact = Searcher.load(many)
+    inverted, exact.inverted = exact.inverted, None
+    queries = sorted(photos.rglob("*.png"))
+    wanted = exact.search(queries, 5)
+    exact.inverted = inverted
+    found = exact.search(queries, 5)
+    same = [a.hits[i].path == b.hits[i].path for a, b in zip(found, wanted, strict=True) for i in range(5)]
+    assert np.mean(same) > 0.9
+    (below,) = exact.search(queries[0], 5, below="photo/cross")
+    assert all(hit.path.startswith("photo/cross/") for hit in below.hits)
+    for file in sorted(many.rglob("1*.png")):
+        file.unlink()
+    draw("cross", np.random.default_rng(5)).save(many / "photo/cross/new.png")
+    later = index(many, model)
+    assert later.kind == "ivf"
+    assert later.learnt_from == info.count, "it forgets and learns without being built anew"
+    searcher = Searcher.load(many)
+    assert sorted(build._held_ids(searcher.inverted)) == sorted(searcher.id_N)
+    (new,) = searcher.search(many / "photo/cross/new.png", 1)
+    assert new.hits[0].path == "photo/cross/new.png"
+    monkeypatch.setattr(build, "RECALL", 2.0)  # which nothing reaches
+    build.remove_index(build.default_folder(many))
+    assert index(many, model).kind == "exact"
+
+
+def test_recall_counts_hits_as_near_as_the_true_ones() -> None:
+    true = np.array([[0.9, 0.8, 0.7], [0.5, 0.5, 0.5]], np.float32)
+    found = np.array([[0.9, 0.7, 0.6], [0.5, 0.5, 0.5]], np.float32)
+    assert build.recall_at(1, found, true) == 1
+    assert build.recall_at(2, found, true) == 0.75
+    assert build.recall_at(3, found, true) == pytest.approx(5 / 6)
+
+
+def test_the_commands_teach_and_print(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_model(tiny_model(), tmp_path / "model.pt")
+    (photos / "cross/notes.jpg").write_text("no picture")
+    made = ucir("index", "photos", "--model", "model.pt", "--queries", "photos/cross")
+    assert "22 pictures of " in made
+    assert "left out: cross/notes.jpg: not an image" in made
+    assert "limit: nothing is like a query farther than 2.00 (cross)" in made
+    assert "22 pictures" in ucir("index", "photos")
+    table = ucir("search", "photos/cross/0.png", "--top", "3")
+    assert "within the limit 2.00" in table
+    assert "    1   1.000  cross/0.png" in table
+    lines = ucir("search", "photos/cross/0.png", "photos/circle/0.png", "--json", "--grid", "grid.png")
+    first, second = (json.loads(line) for line in lines.splitlines() if line.startswith("{"))
+    assert first["hits"][0] == {**first["hits"][0], "rank": 1, "path": "cross/0.png", "duplicates": []}
+    assert second["query"] == "photos/circle/0.png"
+    assert Image.open("grid.png").height > Image.open("grid.png").width / 11
+    none = ucir("search", "photos/cross/0.png", "--limit", "-1")
+    assert "nothing like it here" in none
+    assert "cross/0.png\n" not in none
+    assert "`--anyway` lists the nearest" in none
+    assert "cross/0.png\n" in ucir("search", "photos/cross/0.png", "--limit", "-1", "--anyway")
+    assert "like cross/0.png" in ucir("search", "--like", "cross/0.png", "--folder", "cross")
+    with pytest.raises(UserError, match="give pictures to search with, or --like"):
+        ucir("search")
+    with pytest.raises(UserError, match="--model 'mine': neither a file nor one"):
+        ucir("index", "photos", "--model", "mine")

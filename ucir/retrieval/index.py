@@ -1,0 +1,707 @@
+"""An index: a collection's features, ready for search, kept up to date with its pictures.
+
+A folder, ``photos.index/`` beside ``photos/`` unless told otherwise:
+
+- ``index.json``         what stands in it; written last: a reader finds a whole index, or the one before
+- ``pictures.sqlite``    by content hash: sizes, features, a thumbnail; by path: the content; files left out.
+  What a killed attempt has done is kept here
+- ``rows-<state>.npy``   the features, float32 (N, D), in the order of paths, memory-mapped
+- ``ids-<state>.npy``    of each row the file's number in ``pictures.sqlite``, int64
+- ``ivf-<state>.faiss``  of a large collection: faiss's inverted file, ids as above
+- ``model.pt``           the model that made the features, which queries pass through as well
+
+A picture's features depend on its content and the model alone, so that an index that was brought up to date
+is equal to one built anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import re
+import sqlite3
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import faiss
+import numpy as np
+import torch
+from filelock import FileLock, Timeout
+from PIL import Image
+
+from ucir.data.decode import decode_image, fitted
+from ucir.data.pack import map_rows, read_index, read_info, stored_size
+from ucir.data.source import NO_PICTURES, Source
+from ucir.devices import usable_cores
+from ucir.errors import UserError
+from ucir.models.model import Model, save_model
+from ucir.paths import write_atomically
+from ucir.retrieval.gate import calibrated_limit
+
+FORMAT = 1
+BATCH = 32
+"""Pictures that pass through the network at once. Batches are filled up to it: the same picture then gets the
+same features to the last bit, whatever stands beside it."""
+THUMBNAIL = 192
+"""Pixels of a thumbnail's longer side."""
+EXACT_UP_TO = 200_000
+"""Pictures up to which all of them are compared with a query: milliseconds."""
+RECALL = 0.99
+"""What an inverted file must reach to be used: else all pictures are compared."""
+RECALL_DEPTHS = (10, 200)
+RECALL_QUERIES = 256
+POINTS_A_CELL = 64
+"""Pictures that each cell of an inverted file is learnt from, faiss's own advice being 30 to 256."""
+SAME = 1e-4
+"""1 - cosine of a picture and itself, whose features were kept in float16."""
+LISTED = 10
+"""Files left out that are named at the end; all are in the database."""
+SAMPLES = 1000
+"""Pictures that a limit is learnt from: enough for a quantile to a percent."""
+FALSE_REJECTIONS = 0.05
+"""Share of queries like those of the training that the limit may reject."""
+
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS picture (
+    sha256 BLOB PRIMARY KEY, width INTEGER, height INTEGER, feature BLOB, thumbnail BLOB, look BLOB
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS file (
+    id INTEGER PRIMARY KEY AUTOINCREMENT, path TEXT UNIQUE, stamp TEXT, sha256 BLOB, fault TEXT
+);
+CREATE TABLE IF NOT EXISTS made_by (model TEXT, domain TEXT);
+"""
+
+
+@dataclass(frozen=True)
+class IndexInfo:
+    """``index.json``."""
+
+    format: int
+    source: str
+    """Where the pictures lay, absolute."""
+    model: str
+    """Its name, for people."""
+    model_digest: str
+    """sha256 of the weights and of how pictures come to them."""
+    domain: str | None
+    """As pictures of which of the model's domains the collection was seen; None: each of the nearest."""
+    state: str
+    """Changes with any picture; part of the files' names."""
+    count: int
+    """Pictures, without those left out."""
+    bad: int
+    """Files left out."""
+    dim: int
+    kind: str
+    """``exact``: all pictures are compared; ``ivf``: those of the nearest cells of an inverted file."""
+    cells: int = 0
+    probes: int = 0
+    """Cells that a query looks into."""
+    learnt_from: int = 0
+    """Pictures that there were when the cells were learnt."""
+    recall: dict[str, float] = field(default_factory=dict)
+    """By depth: share of hits at least as near as the true k-th, measured on ``recall_queries``."""
+    recall_queries: str = ""
+    limits: dict[str, float] = field(default_factory=dict)
+    """By the query's domain: 1 - cosine of the nearest picture beyond which nothing is like a query."""
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """A picture as the index keeps it."""
+
+    sha256: bytes
+    width: int
+    height: int
+    feature: bytes
+    """float32."""
+    thumbnail: bytes
+    """JPEG."""
+    look: bytes
+    """See :func:`look`."""
+
+
+@dataclass(frozen=True)
+class StoredPicture:
+    """A picture of a pack."""
+
+    sha256: bytes
+    """Of the file that it was decoded from."""
+    square: np.ndarray
+    width: int
+    height: int
+
+
+File = tuple[str, Callable[[], bytes | StoredPicture]]
+"""A path within the collection, and what reads it, in any thread."""
+Outcome = Embedded | bytes | str
+"""A picture; the hash of one that is known already; or why the file is left out."""
+
+
+class Compute(Protocol):
+    """Where files are read and embedded, in any order; see :func:`embed_files`."""
+
+    def __call__(
+        self, files: Iterator[File], known: Collection[bytes]
+    ) -> Iterator[list[tuple[str, Outcome]]]: ...
+
+
+@dataclass(frozen=True)
+class FileEmbedder:
+    """Reads files and embeds them, a batch at a time; picklable."""
+
+    model: Model
+    domain: str | None
+    thumbnails: bool = True
+
+    def __call__(self, batch: Sequence[File], known: Collection[bytes]) -> list[tuple[str, Outcome]]:
+        """Up to BATCH files, by path and how to read them."""
+        outcomes: list[tuple[str, Outcome]] = []
+        waiting: list[tuple[int, bytes, Image.Image, tuple[int, int]]] = []
+        for path, read in batch:
+            try:
+                data = read()
+                if isinstance(data, StoredPicture):
+                    digest, size = data.sha256, (data.width, data.height)
+                    image = None if digest in known else Image.fromarray(data.square)
+                else:
+                    digest = hashlib.sha256(data).digest()
+                    image = None if digest in known else decode_image(data, self.model.pack.max_pixels)
+                    size = image.size if image else (0, 0)
+                if image:
+                    waiting.append((len(outcomes), digest, image, size))
+                outcomes.append((path, digest))
+            except (OSError, ValueError) as error:
+                outcomes.append((path, str(error)))
+        if waiting:
+            features = self._features([(image, size) for _, _, image, size in waiting])
+            for (place, digest, image, size), feature in zip(waiting, features, strict=True):
+                path = outcomes[place][0]
+                outcomes[place] = (path, self._embedded(digest, image, size, feature))
+        return outcomes
+
+    def _features(self, images: list[tuple[Image.Image, tuple[int, int]]]) -> np.ndarray:
+        stored = [fitted(image, self.model.pack) for image, _ in images]
+        sizes = [stored_size(size, self.model.pack.fit) for _, size in images]
+        spare = BATCH - len(images)
+        stored += [np.zeros_like(stored[0])] * spare
+        sizes += [sizes[0]] * spare
+        return self.model.embed(stored, sizes, self.domain)[: len(images)].numpy()
+
+    def _embedded(
+        self, digest: bytes, image: Image.Image, size: tuple[int, int], feature: np.ndarray
+    ) -> Embedded | str:
+        if not np.isfinite(feature).all():
+            return "the network's features of it are not finite"
+        thumbnail = image.copy()
+        thumbnail.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.BICUBIC, reducing_gap=2)
+        jpeg = io.BytesIO()
+        if self.thumbnails:
+            thumbnail.save(jpeg, "jpeg", quality=82)
+        return Embedded(digest, *size, feature.tobytes(), jpeg.getvalue(), look(thumbnail))
+
+
+def look(image: Image.Image) -> bytes:
+    """What near duplicates are known by, 80 bytes: hardly changed by scaling or compression.
+
+    First where it becomes brighter to the right, 16 x 16 bits: the difference hash of N. Krawetz, with a
+    margin, so that a flat ground is 0 whatever its noise. Then its colours, 4 x 4 x 3 bytes.
+    """
+    grey = np.asarray(image.convert("L").resize((17, 16), Image.Resampling.BOX), np.int16)
+    colours = np.asarray(image.resize((4, 4), Image.Resampling.BOX), np.uint8)
+    return np.packbits(grey[:, 1:] > grey[:, :-1] + 4).tobytes() + colours.tobytes()
+
+
+def embed_files(embedder: FileEmbedder) -> Compute:
+    """In this process: on a GPU, or one batch on each core."""
+
+    def compute(files: Iterator[File], known: Collection[bytes]) -> Iterator[list[tuple[str, Outcome]]]:
+        threads = usable_cores()
+        on_cpu = embedder.model.encoder.device.type == "cpu"
+        pool = ThreadPoolExecutor(threads)
+        if on_cpu:  # many small operations gain nothing by spreading
+            pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+        ahead: deque[Future[list[tuple[str, Outcome]]]] = deque()
+        try:
+            for batch in batches(files):
+                ahead.append(pool.submit(embedder, batch, known))
+                if len(ahead) > 2 * threads:  # bounds what waits in memory
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    return compute
+
+
+def batches(files: Iterable[File]) -> Iterator[list[File]]:
+    """Lists of BATCH files."""
+    batch: list[File] = []
+    for file in files:
+        batch.append(file)
+        if len(batch) == BATCH:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def default_folder(source: Path) -> Path:
+    """Beside the collection: ``photos.index``."""
+    source = source.resolve()
+    return source.with_name(f"{source.name}.index")
+
+
+def update_index(
+    source: Path,
+    out: Path,
+    model: Model,
+    domain: str | None = None,
+    compute: Callable[[FileEmbedder], Compute] = embed_files,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    thumbnails: bool = True,
+    query_features: Mapping[str, torch.Tensor] | None = None,
+) -> IndexInfo:
+    """Make an index, or bring it up to date: what its files show to be the same is not read again.
+
+    Args:
+        source: a folder, an archive, or a pack.
+        out: folder of the index.
+        model: an index has one for good.
+        domain: as pictures of which of the model's domains the collection is seen; None: each of the nearest.
+        compute: where files are embedded.
+        progress: called with files done, and files in all.
+        thumbnails: whether they are kept; a page of hits needs them.
+        query_features: unit features (Q, D) of pictures like those that will be asked with, by domain: what
+            the limits are learnt from; those that the model brings, if None.
+
+    Raises:
+        UserError: no such collection, or no picture in it; the index is of another model or of another
+            version; another process writes it; the disk is full. What was done is kept.
+    """
+    files, reads = _collection(source, model)
+    out.mkdir(parents=True, exist_ok=True)
+    with _only_writer(out), _database(out) as database:
+        _check_maker(out, database, model, domain)
+        if not (out / MODEL_FILE).exists():
+            save_model(model.whole(), out / MODEL_FILE)
+        _take_up(database, files, reads, compute(FileEmbedder(model, domain, thumbnails)), progress)
+        bad = database.execute("SELECT count(*) FROM file WHERE fault IS NOT NULL").fetchone()[0]
+        count = database.execute("SELECT count(*) FROM file WHERE fault IS NULL").fetchone()[0]
+        if not count:
+            raise UserError(f"{source}: no picture in it{_first_fault(database)}")
+        state = _state(database, model)
+        before = read_index_info(out) if (out / INFO_FILE).exists() else None
+        samples = dict(model.samples if query_features is None else query_features)
+        rows, ids = _write_rows(out, database, state, count, model.dim)
+        info = IndexInfo(
+            FORMAT,
+            str(source.resolve()),
+            model.name,
+            model.digest(),
+            domain,
+            state,
+            count,
+            bad,
+            model.dim,
+            "exact",
+        )
+        info = _with_cells(out, info, before, rows, ids, samples)
+        limits = before.limits if before and before.state == state and query_features is None else None
+        info = replace(info, limits=_limits(rows, samples) if limits is None else limits)
+        write_atomically(json.dumps(asdict(info), indent=1) + "\n", out / INFO_FILE)
+    for old in (*out.glob("rows-*"), *out.glob("ids-*"), *out.glob("ivf-*")):
+        if state not in old.name:
+            old.unlink()
+    return info
+
+
+def sample_features(model: Model, source: Path, count: int = SAMPLES) -> torch.Tensor:
+    """Unit features (n, D) of some pictures of a collection, for limits.
+
+    Raises:
+        UserError: no such collection, or no picture in it.
+    """
+    files, read = _collection(source, model)
+    chosen = sorted(files, key=lambda path: hashlib.sha256(path.encode()).digest())[:count]
+    outcomes = [
+        one for part in embed_files(FileEmbedder(model, None, False))(read(chosen), ()) for one in part
+    ]
+    rows = [np.frombuffer(o.feature, np.float32) for _, o in outcomes if isinstance(o, Embedded)]
+    if not rows:
+        raise UserError(f"{source}: no picture in it")
+    return torch.from_numpy(np.stack(rows))
+
+
+INFO_FILE, MODEL_FILE, DATABASE = "index.json", "model.pt", "pictures.sqlite"
+
+
+def read_index_info(folder: Path) -> IndexInfo:
+    """``index.json``.
+
+    Raises:
+        UserError: no index, an unfinished one, or of another version.
+    """
+    file = folder / INFO_FILE
+    try:
+        content = json.loads(file.read_text("utf-8"))
+    except FileNotFoundError:
+        what = "an unfinished index" if (folder / DATABASE).exists() else "no index"
+        raise UserError(f"{folder}: {what}: `uv run ucir index <pictures>` makes it") from None
+    except ValueError:
+        raise UserError(f"{file}: damaged: give `uv run ucir index` once more, it writes it anew") from None
+    if content.get("format") != FORMAT:
+        raise UserError(
+            f"{file}: format {content.get('format')}, this version reads {FORMAT}: make the index anew "
+            "with `uv run ucir index --rebuild`"
+        )
+    return IndexInfo(**content)
+
+
+def remove_index(folder: Path) -> None:
+    """Delete an index, and nothing else. Raises UserError: the folder is something else."""
+    if not folder.exists():
+        return
+    ours = (INFO_FILE, MODEL_FILE, DATABASE, f"{DATABASE}-journal", "lock")
+    files = list(folder.iterdir())
+    strange = [
+        f.name for f in files if f.name not in ours and not re.match(r"(rows|ids|ivf)-|model\.pt\.", f.name)
+    ]
+    if strange:
+        raise UserError(f"{folder}: no index: it holds {strange[0]}")
+    for file in files:
+        file.unlink()
+
+
+def describe_index(folder: Path, info: IndexInfo) -> str:
+    """What was made, for people."""
+    lines = [f"{folder}: {info.count} pictures of {info.source}, by {info.model}"]
+    if info.domain:
+        lines.append(f"seen as pictures of {info.domain}")
+    faults = left_out(folder)
+    lines += [f"left out: {path}: {fault}" for path, fault in faults[:LISTED]]
+    if len(faults) > LISTED:
+        lines.append(f"left out: {len(faults) - LISTED} more")
+    if info.kind == "exact":
+        lines.append("search: each query is compared with all pictures")
+    else:
+        recall = ", ".join(f"recall@{depth} {value:.3f}" for depth, value in info.recall.items())
+        lines.append(
+            f"search: {info.probes} of {info.cells} cells a query; {recall} against all "
+            f"({info.recall_queries})"
+        )
+    if info.limits:
+        limits = ", ".join(f"{value:.2f} ({domain})" for domain, value in info.limits.items())
+        lines.append(
+            f"limit: nothing is like a query farther than {limits}; rejects about {FALSE_REJECTIONS:.0%} "
+            "of pictures like these"
+        )
+    else:
+        lines.append("limit: none, as the model brings no pictures to learn it from: see --queries")
+    return "\n".join(lines)
+
+
+def left_out(folder: Path) -> list[tuple[str, str]]:
+    """Files that are no pictures or broken ones, by path, and why."""
+    with _database(folder) as database:
+        return database.execute(
+            "SELECT path, fault FROM file WHERE fault IS NOT NULL ORDER BY path"
+        ).fetchall()
+
+
+@contextmanager
+def _only_writer(out: Path) -> Iterator[None]:
+    lock = FileLock(out / "lock")
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise UserError(f"{out}: another process is writing this index") from None
+    with lock:
+        yield
+
+
+@contextmanager
+def _database(folder: Path) -> Iterator[sqlite3.Connection]:
+    database = sqlite3.connect(folder / DATABASE, timeout=60)
+    try:
+        database.executescript(SCHEMA)
+        yield database
+    except sqlite3.OperationalError as error:
+        if "full" not in str(error):
+            raise
+        raise UserError(
+            f"{folder}: the disk is full: make room, and the same command goes on from there"
+        ) from None
+    finally:
+        database.close()
+
+
+def _check_maker(out: Path, database: sqlite3.Connection, model: Model, domain: str | None) -> None:
+    """An index is of one model: features of two have nothing to do with each other."""
+    made = database.execute("SELECT model, domain FROM made_by").fetchone()
+    wanted = (model.digest(), domain)
+    if made is None:
+        with database:
+            database.execute("INSERT INTO made_by VALUES (?, ?)", wanted)
+    elif made != wanted:
+        what = (
+            "by another model" if made[0] != wanted[0] else f"of pictures seen as {made[1] or 'any domain'}"
+        )
+        raise UserError(f"{out}: an index {what}: give another --out, or --rebuild to make it anew")
+
+
+def _collection(
+    source: Path, model: Model
+) -> tuple[dict[str, str], Callable[[Collection[str]], Iterator[File]]]:
+    """Files of a collection by path with a stamp that changes with their content, and what reads them."""
+    if (source / "pack.json").exists():
+        return _pack_files(source, model)
+    opened = Source(source)
+    names = [name for name in opened.names if not name.lower().endswith(NO_PICTURES)]
+    in_tree = set(opened.tree)
+    stamps = {archive: _stamp(archive) for archive in opened.archives}
+    of_archive = {name: stamps[archive] for archive, members in opened.members.items() for name in members}
+    files = {name: _stamp(opened.root / name) if name in in_tree else of_archive[name] for name in names}
+    return files, opened.read
+
+
+def _stamp(file: Path) -> str:
+    status = file.stat()
+    return f"{status.st_size} {status.st_mtime_ns}"
+
+
+def _pack_files(
+    pack: Path, model: Model
+) -> tuple[dict[str, str], Callable[[Collection[str]], Iterator[File]]]:
+    info = read_info(pack)
+    if (info.side, info.fit) != (model.pack.side, model.pack.fit):
+        raise UserError(
+            f"{pack}: stored at {info.side} px ({info.fit}), the model takes {model.pack.side} px "
+            f"({model.pack.fit}): index the pictures themselves"
+        )
+    pictures = {p.path: (domain, p) for domain in info.counts for p in read_index(pack, domain)}
+    rows = {
+        domain: map_rows(pack / f"{domain}.u8", count, info.side) for domain, count in info.counts.items()
+    }
+
+    def read(wanted: Collection[str]) -> Iterator[File]:
+        for path in wanted:
+            domain, picture = pictures[path]
+            digest = bytes.fromhex(picture.sha256)
+            stored = StoredPicture(digest, rows[domain][picture.slot], picture.width, picture.height)
+            yield path, lambda stored=stored: stored  # type: ignore[misc]
+
+    return {path: picture.sha256 for path, (_, picture) in pictures.items()}, read
+
+
+def _take_up(
+    database: sqlite3.Connection,
+    files: dict[str, str],
+    read: Callable[[Collection[str]], Iterator[File]],
+    compute: Compute,
+    progress: Callable[[int, int], None],
+) -> None:
+    """Bring the database to the files that there are; each batch is kept as it is done."""
+    there = dict(database.execute("SELECT path, stamp FROM file"))
+    with database:
+        database.executemany(
+            "DELETE FROM file WHERE path = ?", [(path,) for path in there.keys() - files.keys()]
+        )
+    new = {path for path, stamp in files.items() if there.get(path) != stamp}
+    known = {digest for (digest,) in database.execute("SELECT sha256 FROM picture")}
+    done = len(files) - len(new)
+    progress(done, len(files))
+    for outcomes in compute(read(new), known):
+        with database:
+            for path, outcome in outcomes:
+                digest = None if isinstance(outcome, str) else outcome
+                if isinstance(outcome, Embedded):
+                    digest = outcome.sha256
+                    database.execute(
+                        "INSERT OR IGNORE INTO picture VALUES "
+                        "(:sha256, :width, :height, :feature, :thumbnail, :look)",
+                        asdict(outcome),
+                    )
+                fault = outcome if isinstance(outcome, str) else None
+                same = database.execute("SELECT sha256 FROM file WHERE path = ?", (path,)).fetchone()
+                if same and same[0] == digest and digest:
+                    database.execute("UPDATE file SET stamp = ? WHERE path = ?", (files[path], path))
+                else:  # with a new id: an inverted file knows pictures by it
+                    database.execute(
+                        "INSERT OR REPLACE INTO file (path, stamp, sha256, fault) VALUES (?, ?, ?, ?)",
+                        (path, files[path], digest, fault),
+                    )
+        done += len(outcomes)
+        progress(done, len(files))
+    with database:
+        database.execute(
+            "DELETE FROM picture WHERE sha256 NOT IN (SELECT sha256 FROM file WHERE sha256 NOT NULL)"
+        )
+
+
+def _first_fault(database: sqlite3.Connection) -> str:
+    fault = database.execute("SELECT path, fault FROM file WHERE fault IS NOT NULL ORDER BY path").fetchone()
+    return f"; {fault[0]}: {fault[1]}" if fault else ""
+
+
+def _state(database: sqlite3.Connection, model: Model) -> str:
+    """Of pictures and model, in few letters."""
+    state = hashlib.sha256(model.digest().encode())
+    for path, digest in database.execute("SELECT path, sha256 FROM file WHERE fault IS NULL ORDER BY path"):
+        state.update(path.encode() + b"\0" + digest)
+    return state.hexdigest()[:12]
+
+
+def _write_rows(
+    out: Path, database: sqlite3.Connection, state: str, count: int, dim: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Features in the order of paths (N, D), and the files' ids."""
+    targets = out / f"rows-{state}.npy", out / f"ids-{state}.npy"
+    if not all(target.exists() for target in targets):
+        unfinished = [target.with_suffix(".unfinished") for target in targets]
+        rows = np.lib.format.open_memmap(unfinished[0], "w+", np.float32, (count, dim))
+        ids = np.lib.format.open_memmap(unfinished[1], "w+", np.int64, (count,))
+        chosen = database.execute(
+            "SELECT id, feature FROM file JOIN picture USING (sha256) WHERE fault IS NULL ORDER BY path"
+        )
+        for row, (number, feature) in enumerate(chosen):
+            ids[row] = number
+            rows[row] = np.frombuffer(feature, np.float32)
+        rows.flush()
+        ids.flush()
+        for path, target in zip(unfinished, targets, strict=True):
+            path.replace(target)
+    return np.load(targets[0], mmap_mode="r"), np.load(targets[1], mmap_mode="r")
+
+
+def _with_cells(
+    out: Path,
+    info: IndexInfo,
+    before: IndexInfo | None,
+    rows: np.ndarray,
+    ids: np.ndarray,
+    samples: Mapping[str, torch.Tensor],
+) -> IndexInfo:
+    """With an inverted file where a collection is large, and what it recalls of the true neighbours."""
+    if info.count <= EXACT_UP_TO:
+        return replace(
+            info, recall={str(depth): 1.0 for depth in RECALL_DEPTHS}, recall_queries="all are compared"
+        )
+    if before and before.state == info.state:
+        return replace(before, source=info.source)
+    target = out / f"ivf-{info.state}.faiss"
+    known = out / f"ivf-{before.state}.faiss" if before else target
+    if before and known.exists() and before.learnt_from / 2 < info.count < 2 * before.learnt_from:
+        inverted: Any = faiss.read_index(str(known))
+        held = _held_ids(inverted)
+        inverted.remove_ids(np.setdiff1d(held, ids))
+        new = np.flatnonzero(~np.isin(ids, held))
+        cells, learnt_from = before.cells, before.learnt_from
+    else:
+        cells, learnt_from = round(4 * info.count**0.5), info.count
+        inverted = faiss.IndexIVFFlat(
+            faiss.IndexFlatIP(info.dim), info.dim, cells, faiss.METRIC_INNER_PRODUCT
+        )
+        inverted.cp.seed = 0
+        inverted.cp.max_points_per_centroid = POINTS_A_CELL
+        chosen = np.random.default_rng(0).choice(
+            len(rows), min(len(rows), POINTS_A_CELL * cells), replace=False
+        )
+        inverted.train(np.ascontiguousarray(rows[np.sort(chosen)]))
+        new = np.arange(len(rows))
+    for first in range(0, len(new), 65536):
+        part = new[first : first + 65536]
+        inverted.add_with_ids(np.ascontiguousarray(rows[part]), np.ascontiguousarray(ids[part]))
+    queries, named = _recall_queries(rows, samples)
+    probes, recall = _probes_for(inverted, rows, ids, queries)
+    if not probes:
+        return replace(
+            info, recall={str(depth): 1.0 for depth in RECALL_DEPTHS}, recall_queries="all are compared"
+        )
+    faiss.write_index(inverted, str(target.with_suffix(".unfinished")))
+    target.with_suffix(".unfinished").replace(target)
+    return replace(
+        info,
+        kind="ivf",
+        cells=cells,
+        probes=probes,
+        learnt_from=learnt_from,
+        recall=recall,
+        recall_queries=named,
+    )
+
+
+def _held_ids(inverted: Any) -> np.ndarray:
+    lists = inverted.invlists
+    parts = [
+        faiss.rev_swig_ptr(lists.get_ids(cell), size).copy()
+        for cell in range(inverted.nlist)
+        if (size := lists.list_size(cell))
+    ]
+    return np.concatenate(parts) if parts else np.empty(0, np.int64)
+
+
+def _recall_queries(rows: np.ndarray, samples: Mapping[str, torch.Tensor]) -> tuple[np.ndarray, str]:
+    """What recall is measured with: pictures like those of queries if there are any, else rows themselves."""
+    if samples:
+        share = -(-RECALL_QUERIES // len(samples))
+        queries = torch.cat([features[:share] for features in samples.values()]).float().numpy()
+        return queries, f"{len(queries)} pictures of {' and '.join(samples)}"
+    chosen = np.random.default_rng(1).choice(len(rows), min(RECALL_QUERIES, len(rows)), replace=False)
+    return np.ascontiguousarray(rows[np.sort(chosen)]), f"{len(chosen)} pictures of the index"
+
+
+def _probes_for(
+    inverted: Any, rows: np.ndarray, ids: np.ndarray, queries: np.ndarray
+) -> tuple[int, dict[str, float]]:
+    """The fewest cells to look into that reach RECALL at every depth; 0 if half of them do not."""
+    true, _ = exact_neighbours(queries, rows, max(RECALL_DEPTHS))
+    probes = 1
+    while probes <= inverted.nlist // 2:
+        inverted.nprobe = probes
+        scores, _ = inverted.search(queries, max(RECALL_DEPTHS))
+        recall = {str(depth): recall_at(depth, scores, true) for depth in RECALL_DEPTHS}
+        if min(recall.values()) >= RECALL:
+            return probes, recall
+        probes *= 2
+    return 0, {}
+
+
+def recall_at(depth: int, scores_QK: np.ndarray, true_QK: np.ndarray) -> float:
+    """Share of hits that are at least as near as the true ``depth``-th: ties cost nothing.
+
+    Args:
+        depth: k of recall@k, at most K.
+        scores_QK: similarities of what was returned, best first.
+        true_QK: those of an exact search.
+    """
+    limit_Q1 = true_QK[:, depth - 1 : depth] - 1e-6
+    return float((scores_QK[:, :depth] >= limit_Q1).mean())
+
+
+def exact_neighbours(
+    queries_QD: np.ndarray, rows_ND: np.ndarray, count: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Similarities and rows of the ``count`` most similar, best first, (Q, count); all rows are compared."""
+    scores, places = faiss.knn(
+        queries_QD, rows_ND, min(count, len(rows_ND)), metric=faiss.METRIC_INNER_PRODUCT
+    )
+    return scores, places
+
+
+def _limits(rows: np.ndarray, samples: Mapping[str, torch.Tensor]) -> dict[str, float]:
+    """Learnt from samples that are not in the collection themselves: these would be nearest to themselves."""
+    limits = {}
+    for domain, features in samples.items():
+        scores, _ = exact_neighbours(features.float().numpy(), rows, 2)
+        itself = scores[:, 0] > 1 - SAME
+        nearest = np.where(itself, scores[:, -1], scores[:, 0])
+        limits[domain] = calibrated_limit(torch.from_numpy(1 - nearest), FALSE_REJECTIONS)
+    return limits

@@ -1,0 +1,83 @@
+"""Start the server and say where it is."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+
+import uvicorn
+
+from ucir.errors import UserError
+from ucir.serve.app import create_app
+
+LOCAL = ("127.0.0.1", "localhost", "::1")
+CONNECTIONS = 200
+"""At a time; further ones are refused with 503."""
+
+
+def run_server(
+    folders: Sequence[Path], host: str, port: int, token: str | None = None, names: Sequence[str] = ()
+) -> None:
+    """Serve until Ctrl+C or SIGTERM; requests that are being answered are finished.
+
+    Args:
+        folders: of the indexes.
+        host, port: to listen at; port 0 = a free one.
+        token: that requests must bring; None = none on this machine, a new one where others can reach it.
+        names: that the machine is called by, beside its address.
+
+    Raises:
+        UserError: an index that is not there; the port is taken.
+    """
+    by_name = {folder.resolve().name.removesuffix(".index"): folder for folder in folders}
+    if len(by_name) < len(folders):
+        raise UserError("two indexes of one name: rename one of their folders")
+    if token is None and host not in LOCAL:
+        token = secrets.token_urlsafe(24)
+    own = (
+        {host, socket.gethostname(), *names}
+        if host not in ("0.0.0.0", "::")
+        else {socket.gethostname(), *names}
+    )
+    if host in ("0.0.0.0", "::"):
+        own |= _addresses()
+    hosts = {
+        *(f"[{name}]" if ":" in name else name.lower() for name in own),
+        "localhost",
+        "127.0.0.1",
+        "[::1]",
+    }
+    app = create_app(by_name, hosts=sorted(hosts), token=token)
+    listening = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind((host, port))
+    except OSError as error:
+        raise UserError(f"--port {port} at {host}: {error.strerror}: give another one") from None
+    logging.basicConfig(format="%(asctime)s %(message)s", level=logging.INFO)
+    for noisy in ("httpx", "uvicorn.access"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    shown = socket.gethostname() if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
+    address = f"http://{shown}:{listening.getsockname()[1]}/" + (f"?token={token}" if token else "")
+    print(f"open {address}   (Ctrl+C ends it)", flush=True)
+    config = uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        limit_concurrency=CONNECTIONS,
+        timeout_keep_alive=5,
+        timeout_graceful_shutdown=10,
+    )
+    uvicorn.Server(config).run(sockets=[listening])
+
+
+def _addresses() -> set[str]:
+    """Of this machine."""
+    try:
+        return {str(info[4][0]) for info in socket.getaddrinfo(socket.gethostname(), None)}
+    except OSError:
+        return set()
