@@ -401,6 +401,8 @@ def index(
     from ucir.progress import Progress
     from ucir.retrieval import index as build
 
+    if not source.exists():
+        raise UserError(f"{source}: no such folder or archive")
     folder = out or build.default_folder(source)
     if rebuild:
         build.remove_index(folder)
@@ -544,6 +546,9 @@ def serve(
     name: Annotated[
         list[str] | None, typer.Option(help="A name that others call this machine by; may be repeated.")
     ] = None,
+    rate: Annotated[
+        str, typer.Option(help="Searches of each client; behind a proxy all of them are one.")
+    ] = "240/minute",
 ) -> None:
     """Serve a page on which a drawing or a picture finds pictures, and its API (/openapi.json).
 
@@ -558,7 +563,7 @@ def serve(
     from ucir.serve.run import run_server
 
     folders = [index_folder(path) for path in index or [only_index()]]
-    run_server(folders, host, port, token, list(name or []))
+    run_server(folders, host, port, token, list(name or []), rate)
 
 
 def _dataset_block(dataset: str) -> DatasetParams:

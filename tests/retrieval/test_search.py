@@ -43,9 +43,8 @@ def index(source: Path, model: Model | None = None, out: Path | None = None) -> 
 def rows(folder: Path) -> dict[str, bytes]:
     """Features by path."""
     searcher = Searcher.load(folder)
-    return {
-        searcher._file(int(i))[0]: x.tobytes() for i, x in zip(searcher.id_N, searcher.rows_ND, strict=True)
-    }
+    files = searcher._files(np.arange(len(searcher.id_N)))
+    return {path: x.tobytes() for (path, _, _), x in zip(files, searcher.rows_ND, strict=True)}
 
 
 @pytest.fixture
@@ -209,6 +208,8 @@ def test_near_duplicates_are_folded_and_others_are_not(photos: Path) -> None:
 
 def test_folders_likes_and_mistakes(photos: Path) -> None:
     index(photos)
+    index(photos / "cross")
+    assert index(photos).count == 22, "an index beside its pictures is no picture"
     searcher = Searcher.load(photos)
     query = photos / "circle/1.png"
     (answer,) = searcher.search(query, 100, below="cross")
@@ -227,8 +228,8 @@ def test_folders_likes_and_mistakes(photos: Path) -> None:
         (lambda: searcher.search(Path(__file__)), "not an image"),
         (lambda: searcher.like("circle/none.png"), "no such picture"),
         (lambda: searcher.thumbnail("../../etc/passwd"), "no thumbnail"),
-        (lambda: Searcher.load(photos / "cross"), "no index: `uv run ucir index <pictures>` makes it"),
-        (lambda: index(photos / "cross/nothing"), "no such folder"),
+        (lambda: Searcher.load(photos / "square"), "no index: `uv run ucir index <pictures>` makes it"),
+        (lambda: index(photos / "cross/nothing"), "no such folder or archive"),
     ):
         with pytest.raises(UserError, match=message) as error:
             call()

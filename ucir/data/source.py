@@ -72,7 +72,8 @@ LITTER = {
     *("lost+found", "__pycache__", "picasa.ini", "zbthumbnail.info", "_gsdata_", "sync.ffs_db"),
 }
 """What systems and programs leave in folders, in lower case."""
-LITTER_ENDINGS = (":zone.identifier", "@synoeastream", "@synoresource", ".lrdata")
+LITTER_ENDINGS = (":zone.identifier", "@synoeastream", "@synoresource", ".lrdata", ".index")
+"""The last is our own index of pictures beside it."""
 SPLIT = re.compile(
     r"(images?|imgs?|data|dataset|pictures|train(ing)?|test(ing)?|val(id(ation)?)?|dev|eval|query|gallery|probe"
     r"|fold|split)[-_ ]?(set|images|\d{0,4})"

@@ -41,7 +41,7 @@ from ucir.data.source import NO_PICTURES, Source
 from ucir.devices import usable_cores
 from ucir.errors import UserError
 from ucir.models.model import Model, save_model
-from ucir.paths import write_atomically
+from ucir.paths import check_writable, write_atomically
 from ucir.retrieval.gate import calibrated_limit
 
 FORMAT = 1
@@ -287,7 +287,7 @@ def update_index(
             version; another process writes it; the disk is full. What was done is kept.
     """
     files, reads = _collection(source, model)
-    out.mkdir(parents=True, exist_ok=True)
+    check_writable(out)
     with _only_writer(out), _database(out) as database:
         _check_maker(out, database, model, domain)
         if not (out / MODEL_FILE).exists():
@@ -461,6 +461,8 @@ def _collection(
     source: Path, model: Model
 ) -> tuple[dict[str, str], Callable[[Collection[str]], Iterator[File]]]:
     """Files of a collection by path with a stamp that changes with their content, and what reads them."""
+    if not source.exists():
+        raise UserError(f"{source}: no such folder or archive")
     if (source / "pack.json").exists():
         return _pack_files(source, model)
     opened = Source(source)
@@ -602,25 +604,12 @@ def _with_cells(
         inverted: Any = faiss.read_index(str(known))
         held = _held_ids(inverted)
         inverted.remove_ids(np.setdiff1d(held, ids))
-        new = np.flatnonzero(~np.isin(ids, held))
-        cells, learnt_from = before.cells, before.learnt_from
+        add_rows(inverted, rows, ids, np.flatnonzero(~np.isin(ids, held)))
+        learnt_from = before.learnt_from
     else:
-        cells, learnt_from = round(4 * info.count**0.5), info.count
-        inverted = faiss.IndexIVFFlat(
-            faiss.IndexFlatIP(info.dim), info.dim, cells, faiss.METRIC_INNER_PRODUCT
-        )
-        inverted.cp.seed = 0
-        inverted.cp.max_points_per_centroid = POINTS_A_CELL
-        chosen = np.random.default_rng(0).choice(
-            len(rows), min(len(rows), POINTS_A_CELL * cells), replace=False
-        )
-        inverted.train(np.ascontiguousarray(rows[np.sort(chosen)]))
-        new = np.arange(len(rows))
-    for first in range(0, len(new), 65536):
-        part = new[first : first + 65536]
-        inverted.add_with_ids(np.ascontiguousarray(rows[part]), np.ascontiguousarray(ids[part]))
+        inverted, learnt_from = learn_cells(rows, ids), info.count
     queries, named = _recall_queries(rows, samples)
-    probes, recall = _probes_for(inverted, rows, ids, queries)
+    probes, recall = fewest_probes(inverted, rows, queries)
     if not probes:
         return replace(
             info, recall={str(depth): 1.0 for depth in RECALL_DEPTHS}, recall_queries="all are compared"
@@ -630,12 +619,32 @@ def _with_cells(
     return replace(
         info,
         kind="ivf",
-        cells=cells,
+        cells=inverted.nlist,
         probes=probes,
         learnt_from=learnt_from,
         recall=recall,
         recall_queries=named,
     )
+
+
+def learn_cells(rows: np.ndarray, ids: np.ndarray) -> Any:
+    """faiss's inverted file of features (N, D) under their ids, int64; 4 sqrt(N) cells."""
+    cells, dim = round(4 * len(rows) ** 0.5), rows.shape[1]
+    inverted: Any = faiss.IndexIVFFlat(faiss.IndexFlatIP(dim), dim, cells, faiss.METRIC_INNER_PRODUCT)
+    inverted.cp.seed = 0
+    inverted.cp.max_points_per_centroid = POINTS_A_CELL
+    few = min(len(rows), POINTS_A_CELL * cells)
+    chosen = np.sort(np.random.default_rng(0).choice(len(rows), few, replace=False))
+    inverted.train(np.ascontiguousarray(rows[chosen]))
+    add_rows(inverted, rows, ids, np.arange(len(rows)))
+    return inverted
+
+
+def add_rows(inverted: Any, rows: np.ndarray, ids: np.ndarray, new: np.ndarray) -> None:
+    """Add some rows, by their numbers, to an inverted file."""
+    for first in range(0, len(new), 65536):
+        part = new[first : first + 65536]
+        inverted.add_with_ids(np.ascontiguousarray(rows[part]), np.ascontiguousarray(ids[part]))
 
 
 def _held_ids(inverted: Any) -> np.ndarray:
@@ -658,9 +667,7 @@ def _recall_queries(rows: np.ndarray, samples: Mapping[str, torch.Tensor]) -> tu
     return np.ascontiguousarray(rows[np.sort(chosen)]), f"{len(chosen)} pictures of the index"
 
 
-def _probes_for(
-    inverted: Any, rows: np.ndarray, ids: np.ndarray, queries: np.ndarray
-) -> tuple[int, dict[str, float]]:
+def fewest_probes(inverted: Any, rows: np.ndarray, queries: np.ndarray) -> tuple[int, dict[str, float]]:
     """The fewest cells to look into that reach RECALL at every depth; 0 if half of them do not."""
     true, _ = exact_neighbours(queries, rows, max(RECALL_DEPTHS))
     probes = 1

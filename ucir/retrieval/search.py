@@ -28,12 +28,22 @@ from ucir.data.decode import decode_image, fitted
 from ucir.data.pack import stored_size
 from ucir.errors import UserError, nearest
 from ucir.models.model import BATCH, Model, load_model
-from ucir.retrieval.index import DATABASE, MODEL_FILE, IndexInfo, exact_neighbours, read_index_info
+from ucir.retrieval.index import (
+    DATABASE,
+    INFO_FILE,
+    MODEL_FILE,
+    IndexInfo,
+    default_folder,
+    exact_neighbours,
+    read_index_info,
+)
 
 OUTLINE, COLOURS = 0.15, 14.0
 """What near duplicates may differ in: share of the outline's bits, mean of the colours' 255. On PACS (1,500
 pictures a domain) 94 to 100 % of pictures that were scaled or compressed anew are known, and of a million
 pairs of others 0 to 2 of photos, paintings or cartoons and 11 of sketches are taken for duplicates."""
+LOOK = 80
+"""Bytes of a look."""
 FLAT = 8
 """Bits of an outline below which it says nothing."""
 
@@ -289,21 +299,14 @@ class Searcher:
 
     def _hits(self, scores: np.ndarray, rows: np.ndarray, k: int, hide: bool) -> tuple[Hit, ...]:
         hits: list[Hit] = []
-        looks: list[np.ndarray] = []
-        for score, row in zip(scores, rows, strict=True):
-            path, digest, look = self._file(int(self.id_N[row]))
-            if hide:
-                seen = np.frombuffer(look, np.uint8)
-                twin = _twin(seen, looks)
-                if twin is not None:
-                    hit = hits[twin]
-                    hits[twin] = replace(hit, duplicates=(*hit.duplicates, path))
-                    continue
-                looks.append(seen)
-            if len(hits) < k:
+        looks = np.empty((k, LOOK), np.uint8)
+        for score, (path, digest, look) in zip(scores, self._files(rows), strict=True):
+            seen = np.frombuffer(look, np.uint8)
+            if hide and (twin := _twin(seen, looks[: len(hits)])) is not None:
+                hits[twin] = replace(hits[twin], duplicates=(*hits[twin].duplicates, path))
+            elif len(hits) < k:
+                looks[len(hits)] = seen
                 hits.append(Hit(len(hits) + 1, float(score), path, digest.hex()))
-            else:
-                looks = looks[:k]
         return tuple(hits)
 
     def _verdict(self, distance: float, limit: float | None) -> tuple[bool | None, str]:
@@ -315,17 +318,21 @@ class Searcher:
             return False, f"nothing like it here: nearest {distance:.2f} beyond the limit {limit:.2f}"
         return True, f"nearest {distance:.2f} within the limit {limit:.2f}"
 
-    def _file(self, number: int) -> tuple[str, bytes, bytes]:
-        row = (
-            self._database()
-            .execute(
-                "SELECT path, sha256, look FROM file JOIN picture USING (sha256) WHERE id = ?", (number,)
+    def _files(self, rows: np.ndarray) -> list[tuple[str, bytes, bytes]]:
+        """Path, hash and look of rows."""
+        ids = [int(number) for number in self.id_N[rows]]
+        known = {}
+        for first in range(0, len(ids), 10_000):  # SQLite takes some 32,000 values at once
+            part = ids[first : first + 10_000]
+            found = self._database().execute(
+                "SELECT id, path, sha256, look FROM file JOIN picture USING (sha256) "
+                f"WHERE id IN ({','.join('?' * len(part))})",
+                part,
             )
-            .fetchone()
-        )
-        if row is None:
+            known.update({number: rest for number, *rest in found})
+        if len(known) < len(set(ids)):
             raise UserError(f"{self.folder}: has changed since it was opened: open it again")
-        return row  # type: ignore[no-any-return]
+        return [tuple(known[number]) for number in ids]
 
     def _database(self) -> sqlite3.Connection:
         """This thread's connection."""
@@ -335,11 +342,10 @@ class Searcher:
         return self.by_thread.database  # type: ignore[no-any-return]
 
 
-def _twin(look: np.ndarray, looks: Sequence[np.ndarray]) -> int | None:
-    """The first picture that one is a near duplicate of, by :func:`ucir.retrieval.index.look`."""
-    if not looks:
+def _twin(look: np.ndarray, others: np.ndarray) -> int | None:
+    """The first of other pictures that one is a near duplicate of, by :func:`ucir.retrieval.index.look`."""
+    if not len(others):
         return None
-    others = np.stack(looks)
     outlines, colours = others[:, :32], others[:, 32:].astype(np.int16)
     either = np.bitwise_count(outlines | look[:32]).sum(axis=1)
     differ = np.bitwise_count(outlines ^ look[:32]).sum(axis=1)
@@ -351,8 +357,8 @@ def _twin(look: np.ndarray, looks: Sequence[np.ndarray]) -> int | None:
 
 def index_folder(path: Path) -> Path:
     """The index that is meant by its own folder or by the collection beside which it lies."""
-    beside = path.with_name(f"{path.name}.index")
-    return beside if not (path / "index.json").exists() and beside.is_dir() else path
+    beside = default_folder(path)
+    return beside if not (path / INFO_FILE).exists() and beside.is_dir() else path
 
 
 def only_index() -> Path:

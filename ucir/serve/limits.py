@@ -16,6 +16,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from ucir.errors import UserError
+
 COOKIE = "ucir_token"
 OPEN = ("/health",)
 """Addresses that need no token."""
@@ -42,6 +44,14 @@ class Bounds:
     """Bytes of address space of the process that decodes."""
     rate: str = "240/minute"
     """Of each client's searches."""
+
+
+def check_rate(rate: str) -> None:
+    """Raises UserError: no rate."""
+    try:
+        parse(rate)
+    except ValueError:
+        raise UserError(f"--rate {rate!r}: a number and second, minute or hour, e.g. 240/minute") from None
 
 
 class Guard:

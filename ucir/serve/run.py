@@ -12,6 +12,7 @@ import uvicorn
 
 from ucir.errors import UserError
 from ucir.serve.app import create_app
+from ucir.serve.limits import Bounds, check_rate
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
 CONNECTIONS = 200
@@ -19,7 +20,12 @@ CONNECTIONS = 200
 
 
 def run_server(
-    folders: Sequence[Path], host: str, port: int, token: str | None = None, names: Sequence[str] = ()
+    folders: Sequence[Path],
+    host: str,
+    port: int,
+    token: str | None = None,
+    names: Sequence[str] = (),
+    rate: str = Bounds.rate,
 ) -> None:
     """Serve until Ctrl+C or SIGTERM; requests that are being answered are finished.
 
@@ -28,6 +34,7 @@ def run_server(
         host, port: to listen at; port 0 = a free one.
         token: that requests must bring; None = none on this machine, a new one where others can reach it.
         names: that the machine is called by, beside its address.
+        rate: searches of each client, ``240/minute``.
 
     Raises:
         UserError: an index that is not there; the port is taken.
@@ -50,7 +57,8 @@ def run_server(
         "127.0.0.1",
         "[::1]",
     }
-    app = create_app(by_name, hosts=sorted(hosts), token=token)
+    check_rate(rate)
+    app = create_app(by_name, Bounds(rate=rate), sorted(hosts), token)
     listening = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
