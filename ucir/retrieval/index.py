@@ -75,6 +75,7 @@ CREATE TABLE IF NOT EXISTS file (
     id INTEGER PRIMARY KEY AUTOINCREMENT, path TEXT UNIQUE, stamp TEXT, sha256 BLOB, fault TEXT
 );
 CREATE TABLE IF NOT EXISTS made_by (model TEXT, domain TEXT);
+CREATE TABLE IF NOT EXISTS query (domain TEXT, feature BLOB);
 """
 
 
@@ -280,7 +281,7 @@ def update_index(
         progress: called with files done, and files in all.
         thumbnails: whether they are kept; a page of hits needs them.
         query_features: unit features (Q, D) of pictures like those that will be asked with, by domain: what
-            the limits are learnt from; those that the model brings, if None.
+            the limits are learnt from, now and later; those given before, or that the model brings, if None.
 
     Raises:
         UserError: no such collection, or no picture in it; the index is of another model or of another
@@ -299,7 +300,7 @@ def update_index(
             raise UserError(f"{source}: no picture in it{_first_fault(database)}")
         state = _state(database, model)
         before = read_index_info(out) if (out / INFO_FILE).exists() else None
-        samples = dict(model.samples if query_features is None else query_features)
+        samples = _query_features(database, query_features, model)
         rows, ids = _write_rows(out, database, state, count, model.dim)
         info = IndexInfo(
             FORMAT,
@@ -414,6 +415,21 @@ def left_out(folder: Path) -> list[tuple[str, str]]:
         return database.execute(
             "SELECT path, fault FROM file WHERE fault IS NOT NULL ORDER BY path"
         ).fetchall()
+
+
+def _query_features(
+    database: sqlite3.Connection, given: Mapping[str, torch.Tensor] | None, model: Model
+) -> dict[str, torch.Tensor]:
+    """What limits are learnt from: given now, given before, or of the model."""
+    if given is not None:
+        rows = [(domain, x.float().numpy().tobytes()) for domain, features in given.items() for x in features]
+        with database:
+            database.execute("DELETE FROM query")
+            database.executemany("INSERT INTO query VALUES (?, ?)", rows)
+    kept: dict[str, list[np.ndarray]] = {}
+    for domain, feature in database.execute("SELECT domain, feature FROM query ORDER BY rowid"):
+        kept.setdefault(domain, []).append(np.frombuffer(feature, np.float32))
+    return {domain: torch.from_numpy(np.stack(x)) for domain, x in kept.items()} or dict(model.samples)
 
 
 @contextmanager

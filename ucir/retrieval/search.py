@@ -300,7 +300,10 @@ class Searcher:
     def _hits(self, scores: np.ndarray, rows: np.ndarray, k: int, hide: bool) -> tuple[Hit, ...]:
         hits: list[Hit] = []
         looks = np.empty((k, LOOK), np.uint8)
-        for score, (path, digest, look) in zip(scores, self._files(rows), strict=True):
+        for score, file in zip(scores, self._files(rows), strict=True):
+            if file is None:
+                continue
+            path, digest, look = file
             seen = np.frombuffer(look, np.uint8)
             if hide and (twin := _twin(seen, looks[: len(hits)])) is not None:
                 hits[twin] = replace(hits[twin], duplicates=(*hits[twin].duplicates, path))
@@ -318,10 +321,10 @@ class Searcher:
             return False, f"nothing like it here: nearest {distance:.2f} beyond the limit {limit:.2f}"
         return True, f"nearest {distance:.2f} within the limit {limit:.2f}"
 
-    def _files(self, rows: np.ndarray) -> list[tuple[str, bytes, bytes]]:
-        """Path, hash and look of rows."""
+    def _files(self, rows: np.ndarray) -> list[tuple[str, bytes, bytes] | None]:
+        """Path, hash and look of rows; None of files that an update under way has taken out."""
         ids = [int(number) for number in self.id_N[rows]]
-        known = {}
+        known: dict[int, tuple[str, bytes, bytes]] = {}
         for first in range(0, len(ids), 10_000):  # SQLite takes some 32,000 values at once
             part = ids[first : first + 10_000]
             found = self._database().execute(
@@ -329,10 +332,8 @@ class Searcher:
                 f"WHERE id IN ({','.join('?' * len(part))})",
                 part,
             )
-            known.update({number: rest for number, *rest in found})
-        if len(known) < len(set(ids)):
-            raise UserError(f"{self.folder}: has changed since it was opened: open it again")
-        return [tuple(known[number]) for number in ids]
+            known.update({number: (path, digest, look) for number, path, digest, look in found})
+        return [known.get(number) for number in ids]
 
     def _database(self) -> sqlite3.Connection:
         """This thread's connection."""
