@@ -401,8 +401,7 @@ def index(
     from ucir.progress import Progress
     from ucir.retrieval import index as build
 
-    if not source.exists():
-        raise UserError(f"{source}: no such folder or archive")
+    build.check_collection(source)
     folder = out or build.default_folder(source)
     if rebuild:
         build.remove_index(folder)
@@ -487,11 +486,12 @@ def search(
     if bool(query) == bool(like):
         raise UserError("give pictures to search with, or --like a picture of the index")
     searcher = Searcher.load(index or only_index())
+    queries = list(query or [])
     if like:
         answers = [searcher.like(like, top, below=folder, hide_duplicates=hide_duplicates)]
     else:
         answers = searcher.search(
-            list(query or []),
+            queries,
             top,
             below=folder,
             hide_duplicates=hide_duplicates,
@@ -499,7 +499,7 @@ def search(
             limit=limit,
             expand=expand,
         )
-    names = [like] if like else [str(path) for path in query or []]
+    names = [like] if like else [str(path) for path in queries]
     for name, answer in zip(names, answers, strict=True):
         shown = answer.hits if anyway or answer.accepted is not False else ()
         if json:
@@ -516,11 +516,9 @@ def search(
     if grid:
         from ucir.reports.figures import hit_grid
 
-        pictures = (
-            [searcher.picture(like)]
-            if like
-            else [open_query(path, searcher.model.pack.max_pixels) for path in query or []]
-        )
+        pictures = [open_query(path, searcher.model.pack.max_pixels) for path in queries]
+        if like:
+            pictures = [searcher.picture(like)]
         found = [[searcher.picture(hit.id) for hit in answer.hits] for answer in answers]
         grid.write_bytes(hit_grid(pictures, found))
         typer.echo(f"grid: {grid}", err=json)

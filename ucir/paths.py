@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from ucir.errors import UserError
@@ -32,6 +34,27 @@ def check_writable(folder: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise UserError(f"{folder}: cannot be written to ({error.strerror})") from None
+
+
+@contextmanager
+def locked(file: Path, busy: str | None = None) -> Iterator[None]:
+    """Hold a file for this process; a kill gives it back, too.
+
+    Args:
+        file: made if missing, in a folder that is there.
+        busy: what to say where another process holds it; None: wait for it.
+
+    Raises:
+        UserError: another process holds it, and we do not wait.
+    """
+    import fcntl
+
+    with file.open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
+        except BlockingIOError:
+            raise UserError(str(busy)) from None
+        yield
 
 
 def write_atomically(text: str, path: Path) -> None:

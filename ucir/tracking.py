@@ -22,7 +22,7 @@ from typing import Any
 from urllib.parse import quote, unquote
 
 from ucir.errors import UserError, nearest
-from ucir.paths import RUNS, write_atomically
+from ucir.paths import RUNS, locked, write_atomically
 
 # before mlflow is imported: it reports usage to its makers and warns of a missing git otherwise
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -83,12 +83,9 @@ def init_store(uri: str) -> None:
     if not uri.startswith("sqlite:///"):
         send_unsent(uri)
         return
-    import fcntl
-
     database = Path(unquote(uri.removeprefix("sqlite:///").partition("?")[0]))
     database.parent.mkdir(parents=True, exist_ok=True)
-    with database.with_name(database.name + ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with locked(database.with_name(database.name + ".lock")):
         if not database.exists():
             _client(uri).search_experiments(max_results=1)
     send_unsent(uri)

@@ -106,6 +106,28 @@ def test_an_index_brought_up_to_date_is_one_built_anew(photos: Path, tmp_path: P
     assert len(read) == 9
 
 
+def test_a_file_that_went_and_came_back_is_found(photos: Path) -> None:
+    index(photos)
+    gone = photos / "cross/1.png"
+    kept = gone.read_bytes()
+    gone.unlink()
+
+    def killed(embedder: FileEmbedder) -> build.Compute:
+        def compute(files: Iterator[File], known: Collection[bytes]) -> Iterator[list[tuple[str, Outcome]]]:
+            yield from embed_files(embedder)(files, known)
+            raise KeyboardInterrupt
+
+        return compute
+
+    with pytest.raises(KeyboardInterrupt):  # it has taken the file out, and no new state is written
+        update_index(photos, build.default_folder(photos), tiny_model(), compute=killed)
+    gone.write_bytes(kept)
+    index(photos)
+    (answer,) = Searcher.load(photos).search(gone, 22)
+    assert len(answer.hits) == 22
+    assert answer.hits[0].path == "cross/1.png"
+
+
 def test_a_killed_indexing_goes_on_and_ends_as_an_undisturbed_one(tmp_path: Path) -> None:
     source = make_images(tmp_path / "many", per_class=60)
     save_model(tiny_model(), tmp_path / "model.pt")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -57,11 +58,9 @@ class _Worker:
 
         device = torch.device("cuda" if gpu else "cpu")
         self.embedder = replace(embedder, model=embedder.model.on(device))
-        self.known = ray.get(known) if isinstance(known, ray.ObjectRef) else known
+        self.known = ray.get(known)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
-        from pathlib import Path
-
         files = [(str(p), Path(f).read_bytes) for p, f in zip(batch["path"], batch["file"], strict=True)]
         out: dict[str, list[Any]] = {name: [] for name in COLUMNS}
         for path, outcome in self.embedder(files, self.known):

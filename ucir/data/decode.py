@@ -75,9 +75,8 @@ def decode_image(
         except ValueError:
             if (without := _without_text(data)) == data:
                 raise
-            return _decoded(
-                without, max_pixels, formats, animated
-            )  # Pillow refuses text of more than a mebibyte
+            # Pillow refuses text of more than a mebibyte
+            return _decoded(without, max_pixels, formats, animated)
     except _BrokenError as error:
         raise ValueError(str(error)) from None
     except UnidentifiedImageError:

@@ -9,8 +9,9 @@ writes both into one.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,6 +34,21 @@ from ucir.paths import MODELS
 
 FORMAT = 1
 BATCH = 64
+
+
+Stored = tuple[np.ndarray, tuple[int, int]]
+"""A picture as a model's pack stores it, uint8 (side, side, 3), and the size of what it shows."""
+
+
+def stored_picture(image: Image.Image, pack: PackParams, size: tuple[int, int] | None = None) -> Stored:
+    """A picture as it comes to a model.
+
+    Args:
+        image: RGB.
+        pack: the model's.
+        size: of the original, where the image is its square from a pack.
+    """
+    return fitted(image, pack), stored_size(size or image.size, pack.fit)
 
 
 @dataclass(frozen=True)
@@ -105,17 +121,9 @@ class Model:
             UserError: the model knows no such domain.
         """
         self.check_domain(domain)
-        stored: list[np.ndarray] = []
-        sizes: list[tuple[int, int]] = []
-        for picture in pictures:
-            image = Image.fromarray(picture)
-            stored.append(fitted(image, self.pack))
-            sizes.append(stored_size(image.size, self.pack.fit))
-            if len(stored) == BATCH:
-                yield self.embed(stored, sizes, domain, features)
-                stored, sizes = [], []
-        if stored:
-            yield self.embed(stored, sizes, domain, features)
+        stored = (stored_picture(Image.fromarray(picture), self.pack) for picture in pictures)
+        while batch := list(islice(stored, BATCH)):
+            yield self.embed(batch, domain, features)
 
     def check_domain(self, domain: str | None) -> None:
         """Raises UserError: the model knows no such domain."""
@@ -125,18 +133,17 @@ class Model:
     @torch.no_grad()
     def embed(
         self,
-        stored: list[np.ndarray],
-        sizes: list[tuple[int, int]],
+        pictures: Sequence[Stored],
         domain: str | None = None,
         features: Literal["head", "pooled"] | None = None,
     ) -> Tensor:
         """Unit features of one batch, (B, D) float32 on the CPU; may run in any thread.
 
         Args:
-            stored: squares as ``pack`` stores them, uint8 (side, side, 3).
-            sizes: width and height of what each shows.
+            pictures: as :func:`stored_picture` makes them, at least one.
             domain, features: as of :meth:`features`.
         """
+        stored, sizes = zip(*pictures, strict=True)
         pixels = torch.from_numpy(np.stack(stored))
         views = eval_views(pixels, torch.tensor(sizes), self.view, self.encoder.form)
         device = self.encoder.device

@@ -96,31 +96,28 @@ def retrieval_grid(
         ranked: slots of the retrieved images, one row for each of ``queries``.
         query_labels, gallery_labels: class names by slot; empty = not known, framed in grey.
     """
-    cell = THUMB + 2 * FRAME + 2
-    sheet = Image.new("RGB", (cell * (ranked.shape[1] + 1) + FRAME, cell * len(queries)), "white")
-    for row, query in enumerate(queries):
-        sheet.paste(_framed(query_images.pixels(np.array([query]))[0], QUERY), (0, row * cell))
-        for place, slot in enumerate(ranked[row]):
+    rows = []
+    for query, found in zip(queries, ranked, strict=True):
+        row = [_framed(query_images.pixels(np.array([query]))[0], QUERY)]
+        for slot in found:
             labels = query_labels[query], gallery_labels[slot]
             colour = UNKNOWN if "" in labels else HIT if labels[0] == labels[1] else MISS
-            sheet.paste(
-                _framed(gallery_images.pixels(np.array([slot]))[0], colour),
-                ((place + 1) * cell + FRAME, row * cell),
-            )
-    return _png(sheet)
+            row.append(_framed(gallery_images.pixels(np.array([slot]))[0], colour))
+        rows.append(row)
+    return _sheet(rows)
 
 
 def hit_grid(queries: Sequence[Image.Image], hits: Sequence[Sequence[Image.Image]]) -> bytes:
     """A row a query: the query (blue frame), then what was found, best first; PNG."""
-    cell = 2 * THUMB + 2 * FRAME + 2
-    columns = 1 + max(map(len, hits))
-    sheet = Image.new("RGB", (cell * columns + FRAME, cell * len(queries)), "white")
-    for row, (query, found) in enumerate(zip(queries, hits, strict=True)):
-        for column, image in enumerate((query, *found)):
-            small = ImageOps.pad(image.convert("RGB"), (2 * THUMB, 2 * THUMB), color="white")
-            framed = ImageOps.expand(small, FRAME, UNKNOWN if column else QUERY)
-            sheet.paste(framed, (column * cell + FRAME * bool(column), row * cell))
-    return _png(sheet)
+    side = (2 * THUMB, 2 * THUMB)
+    rows = [
+        [
+            ImageOps.expand(ImageOps.pad(image.convert("RGB"), side, color="white"), FRAME, colour)
+            for image, colour in [(query, QUERY), *((hit, UNKNOWN) for hit in found)]
+        ]
+        for query, found in zip(queries, hits, strict=True)
+    ]
+    return _sheet(rows)
 
 
 def query_slots(labels: Sequence[str], count: int) -> list[int]:
@@ -180,6 +177,16 @@ def _legend(name: str) -> str:
 def _framed(pixels: np.ndarray, colour: tuple[int, int, int]) -> Image.Image:
     thumb = Image.fromarray(np.asarray(pixels)).resize((THUMB, THUMB), Image.Resampling.BICUBIC)
     return ImageOps.expand(thumb, FRAME, colour)
+
+
+def _sheet(rows: Sequence[Sequence[Image.Image]]) -> bytes:
+    """Squares of one size, row by row; the first column stands apart; PNG."""
+    cell = rows[0][0].width + 2
+    sheet = Image.new("RGB", (cell * max(map(len, rows)) + FRAME, cell * len(rows)), "white")
+    for y, row in enumerate(rows):
+        for x, image in enumerate(row):
+            sheet.paste(image, (x * cell + FRAME * (x > 0), y * cell))
+    return _png(sheet)
 
 
 def _png(image: Image.Image) -> bytes:

@@ -22,26 +22,26 @@ import json
 import re
 import sqlite3
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
 import faiss
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
 from PIL import Image
 
-from ucir.data.decode import decode_image, fitted
-from ucir.data.pack import map_rows, read_index, read_info, stored_size
+from ucir.data.decode import decode_image
+from ucir.data.pack import map_rows, read_index, read_info
 from ucir.data.source import NO_PICTURES, Source
-from ucir.devices import usable_cores
 from ucir.errors import UserError
-from ucir.models.model import Model, save_model
-from ucir.paths import check_writable, write_atomically
+from ucir.models.embedding import one_thread_a_core
+from ucir.models.model import Model, save_model, stored_picture
+from ucir.paths import check_writable, locked, write_atomically
 from ucir.retrieval.gate import calibrated_limit
 
 FORMAT = 1
@@ -72,7 +72,7 @@ CREATE TABLE IF NOT EXISTS picture (
     sha256 BLOB PRIMARY KEY, width INTEGER, height INTEGER, feature BLOB, thumbnail BLOB, look BLOB
 ) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS file (
-    id INTEGER PRIMARY KEY AUTOINCREMENT, path TEXT UNIQUE, stamp TEXT, sha256 BLOB, fault TEXT
+    id INTEGER PRIMARY KEY, path TEXT UNIQUE, stamp TEXT, sha256 BLOB, fault TEXT
 );
 CREATE TABLE IF NOT EXISTS made_by (model TEXT, domain TEXT);
 CREATE TABLE IF NOT EXISTS query (domain TEXT, feature BLOB);
@@ -188,12 +188,10 @@ class FileEmbedder:
         return outcomes
 
     def _features(self, images: list[tuple[Image.Image, tuple[int, int]]]) -> np.ndarray:
-        stored = [fitted(image, self.model.pack) for image, _ in images]
-        sizes = [stored_size(size, self.model.pack.fit) for _, size in images]
-        spare = BATCH - len(images)
-        stored += [np.zeros_like(stored[0])] * spare
-        sizes += [sizes[0]] * spare
-        return self.model.embed(stored, sizes, self.domain)[: len(images)].numpy()
+        pictures = [stored_picture(image, self.model.pack, size) for image, size in images]
+        square, size = pictures[0]
+        spare = [(np.zeros_like(square), size)] * (BATCH - len(images))
+        return self.model.embed([*pictures, *spare], self.domain)[: len(images)].numpy()
 
     def _embedded(
         self, digest: bytes, image: Image.Image, size: tuple[int, int], feature: np.ndarray
@@ -220,17 +218,13 @@ def look(image: Image.Image) -> bytes:
 
 
 def embed_files(embedder: FileEmbedder) -> Compute:
-    """In this process: on a GPU, or one batch on each core."""
+    """In this process, one batch on each core; beside a GPU, too, as that is where files are decoded."""
 
     def compute(files: Iterator[File], known: Collection[bytes]) -> Iterator[list[tuple[str, Outcome]]]:
-        threads = usable_cores()
-        on_cpu = embedder.model.encoder.device.type == "cpu"
-        pool = ThreadPoolExecutor(threads)
-        if on_cpu:  # many small operations gain nothing by spreading
-            pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+        pool, threads = one_thread_a_core("cpu")
         ahead: deque[Future[list[tuple[str, Outcome]]]] = deque()
         try:
-            for batch in batches(files):
+            while batch := list(islice(files, BATCH)):
                 ahead.append(pool.submit(embedder, batch, known))
                 if len(ahead) > 2 * threads:  # bounds what waits in memory
                     yield ahead.popleft().result()
@@ -242,16 +236,10 @@ def embed_files(embedder: FileEmbedder) -> Compute:
     return compute
 
 
-def batches(files: Iterable[File]) -> Iterator[list[File]]:
-    """Lists of BATCH files."""
-    batch: list[File] = []
-    for file in files:
-        batch.append(file)
-        if len(batch) == BATCH:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
+def check_collection(source: Path) -> None:
+    """Raises UserError: there is none."""
+    if not source.exists():
+        raise UserError(f"{source}: no such folder or archive")
 
 
 def default_folder(source: Path) -> Path:
@@ -289,8 +277,10 @@ def update_index(
     """
     files, reads = _collection(source, model)
     check_writable(out)
-    with _only_writer(out), _database(out) as database:
-        _check_maker(out, database, model, domain)
+    digest = model.digest()
+    alone = locked(out / "lock", f"{out}: another process is writing this index")
+    with alone, _database(out) as database:
+        _check_maker(out, database, digest, domain)
         if not (out / MODEL_FILE).exists():
             save_model(model.whole(), out / MODEL_FILE)
         _take_up(database, files, reads, compute(FileEmbedder(model, domain, thumbnails)), progress)
@@ -298,7 +288,7 @@ def update_index(
         count = database.execute("SELECT count(*) FROM file WHERE fault IS NULL").fetchone()[0]
         if not count:
             raise UserError(f"{source}: no picture in it{_first_fault(database)}")
-        state = _state(database, model)
+        state = _state(database, digest)
         before = read_index_info(out) if (out / INFO_FILE).exists() else None
         samples = _query_features(database, query_features, model)
         rows, ids = _write_rows(out, database, state, count, model.dim)
@@ -306,13 +296,15 @@ def update_index(
             FORMAT,
             str(source.resolve()),
             model.name,
-            model.digest(),
+            digest,
             domain,
             state,
             count,
             bad,
             model.dim,
             "exact",
+            recall={str(depth): 1.0 for depth in RECALL_DEPTHS},
+            recall_queries="all are compared",
         )
         info = _with_cells(out, info, before, rows, ids, samples)
         limits = before.limits if before and before.state == state and query_features is None else None
@@ -433,17 +425,6 @@ def _query_features(
 
 
 @contextmanager
-def _only_writer(out: Path) -> Iterator[None]:
-    lock = FileLock(out / "lock")
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        raise UserError(f"{out}: another process is writing this index") from None
-    with lock:
-        yield
-
-
-@contextmanager
 def _database(folder: Path) -> Iterator[sqlite3.Connection]:
     database = sqlite3.connect(folder / DATABASE, timeout=60)
     try:
@@ -459,10 +440,10 @@ def _database(folder: Path) -> Iterator[sqlite3.Connection]:
         database.close()
 
 
-def _check_maker(out: Path, database: sqlite3.Connection, model: Model, domain: str | None) -> None:
+def _check_maker(out: Path, database: sqlite3.Connection, digest: str, domain: str | None) -> None:
     """An index is of one model: features of two have nothing to do with each other."""
     made = database.execute("SELECT model, domain FROM made_by").fetchone()
-    wanted = (model.digest(), domain)
+    wanted = (digest, domain)
     if made is None:
         with database:
             database.execute("INSERT INTO made_by VALUES (?, ?)", wanted)
@@ -477,8 +458,7 @@ def _collection(
     source: Path, model: Model
 ) -> tuple[dict[str, str], Callable[[Collection[str]], Iterator[File]]]:
     """Files of a collection by path with a stamp that changes with their content, and what reads them."""
-    if not source.exists():
-        raise UserError(f"{source}: no such folder or archive")
+    check_collection(source)
     if (source / "pack.json").exists():
         return _pack_files(source, model)
     opened = Source(source)
@@ -539,7 +519,8 @@ def _take_up(
     for outcomes in compute(read(new), known):
         with database:
             for path, outcome in outcomes:
-                digest = None if isinstance(outcome, str) else outcome
+                digest: bytes | None = None
+                fault: str | None = None
                 if isinstance(outcome, Embedded):
                     digest = outcome.sha256
                     database.execute(
@@ -547,15 +528,14 @@ def _take_up(
                         "(:sha256, :width, :height, :feature, :thumbnail, :look)",
                         asdict(outcome),
                     )
-                fault = outcome if isinstance(outcome, str) else None
-                same = database.execute("SELECT sha256 FROM file WHERE path = ?", (path,)).fetchone()
-                if same and same[0] == digest and digest:
-                    database.execute("UPDATE file SET stamp = ? WHERE path = ?", (files[path], path))
-                else:  # with a new id: an inverted file knows pictures by it
-                    database.execute(
-                        "INSERT OR REPLACE INTO file (path, stamp, sha256, fault) VALUES (?, ?, ?, ?)",
-                        (path, files[path], digest, fault),
-                    )
+                elif isinstance(outcome, bytes):
+                    digest = outcome
+                else:
+                    fault = outcome
+                database.execute(
+                    "INSERT OR REPLACE INTO file VALUES (?, ?, ?, ?, ?)",
+                    (_file_id(path, digest), path, files[path], digest, fault),
+                )
         done += len(outcomes)
         progress(done, len(files))
     with database:
@@ -564,14 +544,20 @@ def _take_up(
         )
 
 
+def _file_id(path: str, digest: bytes | None) -> int:
+    """Of path and content, 63 bits: rows and cells of an earlier state name the same file by it."""
+    whole = hashlib.sha256(path.encode() + b"\0" + (digest or b"")).digest()
+    return int.from_bytes(whole[:8], "big") >> 1
+
+
 def _first_fault(database: sqlite3.Connection) -> str:
     fault = database.execute("SELECT path, fault FROM file WHERE fault IS NOT NULL ORDER BY path").fetchone()
     return f"; {fault[0]}: {fault[1]}" if fault else ""
 
 
-def _state(database: sqlite3.Connection, model: Model) -> str:
+def _state(database: sqlite3.Connection, model_digest: str) -> str:
     """Of pictures and model, in few letters."""
-    state = hashlib.sha256(model.digest().encode())
+    state = hashlib.sha256(model_digest.encode())
     for path, digest in database.execute("SELECT path, sha256 FROM file WHERE fault IS NULL ORDER BY path"):
         state.update(path.encode() + b"\0" + digest)
     return state.hexdigest()[:12]
@@ -609,9 +595,7 @@ def _with_cells(
 ) -> IndexInfo:
     """With an inverted file where a collection is large, and what it recalls of the true neighbours."""
     if info.count <= EXACT_UP_TO:
-        return replace(
-            info, recall={str(depth): 1.0 for depth in RECALL_DEPTHS}, recall_queries="all are compared"
-        )
+        return info
     if before and before.state == info.state:
         return replace(before, source=info.source)
     target = out / f"ivf-{info.state}.faiss"
@@ -627,9 +611,7 @@ def _with_cells(
     queries, named = _recall_queries(rows, samples)
     probes, recall = fewest_probes(inverted, rows, queries)
     if not probes:
-        return replace(
-            info, recall={str(depth): 1.0 for depth in RECALL_DEPTHS}, recall_queries="all are compared"
-        )
+        return info
     faiss.write_index(inverted, str(target.with_suffix(".unfinished")))
     target.with_suffix(".unfinished").replace(target)
     return replace(

@@ -13,7 +13,7 @@ import sqlite3
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Self
 
@@ -23,11 +23,9 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from ucir.config.data import PackParams
-from ucir.data.decode import decode_image, fitted
-from ucir.data.pack import stored_size
+from ucir.data.decode import decode_image
 from ucir.errors import UserError, nearest
-from ucir.models.model import BATCH, Model, load_model
+from ucir.models.model import BATCH, Model, Stored, load_model, stored_picture
 from ucir.retrieval.index import (
     DATABASE,
     INFO_FILE,
@@ -115,6 +113,19 @@ class Searcher:
         info = read_index_info(folder)
         return cls(folder, info, load_model(folder / MODEL_FILE, device))
 
+    def renewed(self) -> Self:
+        """The index as it is now: this very object where nothing has changed.
+
+        Raises:
+            UserError: as :meth:`load`.
+        """
+        info = read_index_info(self.folder)
+        if info.state == self.info.state:
+            return self
+        if info.model_digest != self.info.model_digest:
+            return self.load(self.folder, self.model.encoder.device)
+        return type(self)(self.folder, info, self.model)
+
     def search(
         self,
         images: Sequence[Query] | Query,
@@ -154,15 +165,12 @@ class Searcher:
         """Queries through the model: unit features (Q, D), float32.
 
         Args:
-            pictures: what :func:`stored_picture` returns, at least one.
+            pictures: what :func:`ucir.models.model.stored_picture` returns, at least one.
             domain: as of :meth:`search`.
         """
         self.model.check_domain(domain)
-        parts = []
-        for first in range(0, len(pictures), BATCH):
-            stored, sizes = (list(part) for part in zip(*pictures[first : first + BATCH], strict=True))
-            parts.append(self.model.embed(stored, sizes, domain))
-        return torch.cat(parts).numpy()
+        firsts = range(0, len(pictures), BATCH)
+        return torch.cat([self.model.embed(pictures[i : i + BATCH], domain) for i in firsts]).numpy()
 
     def search_features(
         self,
@@ -213,9 +221,7 @@ class Searcher:
             feature, k + 1, below=below, hide_duplicates=hide_duplicates, limit=2.0
         )
         others = [hit for hit in answer.hits if hit.id != digest.hex()][:k]
-        hits = tuple(
-            Hit(rank, hit.score, hit.path, hit.id, hit.duplicates) for rank, hit in enumerate(others, start=1)
-        )
+        hits = tuple(replace(hit, rank=rank) for rank, hit in enumerate(others, start=1))
         return Answer(hits, None, f"like {picture}")
 
     def thumbnail(self, id: str) -> bytes:
@@ -256,24 +262,20 @@ class Searcher:
         """Scores and rows, best first, (Q, at most count)."""
         chosen, rows = self.rows_below(below) if below else (None, self.rows_ND)
         count = min(count, len(rows))
-        if self.inverted is None or count > 0.1 * len(rows):
-            scores, places = exact_neighbours(features, rows, count)
-            return scores, places if chosen is None else chosen[places]
-        selector = None if chosen is None else faiss.IDSelectorBatch(self.id_N[chosen])
-        search = faiss.SearchParametersIVF(nprobe=self.info.probes, sel=selector)  # type: ignore[call-arg]
-        scores, ids = self.inverted.search(features, count, params=search)
-        if (ids < 0).any():  # too few in the cells that were looked into
-            scores, places = exact_neighbours(features, rows, count)
-            return scores, places if chosen is None else chosen[places]
-        return scores, self.row_of_id(ids)
+        if self.inverted is not None and count <= 0.1 * len(rows):
+            selector = None if chosen is None else faiss.IDSelectorBatch(self.id_N[chosen])
+            search = faiss.SearchParametersIVF(nprobe=self.info.probes, sel=selector)  # type: ignore[call-arg]
+            scores, ids = self.inverted.search(features, count, params=search)
+            if (ids >= 0).all():  # else too few in the cells that were looked into
+                order = self._by_id
+                return scores, order[np.searchsorted(self.id_N, ids, sorter=order)]
+        scores, places = exact_neighbours(features, rows, count)
+        return scores, places if chosen is None else chosen[places]
 
-    def row_of_id(self, ids: np.ndarray) -> np.ndarray:
-        """Rows of files by their numbers."""
-        if not hasattr(self, "_order"):
-            self._order = np.argsort(self.id_N)
-        place = np.searchsorted(self.id_N, ids, sorter=self._order)
-        rows: np.ndarray = self._order[place]
-        return rows
+    @cached_property
+    def _by_id(self) -> np.ndarray:
+        """Rows in the order of their files' ids."""
+        return np.argsort(self.id_N)
 
     def _rows_below(self, folder: str) -> tuple[np.ndarray, np.ndarray]:
         """Rows of the pictures in a folder, and their features."""
@@ -381,12 +383,3 @@ def open_query(query: Query, max_pixels: int) -> Image.Image:
         return decode_image(Path(query).read_bytes(), max_pixels)
     except (OSError, ValueError) as error:
         raise UserError(f"{query}: {getattr(error, 'strerror', None) or error}") from None
-
-
-Stored = tuple[np.ndarray, tuple[int, int]]
-"""A picture as a model's pack stores it, uint8 (side, side, 3), and the size of what it shows."""
-
-
-def stored_picture(image: Image.Image, pack: PackParams) -> Stored:
-    """A picture as it comes to a model."""
-    return fitted(image, pack), stored_size(image.size, pack.fit)

@@ -34,7 +34,7 @@ from ucir.retrieval.evaluation import checkpoint_features
 from ucir.retrieval.index import SAMPLES
 from ucir.runs.cost import embedding_pace, measure_pace
 from ucir.runs.params import method_params
-from ucir.runs.run import plan_runs
+from ucir.runs.run import PairRun, plan_runs
 from ucir.runs.study import StudyFile, with_blocks
 from ucir.training.start import given_start
 
@@ -94,10 +94,14 @@ class Adaptation:
         if listed.stat().st_mtime_ns > pack.stat().st_mtime_ns:  # pictures have changed since
             return False
         try:
-            (run,) = plan_runs(params, self.name, "closed", self.method, (self.pair,), (0,))
+            run = self._run(params)
         except UserError:  # it has not been prepared with these settings
             return False
         return run.done and load_model(self.model_file).facts["run_key"] == run.key
+
+    def _run(self, params: Params) -> PairRun:
+        (run,) = plan_runs(params, self.name, "closed", self.method, (self.pair,), (0,))
+        return run
 
     def save(self) -> Path:
         """Write the trained model as one file, which needs nothing beside it."""
@@ -107,8 +111,7 @@ class Adaptation:
         if self.model_file.exists() and load_model(self.model_file).facts == model.facts:
             return self.model_file
         params = load_params()
-        (run,) = plan_runs(params, self.name, "closed", self.method, (self.pair,), (0,))
-        domains = {domain.name: domain for domain in run.images()}
+        domains = {domain.name: domain for domain in self._run(params).images()}
         block, device = params.datasets[self.name], choose_device(params.cluster)
         features = checkpoint_features(trained, block, domains, device)
         # slots are in no meaningful order, so that the first ones are as good as any

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import signal
 import threading
@@ -15,6 +14,7 @@ from ucir import tracking
 from ucir.config.cluster import ClusterParams
 from ucir.devices import choose_device
 from ucir.errors import UserError
+from ucir.paths import locked
 from ucir.progress import Progress
 from ucir.retrieval.metrics import precision_name
 from ucir.runs.reporter import RunReporter
@@ -30,11 +30,8 @@ def lock_run(run: Run, wait: bool = False) -> Iterator[None]:
         UserError: another process holds it, and we do not ``wait``.
     """
     run.folder.mkdir(parents=True, exist_ok=True)
-    with (run.folder / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            raise UserError(f"{run.name}: another process is training it in {run.folder}") from None
+    busy = None if wait else f"{run.name}: another process is training it in {run.folder}"
+    with locked(run.folder / "lock", busy):
         yield
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import io
 import logging
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -22,6 +23,7 @@ import numpy as np
 from fastapi import FastAPI, HTTPException, Query, Request, Response
 from fastapi.responses import JSONResponse, RedirectResponse
 from pebble import ProcessExpired, ProcessPool
+from PIL import Image
 from prometheus_client import (
     CONTENT_TYPE_LATEST,
     CollectorRegistry,
@@ -36,14 +38,16 @@ from starlette.formparsers import MultiPartException
 
 from ucir.data.pack import stored_size
 from ucir.errors import UserError
-from ucir.retrieval.index import read_index_info
-from ucir.retrieval.search import Answer, Searcher, Stored
+from ucir.models.model import Stored
+from ucir.retrieval.search import Answer, Searcher
 from ucir.serve.decoding import decode, restrict
 from ucir.serve.limits import COOKIE, Bounds, Guard
 
 MOST_HITS = 200
 BATCH = 16
 """Queries that pass through the network together at most."""
+DECODERS = 2
+"""Processes."""
 LOOK_EVERY = 2.0
 """Seconds between looks whether an index was brought up to date."""
 PAGE = {"page.js": "text/javascript", "page.css": "text/css", "page.svg": "image/svg+xml"}
@@ -132,7 +136,7 @@ class Engine:
     """Open indexes, the processes that decode, and the queue to the network."""
 
     def __init__(self, folders: Mapping[str, Path], bounds: Bounds) -> None:
-        self.folders, self.bounds = dict(folders), bounds
+        self.bounds = bounds
         self.searchers = {name: Searcher.load(folder) for name, folder in folders.items()}
         self.looked = time.monotonic()
         self.network = ThreadPoolExecutor(1, "network")
@@ -142,7 +146,11 @@ class Engine:
     async def running(self) -> AsyncIterator[None]:
         """Start what works in the background, and end it."""
         self.decoders = ProcessPool(
-            2, max_tasks=1000, initializer=restrict, initargs=(self.bounds.decode_memory,), context=_spawn()
+            DECODERS,
+            max_tasks=1000,
+            initializer=restrict,
+            initargs=(self.bounds.decode_memory,),
+            context=_spawn(),
         )
         worker = asyncio.create_task(self._answer_batches())
         try:
@@ -161,12 +169,10 @@ class Engine:
             stored = (np.full((side, side, 3), 255, np.uint8), (side, side))
             features = await self.embed(searcher, stored)
             await asyncio.to_thread(searcher.search_features, features, 10, hide_duplicates=True)
-        png = bytes.fromhex(
-            "89504e470d0a1a0a0000000d49484452000000010000000108000000003a7e9b55"
-            "0000000a49444154789c63f80f00010101001b0db4580000000049454e44ae426082"
-        )
+        dot = io.BytesIO()
+        Image.new("L", (1, 1)).save(dot, "png")
         first = next(iter(self.searchers.values()))
-        await asyncio.gather(*(self._decode(png, first, 60.0) for _ in range(2)))
+        await asyncio.gather(*(self.decode(dot.getvalue(), first, 60.0) for _ in range(DECODERS)))
 
     def searcher(self, name: str) -> Searcher:
         """An index by its name, as it is now. Raises HTTPException: there is none."""
@@ -176,21 +182,23 @@ class Engine:
             self.looked = time.monotonic()
             for known, open_one in list(self.searchers.items()):
                 try:
-                    if read_index_info(self.folders[known]).state != open_one.info.state:
-                        self.searchers[known] = Searcher.load(self.folders[known])
+                    self.searchers[known] = open_one.renewed()
                 except UserError as error:
                     log.warning("%s: goes on with what it has: %s", known, error)
         return self.searchers[name]
 
-    async def decode(self, data: bytes, searcher: Searcher) -> Stored:
+    async def decode(self, data: bytes, searcher: Searcher, seconds: float | None = None) -> Stored:
         """A picture that somebody sent, as the model takes it.
+
+        Args:
+            data: the file's bytes.
+            searcher: whose model.
+            seconds: that it may take, if not the bounds'.
 
         Raises:
             HTTPException: it is none, or takes too long.
         """
-        return await self._decode(data, searcher, self.bounds.decode_seconds)
-
-    async def _decode(self, data: bytes, searcher: Searcher, seconds: float) -> Stored:
+        seconds = seconds or self.bounds.decode_seconds
         arguments = (data, searcher.model.pack, self.bounds.max_pixels)
         try:
             future = self.decoders.schedule(decode, args=arguments, timeout=seconds)

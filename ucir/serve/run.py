@@ -44,19 +44,9 @@ def run_server(
         raise UserError("two indexes of one name: rename one of their folders")
     if token is None and host not in LOCAL:
         token = secrets.token_urlsafe(24)
-    own = (
-        {host, socket.gethostname(), *names}
-        if host not in ("0.0.0.0", "::")
-        else {socket.gethostname(), *names}
-    )
-    if host in ("0.0.0.0", "::"):
-        own |= _addresses()
-    hosts = {
-        *(f"[{name}]" if ":" in name else name.lower() for name in own),
-        "localhost",
-        "127.0.0.1",
-        "[::1]",
-    }
+    everywhere = host in ("0.0.0.0", "::")
+    own = {socket.gethostname(), *names, *LOCAL, *(_addresses() if everywhere else [host])}
+    hosts = {_in_address(name).lower() for name in own}
     check_rate(rate)
     app = create_app(by_name, Bounds(rate=rate), sorted(hosts), token)
     listening = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
@@ -66,9 +56,7 @@ def run_server(
     except OSError as error:
         raise UserError(f"--port {port} at {host}: {error.strerror}: give another one") from None
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.INFO)
-    for noisy in ("httpx", "uvicorn.access"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
-    shown = socket.gethostname() if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
+    shown = socket.gethostname() if everywhere else _in_address(host)
     address = f"http://{shown}:{listening.getsockname()[1]}/" + (f"?token={token}" if token else "")
     print(f"open {address}   (Ctrl+C ends it)", flush=True)
     config = uvicorn.Config(
@@ -81,6 +69,11 @@ def run_server(
         timeout_graceful_shutdown=10,
     )
     uvicorn.Server(config).run(sockets=[listening])
+
+
+def _in_address(host: str) -> str:
+    """A host as it stands in an address: IPv6 in brackets."""
+    return f"[{host}]" if ":" in host else host
 
 
 def _addresses() -> set[str]:
