@@ -13,7 +13,7 @@ from ucir.runs.study import load_study
 def main() -> None:
     params = load_study()
     written = write_report(params, PACKS, RESULTS, REPORTS)
-    log_summaries(params, written)
+    pages = log_summaries(params, written)
     for table in written.headline:
         print(f"\n{plain(table)}")
     for line in written.silent:
@@ -22,7 +22,8 @@ def main() -> None:
         "\nNext:\n"
         f"  open the report       {written.page}\n"
         f"  compare the runs      {tracking.experiment_url(tracking.tracking_uri())}\n"
-        "  your own pictures     uv run ucir adapt --help"
+        + "".join(f"                        {page}\n" for page in pages)
+        + "  your own pictures     uv run ucir adapt --help"
     )
 
 

@@ -7,8 +7,10 @@ import sys
 from ucir.cluster.launch import train_all
 from ucir.errors import run_main
 from ucir.paths import RESULTS, check_writable
+from ucir.runs.process import track_model
 from ucir.runs.run import materialise, plan_runs
 from ucir.runs.study import load_study
+from ucir.tracking import tracking_uri
 
 
 def main() -> None:
@@ -20,6 +22,8 @@ def main() -> None:
     train_all(runs, params.cluster)
     for run in runs:
         materialise(run, out)
+        if run.seed == params.study.seeds[0]:  # as in the report's figures: a model of each pair is enough
+            track_model(run, tracking_uri())
     print(f"train: {', '.join(run.slug for run in runs)} in {out}")
 
 

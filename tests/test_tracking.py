@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import math
 import subprocess
 import sys
 from pathlib import Path
 from urllib.parse import unquote
 
+import numpy as np
 import pytest
+import torch
 from mlflow import MlflowClient
 
 from ucir import tracking
+from ucir.config.data import PackParams, ViewParams
+from ucir.config.load import load_params
+from ucir.config.model import EncoderParams
+from ucir.data.decode import decode_image
+from ucir.data.pack import read_info
+from ucir.models.encoder import new_encoder
+from ucir.models.model import Model, save_model
+from ucir.runs.process import tracked_run_of
+from ucir.runs.run import plan_runs
 
 
 def a_run(uri: str, key: str = "k1") -> tracking.TrackedRun:
@@ -117,3 +130,75 @@ def test_a_store_that_is_away_costs_nothing_and_misses_nothing(
 def test_what_we_say_wrongly_is_an_error(store: str) -> None:
     with pytest.raises(Exception, match="Invalid value"):
         a_run(store).log_scores({"P@50": 1.0})
+
+
+def test_a_run_names_its_pictures_and_what_makes_it_again(store: str, prepared: Path) -> None:
+    params = load_params()
+    (run,) = plan_runs(params, "shapes", "closed", "ucdir", ("art-photo",))
+    tracked = tracked_run_of(run, store)
+    tracking.ScoreTracker(run.pack, run.source, "closed", "ucdir", {}).log(
+        "k", "art", "photo", 0, {"NMI": 1.0}
+    )
+    client = MlflowClient(store)
+    found = client.get_run(tracked.run_id)
+    inputs = {i.dataset.name: i for i in found.inputs.dataset_inputs}
+    prints = read_info(run.pack).fingerprints
+    assert {name: i.dataset.digest for name, i in inputs.items()} == {
+        "shapes/art": prints["art"],
+        "shapes/photo": prints["photo"],
+    }
+    art = inputs["shapes/art"].dataset
+    assert json.loads(art.source) == {"uri": str(prepared / "images")}
+    assert json.loads(art.profile) == {"pictures": 22}
+    tags = found.data.tags
+    assert tags["mlflow.source.name"]
+    assert (
+        "uv run ucir train --dataset shapes --setting closed --method ucdir --pair 'art-photo' --seed 0"
+        in (tags[tracking.NOTE_TAG])
+    )
+    experiment = client.get_experiment_by_name("ucir/shapes")
+    assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
+    assert f"#/experiments/{experiment.experiment_id}/runs?workflowType" in experiment.tags[tracking.NOTE_TAG]
+    (scored,) = client.search_runs([experiment.experiment_id], "tags.stage = 'evaluate'")
+    contexts = {i.dataset.name: i.tags[0].value for i in scored.inputs.dataset_inputs}
+    assert contexts == {"shapes/art": "query", "shapes/photo": "gallery"}
+
+
+def test_a_model_is_logged_once_can_be_registered_and_answers(store: str, project: Path) -> None:
+    import mlflow
+    from fastapi.testclient import TestClient
+    from mlflow.pyfunc import scoring_server
+
+    params = EncoderParams(trunk={"convnet": {"width": 4}}, feature_dim=8, head="residual")
+    encoder = new_encoder(params, 0).eval()
+    encoder.load_state_dict({"head.centre_2P": torch.rand(2, encoder.pooled_dim)}, strict=False)
+    facts = {"method": "uem", "dataset": "x", "pair": "a-b", "epoch": 3}
+    model = Model(encoder, ViewParams(side=16), PackParams(side=20), facts, ("a", "b"))
+    save_model(model, Path("last.pt"))
+    run = a_run(store)
+    for _ in range(2):
+        run.log_model(Path("last.pt"))
+    a_run(store).log_model(Path("last.pt"))
+    client = MlflowClient(store)
+    (output,) = client.get_run(run.run_id).outputs.model_outputs
+    assert output.step == 3
+    logged = client.get_logged_model(output.model_id)
+    assert str(logged.status) == "READY"
+    assert "## Limits" in logged.tags[tracking.NOTE_TAG]
+    mlflow.set_tracking_uri(store)
+    version = mlflow.register_model(f"models:/{output.model_id}", "drawings")
+    served = mlflow.pyfunc.load_model(f"models:/drawings/{version.version}")
+    signature = served.metadata.signature
+    assert [column.name for column in signature.inputs] == ["image"]
+    assert signature.outputs.inputs[0].shape == (-1, 8)
+    assert served.input_example["image"].iloc[0].startswith(b"\x89PNG")
+    picture = (project / "images/art/circle/0.png").read_bytes()
+    page = TestClient(scoring_server.init(served))
+    record = {"image": base64.b64encode(picture).decode()}
+    for given, domain in (({}, None), ({"params": {"domain": "a"}}, "a"), ({"params": {"domain": "b"}}, "b")):
+        answer = page.post("/invocations", json={"dataframe_records": [record] * 2, **given})
+        pixels = np.asarray(decode_image(picture, 10**6))
+        expected = torch.cat(list(model.features([pixels], domain=domain))).numpy()
+        assert np.allclose(answer.json()["predictions"], np.repeat(expected, 2, axis=0), atol=1e-6)
+    for wrong in ({"dataframe_records": [{"image": "aGVsbG8="}]}, {"inputs": [1]}):
+        assert page.post("/invocations", json=wrong).status_code == 400

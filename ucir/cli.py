@@ -564,6 +564,65 @@ def serve(
     run_server(folders, host, port, token, list(name or []), rate)
 
 
+@app.command()
+def export(
+    model: Annotated[str, typer.Argument(help="A name under models/, a file, or `embedded`.")],
+    out: Annotated[Path, typer.Argument(help="A file NAME.onnx, or a folder in the layout of Hugging Face.")],
+    domain: Annotated[
+        str | None,
+        typer.Option(help="ONNX: which of the model's domains the pictures are of. Default: the nearest."),
+    ] = None,
+) -> None:
+    """Write a model for other programs.
+
+    \b
+      uv run ucir export sketches_photos model.onnx     # for ONNX Runtime, browsers, phones
+      uv run ucir export sketches_photos for-the-hub/   # model.safetensors, config.json, its card
+      uv run hf upload me/sketches-photos for-the-hub/  # give it away
+
+    The ONNX file takes uint8 pictures (batch, side, side, 3), RGB, and gives unit features; before it is
+    written they were found equal to torch's to 1e-4. How a picture becomes such a square stands in the file's
+    metadata, and in config.json.
+    """
+    from ucir.models.export import write_folder, write_onnx
+    from ucir.models.model import find_model
+
+    chosen = find_model(model)
+    if out.suffix == ".onnx":
+        difference = write_onnx(chosen, out, domain)
+        typer.echo(f"{out}: features differ by at most {difference:.1e} from torch's")
+        return
+    if out.suffix:
+        raise UserError(f"{out}: name a file ending with .onnx, or a folder without an ending")
+    if domain:
+        raise UserError("--domain goes with an .onnx file: a folder holds both domains")
+    write_folder(chosen, out)
+    typer.echo(f"{out}: look at its README.md before you give it away")
+    typer.echo(f"Next: `uv run ucir import {out} <name>` elsewhere, or `uv run hf upload <you>/<name> {out}`")
+
+
+@app.command("import")
+def import_(
+    folder: Annotated[Path, typer.Argument(help="What `ucir export` wrote.")],
+    name: Annotated[str, typer.Argument(help="What the model is to be called here.")],
+) -> None:
+    """Take up a model that somebody exported, as models/NAME/model.pt.
+
+    \b
+      uv run hf download me/sketches-photos --local-dir sketches-photos
+      uv run ucir import sketches-photos sketches_photos
+    """
+    from ucir.models.export import read_folder
+    from ucir.models.model import model_file, save_model
+
+    path = model_file(name)
+    if path.exists():
+        raise UserError(f"{path}: there is a model of this name: give another, or delete that")
+    save_model(read_folder(folder), path)
+    typer.echo(f"model: {path}")
+    typer.echo(f"Next: `uv run ucir index photos/ --model {name}`")
+
+
 def _dataset_block(dataset: str) -> DatasetParams:
     params = load_params(raw=without_study())
     if dataset not in params.datasets:

@@ -1,19 +1,24 @@
 """MLflow: where runs can be compared.
 
 One experiment per data set. A training is one run (curves by epoch); each direction of an evaluation is
-another (final scores). Runs are found again by their key, so that a resumed or repeated command adds
-neither runs nor points. Store: ``MLFLOW_TRACKING_URI``, else ``sqlite:///mlflow.db`` in the project.
+another (final scores). A run names the pictures that it saw as its inputs, and what makes it again as its
+note. Runs are found again by their key, so that a resumed or repeated command adds neither runs nor points.
+Store: ``MLFLOW_TRACKING_URI``, else ``sqlite:///mlflow.db`` in the project.
 """
 
 from __future__ import annotations
 
 import contextlib
+import getpass
 import hashlib
 import json
 import math
 import os
+import re
 import shlex
 import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -27,6 +32,8 @@ from ucir.paths import RUNS, locked, write_atomically
 # before mlflow is imported: it reports usage to its makers and warns of a missing git otherwise
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+# it would keep the project's lock file with each model, which names the addresses of package registries
+os.environ.setdefault("MLFLOW_UV_AUTO_DETECT", "false")
 # its own patience is minutes; ours is `TrackedRun.unsent`
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
@@ -34,10 +41,28 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
 SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks")
 """Of MLflow's servers and databases."""
 KEY_TAG = "run_key"
+NOTE_TAG = "mlflow.note.content"
+"""What MLflow's page shows as a description."""
+DIGEST = 36
+"""Characters of a digest that MLflow takes."""
 UNSENT = RUNS / "mlflow-unsent"
 SILENCE = 60.0
 """Seconds for which a store that did not answer is left alone: asking takes time that training has not."""
 _silent_until: dict[str, float] = {}
+MODEL_TRAINING = "workflowType=machine_learning"
+"""Without it a browser that is new to MLflow opens an experiment as one of generative AI."""
+SCORES = f"runs?{MODEL_TRAINING}&searchFilter=tags.stage%3D%27evaluate%27&compareRunsMode=CHART"
+SUMMARIES = f"runs?{MODEL_TRAINING}&searchFilter=tags.stage%3D%27report%27"
+"""Pages of an experiment."""
+EXPERIMENT_NOTE = """\
+Runs with `stage` = `train` hold curves by epoch, those with `evaluate` the final scores of one direction and
+seed, those with `report` the tables of a study.
+
+- [All final scores, pairs x methods](#/experiments/{id}/{scores}): group them by the tag `method`.
+- [The tables of all studies](#/experiments/{id}/{summaries}): `report.html` is among the artifacts of each.
+- One pair: `tags.stage = 'evaluate' and tags.pair = 'A-B'`; what improved on a number:
+  `metrics.P_at_50 > 60`.
+"""
 
 
 def tracking_uri() -> str:
@@ -91,6 +116,44 @@ def init_store(uri: str) -> None:
     send_unsent(uri)
 
 
+@dataclass(frozen=True)
+class DataInput:
+    """Pictures of a domain that a run saw."""
+
+    name: str
+    """``<data set>/<domain>``."""
+    digest: str
+    """The fingerprint of their content."""
+    source: str
+    """Folder or archive."""
+    context: str
+    """``training``, ``query`` or ``gallery``."""
+    pictures: int
+
+
+def data_inputs(pack: Path, source: str, contexts: Mapping[str, str]) -> list[DataInput]:
+    """Domains of a pack as a run's inputs.
+
+    Args:
+        pack: its folder, named like the data set.
+        source: where its pictures come from.
+        contexts: by domain.
+    """
+    from ucir.data.pack import read_info  # with torch
+
+    info = read_info(pack)
+    return [
+        DataInput(
+            f"{pack.name}/{domain}",
+            info.fingerprints[domain][:DIGEST],
+            str(Path(source).resolve()),
+            context,
+            info.counts[domain],
+        )
+        for domain, context in contexts.items()
+    ]
+
+
 @dataclass
 class TrackedRun:
     """A run of the store, to be written by one process at a time.
@@ -107,6 +170,9 @@ class TrackedRun:
     params: dict[str, Any]
     unsent: Path
     """Folder; absolute, since workers run elsewhere."""
+    note: str = ""
+    data: Sequence[DataInput] = ()
+    experiment_id: str | None = None
     run_id: str | None = None
     """None until the store has been reached."""
     finished: bool = False
@@ -123,6 +189,10 @@ class TrackedRun:
     def log_artifact(self, path: Path) -> None:
         """Add a file."""
         self._send({"artifacts": [str(path.resolve())]})
+
+    def log_model(self, path: Path) -> None:
+        """Add the model that a run's file holds, so that it can be registered and served; once."""
+        self._send({"model": str(path.resolve())})
 
     def set_status(self, status: str) -> None:
         """RUNNING, or how it ended."""
@@ -160,7 +230,7 @@ class TrackedRun:
                 return True
         if any(message.values()):
             self.unsent.mkdir(parents=True, exist_ok=True)
-            description = {**asdict(self), "unsent": str(self.unsent), "run_id": None}
+            description = {**asdict(self), "unsent": str(self.unsent), "run_id": None, "experiment_id": None}
             write_atomically(json.dumps({"run": description, "told": message}), kept)
         return False
 
@@ -175,6 +245,8 @@ class TrackedRun:
         for artifact in dict.fromkeys(message.get("artifacts", [])):
             if Path(artifact).exists():  # by now it may have been written anew elsewhere
                 client.log_artifact(self.run_id, artifact)
+        if message.get("model") and Path(message["model"]).exists():
+            self._deliver_model(client, Path(message["model"]))
         status = message.get("status")
         if status == "RUNNING":
             client.update_run(self.run_id, status=status)
@@ -184,18 +256,52 @@ class TrackedRun:
     def _find_or_create(self, client: Any) -> None:
         from mlflow.entities import Param
 
-        experiment = client.get_experiment_by_name(self.experiment)
-        experiment_id = experiment.experiment_id if experiment else client.create_experiment(self.experiment)
-        runs = client.search_runs([experiment_id], f"tags.{KEY_TAG} = '{self.key}'", max_results=1)
+        self.experiment_id = _find_or_create_experiment(client, self.experiment)
+        runs = client.search_runs([self.experiment_id], f"tags.{KEY_TAG} = '{self.key}'", max_results=1)
         if runs:
             self.run_id, self.finished = runs[0].info.run_id, runs[0].info.status == "FINISHED"
             return
         # tags at once: a run that is cut off before it has its key would never be found again
-        tags = {**self.tags, KEY_TAG: self.key, "git_sha": git_sha()}
-        run = client.create_run(experiment_id, run_name=self.name, tags=tags)
+        tags = {
+            **self.tags,
+            KEY_TAG: self.key,
+            "git_sha": git_sha(),
+            **_origin(),
+            NOTE_TAG: self.note,
+        }
+        run = client.create_run(self.experiment_id, run_name=self.name, tags=tags)
         params = [Param(name, str(value)) for name, value in self.params.items()]
         client.log_batch(run.info.run_id, params=params)
+        if self.data:
+            client.log_inputs(run.info.run_id, [_dataset_input(data) for data in self.data])
         self.run_id = run.info.run_id
+
+    def _deliver_model(self, client: Any, path: Path) -> None:
+        from mlflow.entities import LoggedModelOutput
+
+        from ucir.models.card import model_card
+        from ucir.models.model import load_model
+        from ucir.pyfunc import save_pyfunc
+
+        run = client.get_run(self.run_id)
+        if run.outputs and run.outputs.model_outputs:
+            return
+        model = load_model(path)
+        epoch = int(model.facts["epoch"])
+        logged = client.create_logged_model(
+            run.info.experiment_id,
+            re.sub(r"[^\w-]+", "-", self.name),
+            self.run_id,
+            {**self.tags, **_origin(), NOTE_TAG: model_card(model).text},
+            {"epoch": str(epoch)},
+        )
+        with tempfile.TemporaryDirectory() as folder:
+            saved = Path(folder) / "model"
+            save_pyfunc(model, saved, logged.model_id, self.run_id)
+            client.log_model_artifacts(logged.model_id, str(saved))
+        client.finalize_logged_model(logged.model_id, "READY")
+        # the last: what was cut off before is not one of the run's, and is done anew
+        client.log_outputs(self.run_id, [LoggedModelOutput(logged.model_id, epoch)])
 
     def _deliver_history(self, client: Any, history: Sequence[Mapping[str, float]]) -> None:
         from mlflow.entities import Metric
@@ -232,6 +338,8 @@ def tracked_run(
     key: str,
     tags: Mapping[str, str],
     params: Mapping[str, Any],
+    note: str = "",
+    data: Sequence[DataInput] = (),
 ) -> TrackedRun:
     """The store's run with this key, made when there is none.
 
@@ -242,8 +350,10 @@ def tracked_run(
         key: identifies the run for good; see :mod:`ucir.runs.run`.
         tags: to filter and group by.
         params: what one would put on an axis; written once.
+        note: Markdown, shown with the run.
+        data: the pictures that it sees.
     """
-    run = TrackedRun(uri, experiment, name, key, dict(tags), dict(params), UNSENT.resolve())
+    run = TrackedRun(uri, experiment, name, key, dict(tags), dict(params), UNSENT.resolve(), note, data)
     run.find()
     return run
 
@@ -252,14 +362,17 @@ class ScoreTracker:
     """One flat run for each direction and seed, holding its final scores.
 
     Args:
-        dataset, setting, method: tags, and the experiment's name.
+        pack: of the data set; its name is a tag, and the experiment's.
+        source: where the pictures come from.
+        setting, method: tags.
         params: of the network, to filter by.
     """
 
-    def __init__(self, dataset: str, setting: str, method: str, params: Mapping[str, Any]) -> None:
+    def __init__(self, pack: Path, source: str, setting: str, method: str, params: Mapping[str, Any]) -> None:
         self.uri = tracking_uri()
         init_store(self.uri)
-        self.dataset, self.setting, self.method = dataset, setting, method
+        self.pack, self.source = pack, source
+        self.dataset, self.setting, self.method = pack.name, setting, method
         self.params = params
 
     def log(
@@ -284,6 +397,8 @@ class ScoreTracker:
                 "trained_run_key": trained_run_key,
             },
             self.params,
+            f"Scores of the training with `run_key` = `{trained_run_key}`; made by `uv run dvc repro`.",
+            data_inputs(self.pack, self.source, {query: "query", gallery: "gallery"}),
         )
         with status_of(run):
             run.log_scores(values)
@@ -293,7 +408,11 @@ def send_unsent(uri: str) -> None:
     """Send what earlier commands could not, if the store answers now."""
     for kept in sorted(UNSENT.resolve().glob("*.json")):
         run = json.loads(kept.read_text("utf-8"))["run"]
-        if run["uri"] == uri and not TrackedRun(**{**run, "unsent": Path(run["unsent"])}).find():
+        data = [DataInput(**entry) for entry in run.get("data", ())]
+        if (
+            run["uri"] == uri
+            and not TrackedRun(**{**run, "unsent": Path(run["unsent"]), "data": data}).find()
+        ):
             return
 
 
@@ -307,9 +426,49 @@ def _is_down(error: Exception) -> bool:
     return isinstance(error, (RequestException, OSError))
 
 
+def _find_or_create_experiment(client: Any, name: str) -> str:
+    """Its id; marked as model training, which MLflow's page would else ask about."""
+    experiment = client.get_experiment_by_name(name)
+    number: str = experiment.experiment_id if experiment else client.create_experiment(name)
+    known = experiment.tags if experiment else {}
+    tags = {
+        "mlflow.experimentKind": "custom_model_development",
+        NOTE_TAG: EXPERIMENT_NOTE.format(id=number, scores=SCORES, summaries=SUMMARIES),
+    }
+    for tag, value in tags.items():
+        if tag not in known:  # people may have changed them
+            client.set_experiment_tag(number, tag, value)
+    return number
+
+
+def _origin() -> dict[str, str]:
+    """Who ran what: the columns User and Source."""
+    program = Path(sys.argv[0])
+    name = program.name if program.stem != "__main__" else program.parent.name
+    origin = {"mlflow.source.name": name, "mlflow.source.type": "LOCAL"}
+    with contextlib.suppress(OSError, KeyError, ImportError):  # a container's user may have no name
+        origin["mlflow.user"] = getpass.getuser()
+    return origin
+
+
+def _dataset_input(data: DataInput) -> Any:
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    profile = json.dumps({"pictures": data.pictures})
+    source = json.dumps({"uri": data.source})
+    dataset = Dataset(data.name, data.digest, "local", source, profile=profile)
+    return DatasetInput(dataset, [InputTag("mlflow.data.context", data.context)])
+
+
 def experiment_url(uri: str) -> str:
     """How to look at the store."""
     return uri if uri.startswith("http") else f"uv run mlflow ui --backend-store-uri {shlex.quote(uri)}"
+
+
+def scores_url(uri: str, experiment_id: str) -> str:
+    """Where all final scores of an experiment are compared, pairs x methods, once the page is there."""
+    base = uri if uri.startswith("http") else "http://127.0.0.1:5000"
+    return f"{base.rstrip('/')}/#/experiments/{experiment_id}/{SCORES}"
 
 
 def git_sha() -> str:
@@ -321,18 +480,19 @@ def git_sha() -> str:
 
 
 def _client(uri: str) -> Any:
-    _quiet_alembic()
+    _quiet_loggers()
     from mlflow import MlflowClient
 
     return MlflowClient(uri)
 
 
-def _quiet_alembic() -> None:
-    """The schema's migrations log dozens of lines that mean nothing to our users."""
+def _quiet_loggers() -> None:
+    """The schema's migrations and saved models log lines that mean nothing to our users."""
     import logging
 
-    for name in ("alembic", "mlflow.store.db.utils"):
+    for name in ("alembic", "mlflow.store.db.utils", "mlflow.pyfunc"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("mlflow.utils.environment").setLevel(logging.ERROR)  # uv's environments have no pip
 
 
 @contextlib.contextmanager

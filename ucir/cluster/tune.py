@@ -112,6 +112,10 @@ def _tune(
             "pairs": ", ".join(pairs),
             **sweep.model_dump(include={"trials", "search", "scheduler", "objective"}),
         },
+        f"`uv run ucir tune {name}`; what was found: `results/sweeps/{name}`",
+        tracking.data_inputs(
+            runs[0].pack, runs[0].source, {domain: "training" for run in runs for domain in run.pair}
+        ),
     )
     connect(params.cluster, uri)
     waiting = WAITING if params.cluster.num_workers >= 2 else 0.0
@@ -280,6 +284,7 @@ class TrialTask:
             f"{self.key}-{trial}",
             tags,
             values,
+            data=self.parent.data,
         )
 
 

@@ -9,6 +9,7 @@ writes both into one.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
@@ -160,6 +161,17 @@ def embedded_model() -> Model:
     origin = load_weights(encoder.trunk, EMBEDDED_TRUNK, EMBEDDED)
     view, pack = ViewParams(side=EMBEDDED_SIDE, eval_crop=1.0), PackParams(side=EMBEDDED_SIDE)
     return Model(encoder.eval(), view, pack, {"weights": asdict(origin)}, used="pooled")
+
+
+def model_file(name: str) -> Path:
+    """Where this project keeps a model.
+
+    Raises:
+        UserError: a name that cannot be a folder's.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9_.-]*[A-Za-z0-9_-]", name):
+        raise UserError(f"model {name!r}: letters, digits, '_', '-' and '.' alone")
+    return MODELS / name / "model.pt"
 
 
 def find_model(name: str, device: torch.device | str = "cpu") -> Model:

@@ -256,9 +256,13 @@ def _base64(data: bytes) -> str:
     return base64.b64encode(data).decode()
 
 
-def log_summaries(params: Params, written: Written) -> None:
-    """One MLflow run per data set and setting that holds the table: the UI cannot pivot runs into one."""
+def log_summaries(params: Params, written: Written) -> list[str]:
+    """One MLflow run per data set and setting that holds the table: the UI cannot pivot runs into one.
+
+    Returns addresses where the scores of each data set are compared.
+    """
     uri = tracking.tracking_uri()
+    experiments = {}
     tracking.init_store(uri)
     for dataset, setting in ((part.dataset, part.setting) for part in params.study.settings.values()):
         values = {
@@ -275,8 +279,13 @@ def log_summaries(params: Params, written: Written) -> None:
             key,
             {"dataset": dataset, "setting": setting, "stage": "report", "study": params.study.name},
             {},
+            f"Study `{params.study.name}`, means over its directions and seeds; tables and pictures are in "
+            "`report.html` among the artifacts.",
         )
         with tracking.status_of(run):
             run.log_scores(values)
             for name in ("results.csv", "results.md", "results.tex", "report.html"):
                 run.log_artifact(written.page.with_name(name))
+        if run.experiment_id:
+            experiments[dataset] = run.experiment_id
+    return [tracking.scores_url(uri, number) for number in experiments.values()]

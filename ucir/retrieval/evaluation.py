@@ -45,6 +45,8 @@ PRETRAINED = "pretrained"
 LAST = "last"
 BEST = "best_by_labels"
 """The papers report the epoch with the best P@K on the test labels; nobody without labels can."""
+CHECKPOINTS = {LAST: "last.pt", BEST: "best.pt"}
+"""A run's file of each choice of epoch."""
 
 
 @dataclass(frozen=True)
@@ -187,7 +189,7 @@ def evaluate_method(
         pair = split_pair(run["pair"], list(read_info(PACKS / dataset).counts))
         images, labels = scored_domains(dataset, block, pair, spaces)
         run_scores = []
-        for choice, name in ((LAST, "last.pt"), (BEST, "best.pt")):
+        for choice, name in CHECKPOINTS.items():
             if not (path.parent / name).exists():
                 continue
             features = checkpoint_features(path.parent / name, block, images, device)
@@ -328,7 +330,7 @@ def _open(dataset: str, block: DatasetParams, domain: str, pictures: Sequence[Pi
 
 def _tracker(dataset: str, setting: str, method: str, block: DatasetParams) -> tracking.ScoreTracker:
     params = {"trunk": block.start.encoder.trunk_name, "side": block.view.side}
-    return tracking.ScoreTracker(dataset, setting, method, params)
+    return tracking.ScoreTracker(PACKS / dataset, block.source, setting, method, params)
 
 
 def _log(tracker: tracking.ScoreTracker, run_key: str, scores: list[DirectionScore]) -> None:

@@ -25,6 +25,7 @@ from ucir.devices import choose_device
 from ucir.errors import UserError, nearest
 from ucir.methods.base import ClusteredParams
 from ucir.methods.registry import METHODS, params_block
+from ucir.models.card import model_card
 from ucir.models.encoder import new_encoder
 from ucir.models.model import load_model, save_model
 from ucir.models.pretrained import EMBEDDED, EMBEDDED_SIDE, EMBEDDED_TRUNK, HUB
@@ -120,6 +121,7 @@ class Adaptation:
         unfinished = self.model_file.with_suffix(".unfinished")
         save_model(model.whole(), unfinished)
         unfinished.replace(self.model_file)
+        write_atomically(f"{model_card(model)}\n", self.model_file.with_name("README.md"))
         return self.model_file
 
 

@@ -14,7 +14,7 @@ from ucir import tracking
 from ucir.config.cluster import ClusterParams
 from ucir.devices import choose_device
 from ucir.errors import UserError
-from ucir.paths import locked
+from ucir.paths import RUNS, locked
 from ucir.progress import Progress
 from ucir.retrieval.metrics import precision_name
 from ucir.runs.reporter import RunReporter
@@ -114,7 +114,14 @@ def tracked_run_of(run: Run, uri: str) -> tracking.TrackedRun:
         run.key,
         {**run.tags(), "stage": "train" if isinstance(run, PairRun) else PRETRAIN},
         params,
+        f"`{run.again()}`\n\nWeights and state: `{RUNS / run.folder.name}`",
+        tracking.data_inputs(run.pack, run.source, run.contexts),
     )
+
+
+def track_model(run: Run, uri: str) -> None:
+    """Put a finished run's model of the last epoch into the store."""
+    tracked_run_of(run, uri).log_model(run.folder / "last.pt")
 
 
 def track_finished(run: Run, uri: str) -> None:

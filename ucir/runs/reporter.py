@@ -18,7 +18,8 @@ from ucir.models.checkpoints import load_state, save_atomically
 from ucir.models.model import save_model
 from ucir.paths import write_atomically
 from ucir.retrieval.criteria import criteria
-from ucir.retrieval.metrics import metric_values, precision_name
+from ucir.retrieval.evaluation import BEST, CHECKPOINTS, LAST
+from ucir.retrieval.metrics import metric_values, metrics, precision_name
 from ucir.retrieval.ranking import rank
 from ucir.runs.run import PairRun, Run
 from ucir.training.epochs import EpochReport
@@ -93,7 +94,7 @@ class RunReporter:
             entry |= self._scores(self.run, first, second)
             selector = f"val/{precision_name(self.run.cutoffs[0])}"
             if selector in entry and all(entry[selector] > earlier[selector] for earlier in self.history):
-                self._save(report, "best.pt")
+                self._save(report, BEST, entry)
         self.history.append(entry)
         last = report.epoch + 1 == self.run.params.epochs
         state = self.run.folder / "state.pt"
@@ -102,13 +103,16 @@ class RunReporter:
             self.kept = time.monotonic()
         self.on_epoch(self.history)
         if last:
-            self._save(report, "last.pt")
+            self._save(report, LAST, entry)
             facts = {**self.run.tags(), **self.run.facts(), "history": self.history}
             write_atomically(json.dumps(facts, indent=1) + "\n", self.run.folder / "done.json")
             state.unlink(missing_ok=True)
 
-    def _save(self, report: EpochReport, name: str) -> None:
-        save_model(self.run.model(report.encoder, report.epoch + 1), self.run.folder / name)
+    def _save(self, report: EpochReport, choice: str, entry: dict[str, float]) -> None:
+        named = metrics(self.run.cutoffs) if isinstance(self.run, PairRun) else ()
+        scores = {m.name: entry[key] for m in named if (key := f"val/{m.identifier}") in entry}
+        model = self.run.model(report.encoder, report.epoch + 1, choice, scores)
+        save_model(model, self.run.folder / CHECKPOINTS[choice])
 
     def fault(self, details: dict[str, Any]) -> None:
         if self.writes:

@@ -40,6 +40,7 @@ from ucir.models.encoder import Encoder, new_encoder
 from ucir.models.model import Model
 from ucir.models.trunk import trunk_module
 from ucir.paths import FEATURES, PACKS, RUNS, STARTS, check_writable
+from ucir.retrieval.evaluation import CHECKPOINTS
 from ucir.runs.dependencies import EMBEDDING, START, code_version, training_modules
 from ucir.runs.params import method_params
 from ucir.training.start import ViewContrast, ViewContrastParams
@@ -59,6 +60,10 @@ class Run(ABC):
     view: ViewParams
     encoder: EncoderParams = field(hash=False)  # of dicts; the key holds it
     params: MethodParams
+    source: str
+    """Where its pictures come from."""
+    catalogue: str
+    """The data set's entry there."""
     pack: Path
     stored: PackParams
     """How its pictures are stored."""
@@ -69,6 +74,15 @@ class Run(ABC):
     @abstractmethod
     def name(self) -> str:
         """For people: ``ucdir Art-Real s0``."""
+
+    @property
+    @abstractmethod
+    def contexts(self) -> dict[str, str]:
+        """What its domains are to it, for MLflow."""
+
+    @abstractmethod
+    def again(self) -> str:
+        """The command that makes it."""
 
     @abstractmethod
     def tags(self) -> dict[str, str]:
@@ -82,10 +96,27 @@ class Run(ABC):
     def new_training(self, device: torch.device) -> Training:
         """Everything that changes while it is trained, as at its start."""
 
-    def model(self, encoder: Encoder, epoch: int) -> Model:
-        """An encoder of it after so many epochs, with what using it needs."""
-        facts = {**self.tags(), "run_key": self.key, "epoch": epoch}
-        return Model(encoder, self.view, self.stored, facts)
+    def model(self, encoder: Encoder, epoch: int, choice: str, scores: dict[str, float]) -> Model:
+        """An encoder of it, with what using it needs.
+
+        Args:
+            encoder: its weights.
+            epoch: after how many.
+            choice: of the epoch: ``last`` or ``best_by_labels``.
+            scores: of these weights by metric, in percent; none without labels.
+        """
+        return Model(encoder, self.view, self.stored, self._facts_of_model(epoch, choice, scores))
+
+    def _facts_of_model(self, epoch: int, choice: str, scores: dict[str, float]) -> dict[str, Any]:
+        return {
+            **self.tags(),
+            "run_key": self.key,
+            "epoch": epoch,
+            "epoch_choice": choice,
+            "scores": scores,
+            "params": self.params.model_dump(mode="json"),
+            "catalogue": self.catalogue,
+        }
 
     @property
     def done(self) -> bool:
@@ -147,6 +178,17 @@ class PairRun(Run):
         """(query, gallery) that this training is scored in."""
         return directions(self.setting, self.pair)
 
+    @property
+    def contexts(self) -> dict[str, str]:
+        return {domain: "training" for domain, _ in self.trained}
+
+    def again(self) -> str:
+        one_way = not both_ways(self.setting)
+        return (
+            f"uv run ucir train --dataset {self.dataset} --setting {self.setting} --method {self.method} "
+            f"--pair '{('>' if one_way else '-').join(self.pair)}' --seed {self.seed}"
+        )
+
     def images(self) -> tuple[DomainImages, ...] | tuple[DomainFeatures, ...]:
         """What training sees of the two domains."""
         if self.part == "head":
@@ -154,8 +196,9 @@ class PairRun(Run):
             return tuple(open_features(folder, domain, index) for domain, index in self.trained)
         return tuple(open_domain(self.pack, domain, index) for domain, index in self.trained)
 
-    def model(self, encoder: Encoder, epoch: int) -> Model:
-        facts = {**self.tags(), "run_key": self.key, "epoch": epoch, "weights": self.weights}
+    def model(self, encoder: Encoder, epoch: int, choice: str, scores: dict[str, float]) -> Model:
+        facts = self._facts_of_model(epoch, choice, scores)
+        facts |= {"weights": self.weights, "pictures": dict(zip(self.pair, self.counts, strict=True))}
         path = str(STARTS / self.dataset / "start.pt")
         trunk = {"path": path, "sha256": self.start_digest} if self.part == "head" else {}
         domains = tuple(domain for domain, _ in self.trained)
@@ -187,6 +230,13 @@ class StartRun(Run):
     @property
     def name(self) -> str:
         return f"{self.method} {self.dataset}"
+
+    @property
+    def contexts(self) -> dict[str, str]:
+        return dict.fromkeys(self.domains, "training")
+
+    def again(self) -> str:
+        return "uv run dvc repro pretrain"
 
     def tags(self) -> dict[str, str]:
         return {"dataset": self.dataset, "method": self.method, "seed": str(self.seed)}
@@ -375,7 +425,7 @@ def materialise(run: PairRun, out: Path) -> None:
     """
     target = out / run.slug
     target.mkdir(parents=True, exist_ok=True)
-    for name in ("last.pt", "best.pt"):
+    for name in CHECKPOINTS.values():
         if (run.folder / name).exists():  # without labels there is no best epoch
             shutil.copyfile(run.folder / name, target / name)
     done = json.loads((run.folder / "done.json").read_text("utf-8"))
@@ -409,6 +459,8 @@ def _common(block: DatasetParams, dataset: str) -> dict[str, Any]:
         "dataset": dataset,
         "view": block.view,
         "encoder": block.start.encoder,
+        "source": block.source,
+        "catalogue": block.catalogue,
         "pack": (PACKS / dataset).resolve(),
         "stored": block.pack,
     }
