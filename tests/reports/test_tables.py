@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import csv
-import io
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
-from PIL import Image
-from torch.nn.functional import normalize
 
 from ucir.data.catalogue import entry
-from ucir.data.pack import DomainImages
 from ucir.methods.registry import METHODS, TO_COME
 from ucir.reports import figures
-from ucir.reports.figures import HIT, MISS, QUERY, UNKNOWN, curves, embedding, query_slots, retrieval_grid
+from ucir.reports.figures import curves
 from ucir.reports.reference import PrintedCell, printed_cells
 from ucir.reports.table import (
     cell,
@@ -27,6 +21,7 @@ from ucir.reports.table import (
     imbalance_table,
     latex,
     markdown,
+    overview_table,
     plain,
     read_results,
     result_rows,
@@ -178,40 +173,26 @@ def test_the_printed_tables_are_those_of_the_papers() -> None:
         assert c.method in {*METHODS, *TO_COME}
 
 
-def test_the_grid_frames_query_hits_and_misses() -> None:
-    grey = np.full((4, 8, 8, 3), 128, np.uint8)
-    images = DomainImages("x", grey, np.arange(4), np.full((4, 2), 8))
-
-    def frames(query_label: str) -> list[object]:
-        labels = ["a", query_label, "a", "b"]
-        png = retrieval_grid(images, images, [1], np.array([[0, 3]]), labels, ["b", "b", "b", "a"])
-        image = Image.open(io.BytesIO(png)).convert("RGB")
-        wide = (image.width - 4) // 3
-        return [image.getpixel((x, 1)) for x in (1, wide + 5, 2 * wide + 5)]
-
-    assert frames("b") == [QUERY, HIT, MISS]
-    assert frames("") == [QUERY, UNKNOWN, UNKNOWN]
-
-
-def test_the_same_queries_for_every_method_one_of_each_class_first() -> None:
-    labels = ["b", "a", "b", "c", "a"]
-    assert query_slots(labels, 3) == [1, 0, 3]
-    assert query_slots(labels, 5) == [1, 0, 3, 4, 2]
-    assert query_slots(labels, 50) == [1, 0, 3, 4, 2]
-
-
-def test_curves_and_embedding_draw() -> None:
+def test_curves_draw() -> None:
     history = [
         {"epoch": float(e), "train/loss_total": 1.0, "val/P_at_2": 5.0, "val/mAP_at_All": 6.0} for e in (0, 1)
     ]
     assert b"<svg" in curves({"a-b": history, "a-c": history}, 2)
-    features = {d: normalize(torch.randn(9, 6), dim=1) for d in ("a", "b")}
-    assert b"<svg" in embedding(features, {d: ["x", "y", "z"] * 3 for d in features})
 
 
 def test_names_in_any_script_are_text_in_the_figures() -> None:
-    features = {"_素描": torch.randn(12, 4), "a$b$": torch.randn(12, 4)}
-    labels = {domain: ["猫", "_dog", "x<y&z", "$1"] * 3 for domain in features}
-    svg = embedding(features, labels).decode()
-    for name in ("_素描", "a$b$", "猫", "_dog", "x&lt;y&amp;z", "$1"):
+    history = [{"epoch": 0.0, "train/loss_total": 1.0}]
+    svg = curves(dict.fromkeys(("_素描", "a$b$", "x<y&z"), history), 2).decode()
+    for name in ("_素描", "a$b$", "x&lt;y&amp;z"):
         assert f"{name}</text>" in svg, name
+
+
+def test_the_overview_holds_means_and_leaves_out_what_was_not_scored() -> None:
+    whole, shifted = scores(0.0), scores(4.0)
+    half = [s for s in scores(0.0) if s.query == "art"]
+    table = overview_table(
+        [("x", "closed", {"a": whole, "b": shifted, "none": []}, "P@2"), ("y", "open", {"a": half}, "P@2")]
+    )
+    assert table.columns == ["x, closed: P@2", "y, open: P@2"]
+    assert table.rows == [("a", ["45.5 ± 0.7", "50.5 ± 0.7"]), ("b", ["49.5 ± 0.7", ""])]
+    assert table.best == [{1}, {0}]

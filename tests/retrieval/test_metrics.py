@@ -9,7 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.functional import normalize
 
-from ucir.retrieval.metrics import Decisions, average_precision, metric_values, metrics, percent, precision_at
+from ucir.retrieval.metrics import (
+    Decisions,
+    average_precision,
+    metric_values,
+    metrics,
+    percent,
+    precision_at,
+    precision_by_class,
+)
 from ucir.retrieval.ranking import Ranking, rank, ranked_relevance, top_ranked
 
 
@@ -128,6 +136,10 @@ def test_metrics_of_universal_retrieval_by_hand() -> None:
     assert np.isnan(disjoint["mAP_at_All"])
     assert np.isnan(precision_at(queries(slice(3, 5)), k=2))
     assert np.isnan(percent(np.array([np.nan])))
+    # of class a one hit among 1 + 2 shown, of b none; c and d have no counterpart
+    assert precision_by_class(RANKING, 2) == {"a": pytest.approx(100 / 3), "b": 0.0}
+    assert precision_by_class(RANKING, 4) == {"a": pytest.approx(100 / 3), "b": 0.0}
+    assert precision_by_class(queries(slice(3, 5)), 2) == {}
 
 
 def test_interpolated_precision_is_the_best_at_this_rank_or_later() -> None:

@@ -192,8 +192,31 @@ def direction_table(dataset: str, setting: str, scores: Scores, metric: str, cho
         f"{dataset}, {setting}: {metric} in percent, {choice.replace('_', ' ')} epoch",
         [*(f"{query} → {gallery}" for query, gallery in directions), "mean"],
         [(method, ["" if c is None else str(c) for c in cells]) for method, cells in body],
-        _best([cells for _, cells in body]),
+        best_rows([cells for _, cells in body]),
     )
+
+
+def overview_table(parts: Sequence[tuple[str, str, Scores, str]]) -> Table:
+    """Means over directions of several settings, last epoch.
+
+    Args:
+        parts: data set, setting, scores, and the metric that it is judged by.
+    """
+    methods = list(dict.fromkeys(method for _, _, scores, _ in parts for method in scores))
+    body = [[mean_cell(scores, method, metric) for _, _, scores, metric in parts] for method in methods]
+    filled = [i for i, cells in enumerate(body) if any(cells)]
+    return Table(
+        "mean over the directions in percent, last epoch",
+        [f"{dataset}, {setting}: {metric}" for dataset, setting, _, metric in parts],
+        [(methods[i], ["" if c is None else str(c) for c in body[i]]) for i in filled],
+        best_rows([body[i] for i in filled]),
+    )
+
+
+def mean_cell(scores: Scores, method: str, metric: str) -> Cell | None:
+    """A method's mean over all directions, last epoch; None where it was not scored in each of them."""
+    directions = scored_directions(scores)
+    return cell(scores[method], metric, LAST, directions) if directions and method in scores else None
 
 
 def comparison_tables(scores: Scores, printed: Sequence[PrintedCell], choice: str = LAST) -> list[Table]:
@@ -223,7 +246,7 @@ def comparison_tables(scores: Scores, printed: Sequence[PrintedCell], choice: st
                 "ours (printed, difference)",
                 [*(f"{query} → {gallery}" for query, gallery in directions), "mean"],
                 rows,
-                _best(ours),
+                best_rows(ours),
             )
         )
     return tables
@@ -259,7 +282,7 @@ def imbalance_table(dataset: str, metric: str, cells: Mapping[str, Mapping[int, 
         "mean over directions, last epoch",
         [f"{ratio} : 1" for ratio in ratios],
         [(method, ["" if c is None else str(c) for c in by_ratio]) for method, by_ratio in body],
-        _best([by_ratio for _, by_ratio in body]),
+        best_rows([by_ratio for _, by_ratio in body]),
     )
 
 
@@ -273,7 +296,8 @@ def _beside(ours: Cell | None, theirs: PrintedCell | None) -> str:
     return f"{ours} ({theirs.value:.1f}, {ours.mean - theirs.value:+.1f})".replace("-", "−")
 
 
-def _best(rows: Sequence[Sequence[Cell | None]]) -> list[set[int]]:
+def best_rows(rows: Sequence[Sequence[Cell | None]]) -> list[set[int]]:
+    """Which rows hold each column's highest value, as it is displayed."""
     best = []
     for column in zip(*rows, strict=True):
         values = {row: round(c.mean, 1) for row, c in enumerate(column) if c is not None}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import csv
 import hashlib
 import json
@@ -16,9 +15,11 @@ from ucir import tracking
 from ucir.config.data import DatasetParams
 from ucir.config.load import Params
 from ucir.config.study import SettingParams
-from ucir.data.pack import open_domain, read_info
+from ucir.data.pack import PackInfo, open_domain, read_info
 from ucir.data.splits import directions, label_spaces, tail_ratio, trainings
 from ucir.reports import figures
+from ucir.reports.compare import SHOWN, Comparison, Direction
+from ucir.reports.embedding import embedding
 from ucir.reports.reference import AVERAGE, PrintedCell, printed_for
 from ucir.reports.table import (
     ResultRow,
@@ -32,11 +33,14 @@ from ucir.reports.table import (
     imbalance_table,
     latex,
     markdown,
+    mean_cell,
+    overview_table,
     read_results,
     result_rows,
     scored_directions,
     write_csv,
 )
+from ucir.reports.thumbnails import COLUMNS, Thumbnails
 from ucir.retrieval.evaluation import (
     BEST,
     LAST,
@@ -47,11 +51,9 @@ from ucir.retrieval.evaluation import (
     scored_index,
     start_rows,
 )
-from ucir.retrieval.ranking import top_ranked
 from ucir.tracking import git_sha
 
-SHOWN = 10
-"""Images retrieved per query in a grid."""
+BY_CLASS = "by_class.csv"
 NO_LABELS = (
     "no labels: the pictures are not in class folders, so there are no scores; look at what is retrieved"
 )
@@ -69,7 +71,7 @@ class Written:
 
 
 def write_report(params: Params, packs: Path, results: Path, out: Path) -> Written:
-    """Write ``results.csv``, ``.md``, ``.tex`` and ``report.html`` of the active study into ``out``."""
+    """Write tables and ``report.html`` of the active study into ``out``."""
     from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
     out.mkdir(parents=True, exist_ok=True)
@@ -77,6 +79,9 @@ def write_report(params: Params, packs: Path, results: Path, out: Path) -> Writt
     rows: list[ResultRow] = []
     parts = []
     headline = []
+    leading: list[tuple[str, str, Scores, str]] = []
+    by_class: list[tuple[str, ...]] = []
+    thumbnails = Thumbnails()
     tailed: dict[str, dict[int, Scores]] = {}
     for part in study.settings.values():
         block = params.datasets[part.dataset]
@@ -87,22 +92,42 @@ def write_report(params: Params, packs: Path, results: Path, out: Path) -> Writt
         printed = printed_for(block.catalogue, part.setting)
         rows += result_rows(part.dataset, part.setting, scores, printed)
         tables = _tables(part, scores, printed, block)
-        headline += tables[: len(lead_metrics(part.setting, ""))]
+        lead = lead_metrics(part.setting, f"P@{block.evaluate.cutoffs[0]}")
+        headline += tables[: len(lead)]
+        best = None
+        if tables:
+            leading.append((part.dataset, part.setting, scores, lead[0]))
+            means = {m: c.mean for m in methods if (c := mean_cell(scores, m, lead[0]))}
+            best = max(means, key=means.__getitem__, default=None)
         if ratio := tail_ratio(part.setting):
             tailed.setdefault(part.dataset, {})[ratio] = scores
         folder = results / part.dataset / part.setting
-        pictures = _pictures(params, part, packs / part.dataset, folder, methods)
+        pack = packs / part.dataset
+        compared, feature_spaces = _compare(params, part, pack, folder, methods, best, thumbnails)
+        class_table = compared.class_table()
+        by_class += _class_rows(part, class_table)
+        seed = study.seeds[0]
+        pairs = _pairs(part, block, read_info(pack))
         parts.append(
             {
                 "dataset": part.dataset,
                 "setting": part.setting,
                 "tables": tables,
+                "leading": len(lead),
+                "cutoff": block.evaluate.cutoffs[0],
+                "best": best,
                 "spaces": json.loads((folder / "label_spaces.json").read_text("utf-8")),
-                "data": _data(packs / part.dataset),
-                **pictures,
+                "data": _data(pack),
+                "compared": compared.directions,
+                "class_table": class_table,
+                "confusions": compared.confusions(),
+                "feature_spaces": feature_spaces,
+                "curves": [(m, _curves(folder / m / "train", pairs, seed, block)) for m in methods],
             }
         )
     write_csv(rows, out / "results.csv")
+    with (out / BY_CLASS).open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([("dataset", "setting", "method", "class", "P@K", "percent"), *by_class])
     imbalance = [_imbalance(dataset, runs, params) for dataset, runs in tailed.items() if len(runs) > 1]
     headline += [table for entry in imbalance for table in entry["tables"][:1]]
     every = [table for part in (*imbalance, *parts) for table in part["tables"]]
@@ -120,6 +145,11 @@ def write_report(params: Params, packs: Path, results: Path, out: Path) -> Writt
     page = environment.get_template("page.html.j2").render(
         study=study.name,
         seeds=", ".join(map(str, study.seeds)),
+        overview=overview_table(leading) if len(leading) > 1 else None,
+        sheets=Markup(thumbnails.style()),
+        shown=SHOWN,
+        start=PRETRAINED,
+        thumbnail_columns=COLUMNS,
         commit=git_sha(),
         cutoff=", ".join(map(str, sorted(cutoffs))),
         imbalance=imbalance,
@@ -173,6 +203,19 @@ def _imbalance(dataset: str, by_ratio: dict[int, Scores], params: Params) -> dic
     }
 
 
+def _class_rows(part: SettingParams, table: Table | None) -> list[tuple[str, ...]]:
+    """Lines of ``by_class.csv``."""
+    if table is None:
+        return []
+    cutoff = table.title.split()[0]
+    return [
+        (part.dataset, part.setting, method, label, cutoff, value)
+        for method, values in table.rows
+        for label, value in zip(table.columns, values, strict=True)
+        if value
+    ]
+
+
 def _data(pack: Path) -> list[dict[str, Any]]:
     """Pictures by domain, and what prepare found odd."""
     with (pack / "check/counts.csv").open(newline="", encoding="utf-8") as file:
@@ -196,22 +239,23 @@ def _data(pack: Path) -> list[dict[str, Any]]:
     return domains
 
 
-def _pictures(
-    params: Params, part: SettingParams, pack: Path, results: Path, methods: list[str]
-) -> dict[str, Any]:
-    """Curves, retrieval grids and embeddings of the first seed, training by training."""
+def _compare(
+    params: Params,
+    part: SettingParams,
+    pack: Path,
+    results: Path,
+    methods: list[str],
+    best: str | None,
+    thumbnails: Thumbnails,
+) -> tuple[Comparison, list[dict[str, Any]]]:
+    """Methods side by side, and feature spaces pair by pair; of the first seed."""
     block = params.datasets[part.dataset]
     seed = params.study.seeds[0]
     info = read_info(pack)
     spaces = label_spaces(part.setting, info.classes, block.split)
-    pairs = trainings(part.setting, part.pairs or block.pairs, list(info.counts))
-    curves = [
-        {"name": method, "seed": seed, "curves": _curves(results / method / "train", pairs, seed, block)}
-        for method in methods
-    ]
-    shown = []
-    embeddings = []
-    for pair in pairs:
+    compared = Comparison(part.dataset, block.evaluate.cutoffs[0], PRETRAINED, best, thumbnails)
+    spaces_shown = []
+    for pair in _pairs(part, block, info):
         name = "-".join(pair)
         index = scored_index(pack, pair, spaces)
         images, labels = {d: open_domain(pack, d, x) for d, x in index.items()}, labels_of(index)
@@ -221,21 +265,23 @@ def _pictures(
             if stored.exists():  # another method of the study may have other pairs
                 features[method] = load_features(stored)
         for query, gallery in directions(part.setting, pair):
-            slots = figures.query_slots(labels[query], block.evaluate.grid_queries)
-            grids = []
-            for method, x in features.items():
-                ranked = top_ranked(x[query][slots], x[gallery], SHOWN)
-                png = figures.retrieval_grid(
-                    images[query], images[gallery], slots, ranked, labels[query], labels[gallery]
-                )
-                grids.append({"method": method, "png": _base64(png)})
-            shown.append({"title": f"{query} → {gallery}", "grids": grids})
-        plots = []
-        for method, x in features.items():
-            svg = figures.embedding({domain: x[domain] for domain in pair}, labels)
-            plots.append({"method": method, "svg": _base64(svg)})
-        embeddings.append({"title": name, "plots": plots})
-    return {"methods": curves, "directions": shown, "embeddings": embeddings}
+            compared.add(Direction(query, gallery, features, images, labels), block.evaluate.grid_queries)
+        plots = [
+            {
+                "method": method,
+                "plot": embedding(
+                    part.dataset, {d: features[method][d] for d in pair}, images, labels, thumbnails
+                ),
+            }
+            for method in (PRETRAINED, best or methods[0])
+            if method in features
+        ]
+        spaces_shown.append({"title": name, "plots": plots})
+    return compared, spaces_shown
+
+
+def _pairs(part: SettingParams, block: DatasetParams, info: PackInfo) -> list[tuple[str, str]]:
+    return trainings(part.setting, part.pairs or block.pairs, list(info.counts))
 
 
 def _curves(trained: Path, pairs: list[tuple[str, str]], seed: int, block: DatasetParams) -> Markup:
@@ -250,10 +296,6 @@ def _curves(trained: Path, pairs: list[tuple[str, str]], seed: int, block: Datas
 def _inline(svg: bytes) -> Markup:
     text = svg.decode()
     return Markup(text[text.index("<svg") :])  # inside HTML there is no XML header
-
-
-def _base64(data: bytes) -> str:
-    return base64.b64encode(data).decode()
 
 
 def log_summaries(params: Params, written: Written) -> list[str]:
@@ -284,7 +326,7 @@ def log_summaries(params: Params, written: Written) -> list[str]:
         )
         with tracking.status_of(run):
             run.log_scores(values)
-            for name in ("results.csv", "results.md", "results.tex", "report.html"):
+            for name in ("results.csv", "results.md", "results.tex", BY_CLASS, "report.html"):
                 run.log_artifact(written.page.with_name(name))
         if run.experiment_id:
             experiments[dataset] = run.experiment_id

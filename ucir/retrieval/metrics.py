@@ -95,10 +95,26 @@ def precision_at(ranking: Ranking, _: Decisions | None = None, *, k: int) -> flo
     >>> precision_at(Ranking(np.array([1, 3, 2]), np.array([2, 1]), np.array(["a", "b"])), k=2)
     33.333333333333336
     """
-    shown_Q = np.minimum(k, ranking.relevant_Q)
-    hits = int((ranking.rank_R <= shown_Q[ranking.query_R]).sum())
-    shown = int(shown_Q.sum())
+    hit_Q, shown_Q = _hits(ranking, k)
+    hits, shown = int(hit_Q.sum()), int(shown_Q.sum())
     return 100 * hits / shown if shown else NOTHING
+
+
+def precision_by_class(ranking: Ranking, k: int) -> dict[str, float]:
+    """:func:`precision_at` of the queries of each class that has a counterpart."""
+    hit_Q, shown_Q = _hits(ranking, k)
+    return {
+        label: 100 * float(hit_Q[of_class].sum() / shown_Q[of_class].sum())
+        for label in sorted(set(ranking.label_Q[ranking.shared_Q].tolist()))
+        for of_class in [ranking.label_Q == label]
+    }
+
+
+def _hits(ranking: Ranking, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Relevant ones among the first t_q = min(K, R_q) of each query, and t_q, (Q,)."""
+    shown_Q = np.minimum(k, ranking.relevant_Q)
+    hit_R = ranking.rank_R <= shown_Q[ranking.query_R]
+    return np.bincount(ranking.query_R[hit_R], minlength=len(shown_Q)), shown_Q
 
 
 def average_precision(ranking: Ranking, interpolate: bool = False) -> np.ndarray:
