@@ -176,6 +176,20 @@ def _pictures(database: Path) -> int:
         opened.close()
 
 
+def test_a_full_disk_is_told_and_nothing_is_lost(photos: Path) -> None:
+    info = index(photos)
+    folder = build.default_folder(photos)
+    before = (folder / f"rows-{info.state}.npy").read_bytes()
+    for name in ("rows", "ids"):
+        (folder / f"{name}-{info.state}.npy").unlink()
+        (folder / f"{name}-{info.state}.unfinished").symlink_to("/dev/full")
+        with pytest.raises(UserError, match="the disk is full: make room"):
+            index(photos)
+        assert not list(folder.glob("*.unfinished"))
+        index(photos)
+        assert (folder / f"rows-{info.state}.npy").read_bytes() == before
+
+
 def test_archives_and_packs_are_indexed_too(photos: Path, tmp_path: Path) -> None:
     index(photos)
     archive = Path(shutil.make_archive(str(tmp_path / "zipped"), "zip", photos))

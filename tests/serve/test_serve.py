@@ -294,7 +294,7 @@ def test_a_token_opens_the_door_and_a_rate_is_kept(photos: Path) -> None:
 
 
 def test_an_index_brought_up_to_date_is_taken_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ucir.serve.app.LOOK_EVERY", 0.0)
+    monkeypatch.setattr("ucir.serve.app.LOOK_EVERY", 0.05)
     make_images(tmp_path, domains=("photos",))
     index(tmp_path / "photos")
     new = encoded(Image.effect_noise((64, 64), 80).convert("RGB"))
@@ -305,8 +305,11 @@ def test_an_index_brought_up_to_date_is_taken_up(tmp_path: Path, monkeypatch: py
         (tmp_path / "photos/cross/new.png").write_bytes(new)
         shutil.rmtree(tmp_path / "photos/square")
         index(tmp_path / "photos")
+        until = time.monotonic() + 20
+        while client.get("/api/indexes").json()[0]["pictures"] != 17:
+            assert time.monotonic() < until
+            time.sleep(0.05)
         assert client.post(SEARCH + "&k=1", files=form(new)).json()["hits"][0]["name"] == "cross/new.png"
-        assert client.get("/api/indexes").json()[0]["pictures"] == 17
 
 
 def test_the_description_is_kept_to(app: FastAPI, client: TestClient) -> None:

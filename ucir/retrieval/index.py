@@ -430,8 +430,8 @@ def _database(folder: Path) -> Iterator[sqlite3.Connection]:
     try:
         database.executescript(SCHEMA)
         yield database
-    except sqlite3.OperationalError as error:
-        if "full" not in str(error):
+    except (sqlite3.OperationalError, OSError, RuntimeError) as error:  # of SQLite, of rows, of faiss
+        if not re.search("disk is full|No space left|quota exceeded", str(error)):
             raise
         raise UserError(
             f"{folder}: the disk is full: make room, and the same command goes on from there"
@@ -570,18 +570,25 @@ def _write_rows(
     targets = out / f"rows-{state}.npy", out / f"ids-{state}.npy"
     if not all(target.exists() for target in targets):
         unfinished = [target.with_suffix(".unfinished") for target in targets]
-        rows = np.lib.format.open_memmap(unfinished[0], "w+", np.float32, (count, dim))
-        ids = np.lib.format.open_memmap(unfinished[1], "w+", np.int64, (count,))
         chosen = database.execute(
             "SELECT id, feature FROM file JOIN picture USING (sha256) WHERE fault IS NULL ORDER BY path"
         )
-        for row, (number, feature) in enumerate(chosen):
-            ids[row] = number
-            rows[row] = np.frombuffer(feature, np.float32)
-        rows.flush()
-        ids.flush()
-        for path, target in zip(unfinished, targets, strict=True):
-            path.replace(target)
+        # written in order, not through a memory map: on a full disk that would end the process without a word
+        header = {"descr": "<f4", "fortran_order": False, "shape": (count, dim)}
+        numbers = []
+        try:
+            with unfinished[0].open("wb") as file:
+                np.lib.format.write_array_header_1_0(file, header)
+                for number, feature in chosen:
+                    numbers.append(number)
+                    file.write(feature)
+            with unfinished[1].open("wb") as file:
+                np.save(file, np.array(numbers, np.int64))
+            for path, target in zip(unfinished, targets, strict=True):
+                path.replace(target)
+        finally:
+            for path in unfinished:
+                path.unlink(missing_ok=True)
     return np.load(targets[0], mmap_mode="r"), np.load(targets[1], mmap_mode="r")
 
 

@@ -138,7 +138,6 @@ class Engine:
     def __init__(self, folders: Mapping[str, Path], bounds: Bounds) -> None:
         self.bounds = bounds
         self.searchers = {name: Searcher.load(folder) for name, folder in folders.items()}
-        self.looked = time.monotonic()
         self.network = ThreadPoolExecutor(1, "network")
         self.waiting: asyncio.Queue[_Question] = asyncio.Queue()
 
@@ -152,12 +151,13 @@ class Engine:
             initargs=(self.bounds.decode_memory,),
             context=_spawn(),
         )
-        worker = asyncio.create_task(self._answer_batches())
+        workers = asyncio.create_task(self._answer_batches()), asyncio.create_task(self._renew())
         try:
             await self._warm_up()
             yield
         finally:
-            worker.cancel()
+            for worker in workers:
+                worker.cancel()
             self.decoders.stop()  # type: ignore[no-untyped-call]
             self.decoders.join(5)
             self.network.shutdown(cancel_futures=True)
@@ -178,14 +178,17 @@ class Engine:
         """An index by its name, as it is now. Raises HTTPException: there is none."""
         if name not in self.searchers:
             raise HTTPException(404, f"no index {name[:80]!r} here")
-        if time.monotonic() - self.looked > LOOK_EVERY:
-            self.looked = time.monotonic()
-            for known, open_one in list(self.searchers.items()):
-                try:
-                    self.searchers[known] = open_one.renewed()
-                except UserError as error:
-                    log.warning("%s: goes on with what it has: %s", known, error)
         return self.searchers[name]
+
+    async def _renew(self) -> None:
+        """Take up indexes that were brought up to date."""
+        while True:
+            await asyncio.sleep(LOOK_EVERY)
+            for name, searcher in list(self.searchers.items()):
+                try:
+                    self.searchers[name] = await asyncio.to_thread(searcher.renewed)
+                except Exception as error:  # whatever it is, the next look may succeed
+                    log.warning("%s: goes on with what it has: %s", name, error)
 
     async def decode(self, data: bytes, searcher: Searcher, seconds: float | None = None) -> Stored:
         """A picture that somebody sent, as the model takes it.
