@@ -29,6 +29,7 @@ from ucir.devices import usable_cores
 from ucir.errors import UserError
 from ucir.models.checkpoints import load_encoder
 from ucir.models.encoder import Encoder, new_encoder
+from ucir.models.runtime import compiled
 
 CHUNK = 32
 """Pictures that pass through the trunk at once; which these are does not depend on where an attempt began."""
@@ -98,7 +99,11 @@ def _opened(embedder: Embedder, domain: str) -> tuple[Encoder, list[Picture], Pi
 def _encoder(embedder: Embedder) -> Encoder:
     encoder = new_encoder(embedder.encoder, 0)
     load_encoder(encoder, embedder.start)
-    return encoder.to(embedder.device).eval()
+    side = embedder.view.side or encoder.form.side
+    encoder, reason = compiled(encoder.to(embedder.device).eval(), side)
+    if reason:
+        print(f"embed: torch computes the features: {reason}", flush=True)
+    return encoder
 
 
 @torch.inference_mode()

@@ -27,6 +27,7 @@ from ucir.models.checkpoints import save_encoder
 from ucir.models.embedding import CHUNK as EMBEDDED_AT_ONCE
 from ucir.models.embedding import one_thread_a_core, pooled_features
 from ucir.models.encoder import new_encoder
+from ucir.models.runtime import compiled
 from ucir.paths import PACKS
 from ucir.progress import Progress, clock
 from ucir.runs.params import method_params
@@ -134,6 +135,7 @@ def embedding_pace(block: DatasetParams, device: torch.device) -> float:
     noise = np.random.default_rng(0).integers(0, 256, (EMBEDDED_AT_ONCE, side, side, 3), np.uint8)
     images = DomainImages("a", noise, np.arange(len(noise)), np.full((len(noise), 2), side))
     encoder = new_encoder(block.start.encoder, 0).to(device).eval()
+    encoder, _ = compiled(encoder, block.view.side or encoder.form.side)
     views = PictureViews([images], block.view, encoder.form)
     slot_B = torch.arange(len(noise))
     pool, threads = one_thread_a_core(device.type)
