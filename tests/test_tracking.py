@@ -164,7 +164,9 @@ def test_a_run_names_its_pictures_and_what_makes_it_again(store: str, prepared: 
     assert contexts == {"shapes/art": "query", "shapes/photo": "gallery"}
 
 
-def test_a_model_is_logged_once_can_be_registered_and_answers(store: str, project: Path) -> None:
+def test_a_model_is_logged_once_can_be_registered_and_answers(
+    store: str, project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import mlflow
     from fastapi.testclient import TestClient
     from mlflow.pyfunc import scoring_server
@@ -200,5 +202,13 @@ def test_a_model_is_logged_once_can_be_registered_and_answers(store: str, projec
         pixels = np.asarray(decode_image(picture, 10**6))
         expected = torch.cat(list(model.features([pixels], domain=domain))).numpy()
         assert np.allclose(answer.json()["predictions"], np.repeat(expected, 2, axis=0), atol=1e-6)
+    late = a_run(store, "late")
+    with monkeypatch.context() as patch:  # what the store misses is sent later, once
+        patch.setattr(tracking, "_silent_until", {store: math.inf})
+        late.log_model(Path("last.pt"))
+    assert not client.get_run(late.run_id).outputs.model_outputs
+    for _ in range(2):
+        tracking.init_store(store)
+    assert len(client.get_run(late.run_id).outputs.model_outputs) == 1
     for wrong in ({"dataframe_records": [{"image": "aGVsbG8="}]}, {"inputs": [1]}):
         assert page.post("/invocations", json=wrong).status_code == 400
