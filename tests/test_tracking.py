@@ -21,6 +21,7 @@ from ucir.config.load import load_params
 from ucir.config.model import EncoderParams
 from ucir.data.decode import decode_image
 from ucir.data.pack import read_info
+from ucir.errors import UserError
 from ucir.models.encoder import new_encoder
 from ucir.models.model import Model, save_model
 from ucir.runs.process import tracked_run_of
@@ -212,3 +213,11 @@ def test_a_model_is_logged_once_can_be_registered_and_answers(
     assert len(client.get_run(late.run_id).outputs.model_outputs) == 1
     for wrong in ({"dataframe_records": [{"image": "aGVsbG8="}]}, {"inputs": [1]}):
         assert page.post("/invocations", json=wrong).status_code == 400
+
+
+def test_a_deleted_experiment_is_told_with_what_brings_it_back(store: str) -> None:
+    run = a_run(store)
+    assert run.experiment_id
+    MlflowClient(store).delete_experiment(run.experiment_id)
+    with pytest.raises(UserError, match=f"restore --experiment-id {run.experiment_id}"):
+        a_run(store, "k2")

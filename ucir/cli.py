@@ -485,6 +485,8 @@ def search(
 
     if bool(query) == bool(like):
         raise UserError("give pictures to search with, or --like a picture of the index")
+    if grid and (grid.suffix.lower() != ".png" or not grid.parent.is_dir()):
+        raise UserError(f"--grid {grid}: a file ending with .png in a folder that is there")
     searcher = Searcher.load(index or only_index())
     queries = list(query or [])
     if like:

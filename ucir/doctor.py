@@ -123,7 +123,10 @@ def _mlflow() -> Finding:
     try:
         with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=10) as answer:
             if answer.read(100).strip() == b"OK":
-                return Finding(True, f"MLflow server {uri}")
+                tracking.send_unsent(uri)
+                left = len(list(tracking.UNSENT.glob("*.json")))
+                waiting = f"; {left} runs still wait in {tracking.UNSENT}" if left else ""
+                return Finding(not left, f"MLflow server {uri}{waiting}")
         return Finding(False, f"{uri} answers, but is no MLflow server: correct MLFLOW_TRACKING_URI")
     except urllib.error.HTTPError as error:
         remedy = ": start it with --allowed-hosts naming this address" if error.code == 403 else ""

@@ -34,6 +34,7 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
 # it would keep the project's lock file with each model, which names the addresses of package registries
 os.environ.setdefault("MLFLOW_UV_AUTO_DETECT", "false")
+os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
 # its own patience is minutes; ours is `TrackedRun.unsent`
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
@@ -222,7 +223,7 @@ class TrackedRun:
                 reason = str(error).splitlines()[0][:200]
                 print(
                     f"MLflow at {self.uri} does not answer ({reason}): work goes on, and what belongs there "
-                    f"is kept in {self.unsent} and sent later",
+                    f"is kept in {self.unsent}; the next training or `uv run ucir doctor` sends it",
                     flush=True,
                 )
             else:
@@ -383,7 +384,7 @@ class ScoreTracker:
         run = tracked_run(
             self.uri,
             f"ucir/{self.dataset}",
-            f"{self.method} {query}→{gallery} s{seed}",
+            named(f"{self.method} {query}→{gallery} s{seed}", self.setting),
             hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12],
             {
                 "dataset": self.dataset,
@@ -402,6 +403,11 @@ class ScoreTracker:
         )
         with status_of(run):
             run.log_scores(values)
+
+
+def named(name: str, setting: str | None) -> str:
+    """A run's name with its setting, where that is not the usual one."""
+    return name if setting in (None, "closed") else f"{name} {setting}"
 
 
 def send_unsent(uri: str) -> None:
@@ -429,6 +435,12 @@ def _is_down(error: Exception) -> bool:
 def _find_or_create_experiment(client: Any, name: str) -> str:
     """Its id; marked as model training, which MLflow's page would else ask about."""
     experiment = client.get_experiment_by_name(name)
+    if experiment and experiment.lifecycle_stage == "deleted":
+        raise UserError(
+            f"MLflow's experiment {name!r} was deleted: `uv run mlflow experiments restore --experiment-id "
+            f"{experiment.experiment_id}`, or `uv run mlflow gc --experiment-ids {experiment.experiment_id}` "
+            "forgets it for good"
+        )
     number: str = experiment.experiment_id if experiment else client.create_experiment(name)
     known = experiment.tags if experiment else {}
     tags = {

@@ -172,3 +172,29 @@ def test_models_go_to_another_project_and_back(
     ):
         with pytest.raises(UserError, match=message):
             ucir(*arguments)
+
+
+def test_other_peoples_files_and_hostile_folders(model: Model, tmp_path: Path) -> None:
+    theirs = tmp_path / "bert"
+    theirs.mkdir()
+    (theirs / "config.json").write_text('{"model_type": "bert"}')
+    for target in (theirs, theirs / "config.json"):
+        with pytest.raises(UserError, match="already: give a new folder"):
+            write_folder(model, target)
+    assert [file.name for file in theirs.iterdir()] == ["config.json"]
+    write_folder(model, tmp_path / "hub")
+    (tmp_path / "hub/config.json").write_text("[" * 200_000)
+    with pytest.raises(UserError, match="not a model of ucir"):
+        read_folder(tmp_path / "hub")
+    for changes, message in (
+        ({"domains": ["a", "a"]}, "two different ones"),
+        ({"domains": ["a", "b"]}, "samples of 'sketch'"),
+        ({"facts": {"method": ["x"], "scores": "a"}}, "not those of a training"),
+    ):
+        (tmp_path / "hub/config.json").unlink()
+        (tmp_path / "hub/model.safetensors").unlink()
+        (tmp_path / "hub/README.md").unlink()
+        write_folder(model, tmp_path / "hub")
+        edited(**changes)(tmp_path / "hub")
+        with pytest.raises(UserError, match=message):
+            read_folder(tmp_path / "hub")

@@ -196,3 +196,12 @@ def test_the_overview_holds_means_and_leaves_out_what_was_not_scored() -> None:
     assert table.columns == ["x, closed: P@2", "y, open: P@2"]
     assert table.rows == [("a", ["45.5 ± 0.7", "50.5 ± 0.7"]), ("b", ["49.5 ± 0.7", ""])]
     assert table.best == [{1}, {0}]
+
+
+def test_of_errors_the_lowest_is_bold() -> None:
+    results = {
+        name: [DirectionScore("a", "b", 0, LAST, {"null_shared": value, "P_at_2": value})]
+        for name, value in (("x", 75.0), ("y", 0.0))
+    }
+    assert direction_table("d", "open", results, "rejected though shared").best == [{1}, {1}]
+    assert direction_table("d", "open", results, "P@2").best == [{0}, {0}]

@@ -190,6 +190,29 @@ def test_a_full_disk_is_told_and_nothing_is_lost(photos: Path) -> None:
         assert (folder / f"rows-{info.state}.npy").read_bytes() == before
 
 
+def test_a_damaged_index_is_told_with_what_mends_it(photos: Path) -> None:
+    info = index(photos)
+    folder = build.default_folder(photos)
+
+    def cut(name: str, length: int) -> None:
+        (folder / name).write_bytes((folder / name).read_bytes()[:length])
+
+    cut(f"rows-{info.state}.npy", 200)
+    with pytest.raises(UserError, match=r"damaged .*--rebuild"):
+        Searcher.load(folder)
+    index(photos)  # the rows are written anew
+    assert Searcher.load(folder).search([photos / "cross/1.png"], 1)[0].hits[0].path == "cross/1.png"
+    cut("pictures.sqlite", 3000)
+    for attempt in (lambda: Searcher.load(folder), lambda: index(photos)):
+        with pytest.raises(UserError, match=r"damaged .*--rebuild"):
+            attempt()
+    (folder / "index.json").write_text("x")
+    with pytest.raises(UserError, match=r"index\.json: damaged: .*--rebuild"):
+        Searcher.load(folder)
+    with pytest.raises(UserError, match="lies in the collection"):
+        index(photos, out=photos / "inside")
+
+
 def test_archives_and_packs_are_indexed_too(photos: Path, tmp_path: Path) -> None:
     index(photos)
     archive = Path(shutil.make_archive(str(tmp_path / "zipped"), "zip", photos))

@@ -48,8 +48,8 @@ Not adapted to any pictures.
 {% endif %}
 ## Network
 
-{{ model.encoder.params.trunk_name }} at {{ side }} px, {{ model.encoder.params.head }} head with \
-{{ model.encoder.feature_dim }} outputs.
+{{ model.encoder.params.trunk_name }} at {{ side }} px, \
+{% if model.used == "head" %}{{ model.encoder.params.head }} head{% else %}its pooled features{% endif %}.
 {%- if weights %} It began with {{ weights.weights }} (sha256 {{ weights.sha256[:12] }}), licence \
 {{ weights.licence }}{% if weights.note %}, {{ weights.note }}{% endif %}.
 {%- else %} It began with weights of the same project.{% endif %}
@@ -75,6 +75,11 @@ Mean of both directions over the training's own pictures, in percent; labels wer
 {%- for name, value in scores.items() %}
 | {{ name }} | {{ "%.1f" | format(value) }} |
 {%- endfor %}
+{% elif not facts.pictures %}
+None: it was adapted to no pictures.
+{% elif facts.setting in ("partial", "open") %}
+None here: one training serves partial retrieval in one direction and open in the other. See the study's
+report.
 {% else %}
 None: its pictures have no labels. Look at what it retrieves.
 {% endif %}

@@ -24,7 +24,7 @@ from ucir.models.checkpoints import load_tensors
 from ucir.models.encoder import new_encoder
 from ucir.models.head import ResidualHead
 from ucir.models.model import Model
-from ucir.paths import write_atomically
+from ucir.paths import check_writable, write_atomically
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 FORMAT = 1
@@ -96,13 +96,13 @@ def write_onnx(model: Model, path: Path, domain: str | None = None) -> float:
     import onnxruntime
 
     model.check_domain(domain)
+    check_writable(path.parent)
     graph = FromPixels(model, domain).eval()
     side = model.view.side or model.encoder.form.side
     pictures = torch.randint(256, (3, side, side, 3), generator=torch.Generator().manual_seed(0))
     pictures[0] = torch.linspace(0, 255, side)[:, None, None]
     pictures = pictures.to(torch.uint8)
     unfinished = path.with_name(path.name + ".unfinished")
-    path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with torch.no_grad():
             expected = _features(model, pictures, domain)
@@ -150,12 +150,19 @@ def write_folder(model: Model, folder: Path) -> None:
     """
     from safetensors.torch import save
 
-    if folder.exists() and any(folder.iterdir()) and not (folder / CONFIG).exists():
-        raise UserError(f"{folder}: holds other files already: give a new folder")
-    folder.mkdir(parents=True, exist_ok=True)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder}: is a file already: give a new folder")
+    if folder.exists() and any(folder.iterdir()):
+        try:
+            _read_config(folder / CONFIG)
+        except UserError:
+            raise UserError(f"{folder}: holds other files already: give a new folder") from None
+    check_writable(folder)
     tensors = {name: x.cpu().contiguous() for name, x in model.encoder.state_dict().items()}
     tensors |= {SAMPLES + domain: x.contiguous() for domain, x in model.samples.items()}
-    (folder / WEIGHTS).write_bytes(save(tensors))
+    unfinished = folder / f"{WEIGHTS}.unfinished"
+    unfinished.write_bytes(save(tensors))
+    unfinished.replace(folder / WEIGHTS)
     write_atomically(json.dumps(_description(model), indent=1) + "\n", folder / CONFIG)
     write_atomically(f"{model_card(model)}\n", folder / CARD)
 
@@ -169,17 +176,7 @@ def read_folder(folder: Path) -> Model:
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise UserError(f"{folder}: no {name} in it: not a folder of `uv run ucir export`")
-    where = folder / CONFIG
-    try:
-        block: dict[str, Any] = json.loads(where.read_text("utf-8"))
-        kind, number = block["model_type"], block["format"]
-    except (ValueError, LookupError, TypeError):
-        raise UserError(f"{where}: not a model of ucir") from None
-    if kind != "ucir":
-        raise UserError(f"{where}: a model of {kind}, not of ucir; a network of timm is a start's trunk")
-    if number != FORMAT:
-        raise UserError(f"{where}: of format {number}, this version reads {FORMAT}: update ucir")
-    config = checked(FolderConfig, block, str(where))
+    config = _read_config(folder / CONFIG)
     tensors = load_tensors(folder / WEIGHTS)
     samples = {name.removeprefix(SAMPLES): x for name, x in tensors.items() if name.startswith(SAMPLES)}
     encoder = new_encoder(config.encoder, 0)
@@ -189,8 +186,33 @@ def read_folder(folder: Path) -> Model:
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{folder / WEIGHTS}: does not fit {CONFIG}: {reason}") from None
-    view, pack, facts = config.view, config.pack, config.facts
-    return Model(encoder.eval(), view, pack, facts, config.domains, {}, config.used, samples)
+    view, pack, facts, where = config.view, config.pack, config.facts, folder / CONFIG
+    model = Model(encoder.eval(), view, pack, facts, config.domains, {}, config.used, samples)
+    if infinite := [name for name, x in tensors.items() if not torch.isfinite(x).all()]:
+        raise UserError(f"{folder / WEIGHTS}: damaged: {infinite[0]} holds values that are not finite")
+    if len(config.domains) not in (0, 2) or len(set(config.domains)) < len(config.domains):
+        raise UserError(f"{where}: domains = {list(config.domains)}: two different ones, or none")
+    if wrong := [d for d, x in samples.items() if d not in config.domains or x.shape[1:] != (model.dim,)]:
+        raise UserError(f"{folder / WEIGHTS}: samples of {wrong[0]!r} are not of this model")
+    try:
+        model_card(model)
+    except Exception:  # whatever stands where a training's facts should
+        raise UserError(f"{where}: facts: not those of a training") from None
+    return model
+
+
+def _read_config(where: Path) -> FolderConfig:
+    """Raises UserError: not there, or not of a model of ours."""
+    try:
+        block: dict[str, Any] = json.loads(where.read_text("utf-8"))
+        kind, number = block["model_type"], block["format"] if block["model_type"] == "ucir" else None
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        raise UserError(f"{where}: not a model of ucir") from None
+    if kind != "ucir":
+        raise UserError(f"{where}: a model of {kind}, not of ucir; a network of timm is a start's trunk")
+    if number != FORMAT:
+        raise UserError(f"{where}: of format {number}, this version reads {FORMAT}: update ucir")
+    return checked(FolderConfig, block, str(where))
 
 
 def _description(model: Model) -> dict[str, Any]:

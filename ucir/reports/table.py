@@ -54,6 +54,8 @@ class Cell:
 
 DISPLAYED = {metric.identifier: metric.name for metric in metrics(())}
 """Of the metrics without a cutoff; the others follow a rule."""
+ERRORS = {metric.name for metric in metrics(()) if metric.error}
+"""Metrics of which less is better."""
 
 
 def display_name(metric: str) -> str:
@@ -192,7 +194,7 @@ def direction_table(dataset: str, setting: str, scores: Scores, metric: str, cho
         f"{dataset}, {setting}: {metric} in percent, {choice.replace('_', ' ')} epoch",
         [*(f"{query} → {gallery}" for query, gallery in directions), "mean"],
         [(method, ["" if c is None else str(c) for c in cells]) for method, cells in body],
-        best_rows([cells for _, cells in body]),
+        best_rows([cells for _, cells in body], metric in ERRORS),
     )
 
 
@@ -296,12 +298,13 @@ def _beside(ours: Cell | None, theirs: PrintedCell | None) -> str:
     return f"{ours} ({theirs.value:.1f}, {ours.mean - theirs.value:+.1f})".replace("-", "−")
 
 
-def best_rows(rows: Sequence[Sequence[Cell | None]]) -> list[set[int]]:
-    """Which rows hold each column's highest value, as it is displayed."""
+def best_rows(rows: Sequence[Sequence[Cell | None]], lowest: bool = False) -> list[set[int]]:
+    """Which rows hold each column's highest value, or its lowest, as it is displayed."""
+    extreme = min if lowest else max
     best = []
     for column in zip(*rows, strict=True):
         values = {row: round(c.mean, 1) for row, c in enumerate(column) if c is not None}
-        best.append({row for row, value in values.items() if value == max(values.values())})
+        best.append({row for row, value in values.items() if value == extreme(values.values())})
     return best
 
 

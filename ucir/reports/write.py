@@ -328,6 +328,6 @@ def log_summaries(params: Params, written: Written) -> list[str]:
             run.log_scores(values)
             for name in ("results.csv", "results.md", "results.tex", BY_CLASS, "report.html"):
                 run.log_artifact(written.page.with_name(name))
-        if run.experiment_id:
+        if run.experiment_id and values:
             experiments[dataset] = run.experiment_id
     return [tracking.scores_url(uri, number) for number in experiments.values()]

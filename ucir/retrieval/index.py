@@ -275,6 +275,8 @@ def update_index(
         UserError: no such collection, or no picture in it; the index is of another model or of another
             version; another process writes it; the disk is full. What was done is kept.
     """
+    if source.is_dir() and out.resolve().is_relative_to(source.resolve()):
+        raise UserError(f"--out {out}: lies in the collection, whose pictures it is not: put it beside")
     files, reads = _collection(source, model)
     check_writable(out)
     digest = model.digest()
@@ -333,6 +335,7 @@ def sample_features(model: Model, source: Path, count: int = SAMPLES) -> torch.T
     return torch.from_numpy(np.stack(rows))
 
 
+REMEDY = "make it anew with `uv run ucir index <pictures> --rebuild`"
 INFO_FILE, MODEL_FILE, DATABASE = "index.json", "model.pt", "pictures.sqlite"
 
 
@@ -349,7 +352,7 @@ def read_index_info(folder: Path) -> IndexInfo:
         what = "an unfinished index" if (folder / DATABASE).exists() else "no index"
         raise UserError(f"{folder}: {what}: `uv run ucir index <pictures>` makes it") from None
     except ValueError:
-        raise UserError(f"{file}: damaged: give `uv run ucir index` once more, it writes it anew") from None
+        raise UserError(f"{file}: damaged: {REMEDY}") from None
     if content.get("format") != FORMAT:
         raise UserError(
             f"{file}: format {content.get('format')}, this version reads {FORMAT}: make the index anew "
@@ -430,7 +433,9 @@ def _database(folder: Path) -> Iterator[sqlite3.Connection]:
     try:
         database.executescript(SCHEMA)
         yield database
-    except (sqlite3.OperationalError, OSError, RuntimeError) as error:  # of SQLite, of rows, of faiss
+    except (sqlite3.DatabaseError, OSError, RuntimeError) as error:  # of SQLite, of rows, of faiss
+        if re.search("malformed|not a database", str(error)):
+            raise UserError(f"{folder}: damaged ({error}): {REMEDY}") from None
         if not re.search("disk is full|No space left|quota exceeded", str(error)):
             raise
         raise UserError(
@@ -568,7 +573,7 @@ def _write_rows(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Features in the order of paths (N, D), and the files' ids."""
     targets = out / f"rows-{state}.npy", out / f"ids-{state}.npy"
-    if not all(target.exists() for target in targets):
+    if not all(map(_is_whole, targets)):
         unfinished = [target.with_suffix(".unfinished") for target in targets]
         chosen = database.execute(
             "SELECT id, feature FROM file JOIN picture USING (sha256) WHERE fault IS NULL ORDER BY path"
@@ -590,6 +595,15 @@ def _write_rows(
             for path in unfinished:
                 path.unlink(missing_ok=True)
     return np.load(targets[0], mmap_mode="r"), np.load(targets[1], mmap_mode="r")
+
+
+def _is_whole(array: Path) -> bool:
+    """Whether a file is there with all that it should hold."""
+    try:
+        np.load(array, mmap_mode="r")
+    except (OSError, ValueError, EOFError):
+        return False
+    return True
 
 
 def _with_cells(

@@ -42,6 +42,8 @@ class Metric:
     value: Callable[[Ranking, Decisions], float]
     curve: bool = False
     """Whether it is followed over the epochs, too: then it needs no gate."""
+    error: bool = False
+    """Whether less of it is better."""
 
 
 def metrics(cutoffs: Sequence[int]) -> tuple[Metric, ...]:
@@ -57,7 +59,7 @@ def metrics(cutoffs: Sequence[int]) -> tuple[Metric, ...]:
         Metric("mAP_macro_at_All", "macro mAP@All", macro),
         Metric("mAP_macro_interpolated_at_All", "macro interpolated mAP@All", macro_interpolated),
         Metric("mAP_gated_at_All", "gated mAP@All", gated),
-        Metric("null_shared", "rejected though shared", rejected_though_shared),
+        Metric("null_shared", "rejected though shared", rejected_though_shared, error=True),
         Metric("null_private", "open-set accuracy", rejected_of_private),
         Metric("null_accuracy", "open-set accuracy of all queries", right_decisions),
         Metric("null_AUROC", "gate AUROC", auroc),

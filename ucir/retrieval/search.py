@@ -30,6 +30,7 @@ from ucir.retrieval.index import (
     DATABASE,
     INFO_FILE,
     MODEL_FILE,
+    REMEDY,
     IndexInfo,
     default_folder,
     exact_neighbours,
@@ -95,8 +96,14 @@ class Searcher:
             self.inverted = faiss.read_index(str(file), flags) if info.kind == "ivf" else None
         except (FileNotFoundError, RuntimeError):
             raise UserError(f"{folder}: incomplete: `uv run ucir index {info.source}` mends it") from None
+        except (ValueError, EOFError) as error:
+            raise UserError(f"{folder}: damaged ({error}): {REMEDY}") from None
         self.by_thread = threading.local()
         self.rows_below = lru_cache(8)(self._rows_below)
+        try:
+            self.folders()  # reads all of the table
+        except sqlite3.DatabaseError as error:
+            raise UserError(f"{folder}: damaged ({error}): {REMEDY}") from None
 
     @classmethod
     def load(cls, path: str | Path, device: torch.device | str = "cpu") -> Self:
@@ -253,7 +260,7 @@ class Searcher:
             .fetchone()
         )
         if row is None:
-            raise UserError(f"{picture}: no such picture in {self.folder}")
+            raise UserError(f"{picture}: no such picture in this index")
         return row  # type: ignore[no-any-return]
 
     def _neighbours(
@@ -289,7 +296,7 @@ class Searcher:
         rows = np.flatnonzero(np.isin(self.id_N, np.array(ids, np.int64).ravel()))
         if not len(rows):
             hint = nearest(plain, self.folders())
-            raise UserError(f"{folder!r}: no folder of {self.info.source} with pictures; {hint}")
+            raise UserError(f"{folder!r}: no folder of this index with pictures; {hint}")
         return rows, np.ascontiguousarray(self.rows_ND[rows])
 
     def folders(self) -> list[str]:
@@ -315,6 +322,8 @@ class Searcher:
         return tuple(hits)
 
     def _verdict(self, distance: float, limit: float | None) -> tuple[bool | None, str]:
+        if limit is not None and np.isnan(limit):
+            raise UserError("limit nan: no number")
         if limit is None and self.info.limits:
             limit = max(self.info.limits.values())
         if limit is None:

@@ -110,7 +110,7 @@ def tracked_run_of(run: Run, uri: str) -> tracking.TrackedRun:
     return tracking.tracked_run(
         uri,
         f"ucir/{run.dataset}",
-        run.name,
+        tracking.named(run.name, run.tags().get("setting")),
         run.key,
         {**run.tags(), "stage": "train" if isinstance(run, PairRun) else PRETRAIN},
         params,

@@ -109,7 +109,9 @@ class RunReporter:
             state.unlink(missing_ok=True)
 
     def _save(self, report: EpochReport, choice: str, entry: dict[str, float]) -> None:
-        named = metrics(self.run.cutoffs) if isinstance(self.run, PairRun) else ()
+        # in partial and open the two directions are different tasks, of which the curves' mean is no score
+        both = isinstance(self.run, PairRun) and len(self.run.directions) == 2
+        named = metrics(self.run.cutoffs) if isinstance(self.run, PairRun) and both else ()
         scores = {m.name: entry[key] for m in named if (key := f"val/{m.identifier}") in entry}
         model = self.run.model(report.encoder, report.epoch + 1, choice, scores)
         save_model(model, self.run.folder / CHECKPOINTS[choice])
