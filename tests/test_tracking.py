@@ -188,7 +188,7 @@ def test_a_model_is_logged_once_can_be_registered_and_answers(
     logged = client.get_logged_model(output.model_id)
     assert str(logged.status) == "READY"
     assert "## Limits" in logged.tags[tracking.NOTE_TAG]
-    mlflow.set_tracking_uri(store)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store)  # set_tracking_uri would set it for all later tests
     version = mlflow.register_model(f"models:/{output.model_id}", "drawings")
     served = mlflow.pyfunc.load_model(f"models:/drawings/{version.version}")
     signature = served.metadata.signature
