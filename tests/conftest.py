@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -175,15 +177,22 @@ def prepared(project: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def ray_cluster() -> Iterator[None]:
-    """A cluster on this machine that holds a training of two workers and who waits for them."""
+def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A cluster on this machine that holds a training of two workers and who waits for them; its address.
+
+    Begun where few files may be open and TMPDIR is too long for the path of a socket, as on clusters.
+    """
     import ray
 
     from ucir.cluster.launch import connect
     from ucir.config.cluster import ClusterParams
 
-    connect(ClusterParams(num_workers=2), "")
-    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TMPDIR", str(tmp_path_factory.mktemp("t" * 90)))
+        patch.setattr(tempfile, "tempdir", None)
+        connect(ClusterParams(num_workers=2), "")
+    yield ray.get_runtime_context().gcs_address
     ray.shutdown()
 
 

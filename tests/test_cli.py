@@ -6,8 +6,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from tests.conftest import ROOT, run_python, ucir
+from ucir.cli import app
 from ucir.config.load import load_params
 from ucir.errors import UserError
 
@@ -61,11 +63,12 @@ def test_mistakes_are_one_line_with_a_remedy(project: Path) -> None:
 
 
 @pytest.mark.slow
-def test_doctor_looks_at_the_machine() -> None:
-    done = run_python(*UCIR, "doctor", cwd=ROOT, check=False)
+def test_doctor_looks_at_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    done = CliRunner().invoke(app, ["doctor"], catch_exceptions=False)
     for subject in ("torch 2", "faiss", "GiB free", "MLflow", "DVC"):
         assert subject in done.stdout, subject
     looks = "LOOK" in done.stdout
     last = done.stdout.strip().splitlines()[-1]
     assert last == ("See the lines marked LOOK" if looks else "Next: `uv run dvc repro`")
-    assert done.returncode == int(looks)
+    assert done.exit_code == int(looks)

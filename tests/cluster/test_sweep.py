@@ -217,20 +217,14 @@ def is_free() -> bool:
 def test_a_sweep_is_killed_and_goes_on_and_gives_everything_back(
     prepared: Path,
     store: str,
-    ray_cluster: None,
+    ray_cluster: str,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    with_sweep(prepared, trials=3, grace=1, reduction=2)
-    elsewhere = prepared / ("t" * 90)  # as on clusters: too long for the path of a socket
-    elsewhere.mkdir()
+    with_sweep(prepared, trials=2, grace=1, reduction=2)
     first = subprocess.Popen(
-        [
-            "bash",
-            "-c",
-            f"ulimit -Sn 256; exec {sys.executable} -c 'from ucir.cli import main; main()' tune try",
-        ],
-        env={**os.environ, "TMPDIR": str(elsewhere)},
+        [sys.executable, "-c", "from ucir.cli import main; main()", "tune", "try"],
+        env={**os.environ, "RAY_ADDRESS": ray_cluster},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
@@ -247,7 +241,7 @@ def test_a_sweep_is_killed_and_goes_on_and_gives_everything_back(
     (found,) = tune_all(load_params(), "try")
     assert "goes on" in capsys.readouterr().out
     states = [trial.state for trial in found.trials]
-    assert len(states) == 3
+    assert len(states) == 2
     assert "finished" in states
     assert is_free()
     assert {path: path.stat().st_mtime_ns for path in finished} == finished, "a finished run was repeated"
@@ -258,7 +252,7 @@ def test_a_sweep_is_killed_and_goes_on_and_gives_everything_back(
     children = [run for run in tracked if run.data.tags["stage"] == "trial"]
     assert {run.data.tags["mlflow.parentRunId"] for run in children} == {parent.info.run_id}
     assert parent.info.status == "FINISHED"
-    assert len(children) >= 3
+    assert len(children) >= 2
     statuses = [run.info.status for run in children]
     assert statuses.count("FINISHED") == states.count("finished")
     assert statuses.count("KILLED") == states.count("stopped")
@@ -273,14 +267,21 @@ def test_a_sweep_is_killed_and_goes_on_and_gives_everything_back(
 @pytest.mark.slow
 @pytest.mark.xdist_group("ray")
 def test_trials_of_two_workers_find_what_trials_in_one_process_do(
-    prepared: Path, store: str, ray_cluster: None
+    prepared: Path, store: str, ray_cluster: str
 ) -> None:
+    """And train what one process does."""
     space = {"temperature": [0.1]}
     params = with_sweep(prepared, search="grid", space=space, pairs=["art-photo"], scheduler="fifo")
     alone = run_trial(params, store, {"temperature": 0.1}, "t0")[-1]
+    (run,) = plan_candidate(params, params.sweeps["try"], {"temperature": 0.1})
+    history = run.history()
     (prepared / "runs").rename(prepared / "elsewhere")
     (found,) = tune_all(load_params(overrides=["cluster.num_workers=2"]), "try")
     (trial,) = found.trials
     assert trial.state == "finished"
     assert is_free()
     assert trial.scores["loss"] == pytest.approx(alone["scores_loss"], rel=0.01)
+    for one, many in zip(history, run.history(), strict=True):
+        assert (one["time/workers"], many["time/workers"]) == (1, 2)
+        for name in ("train/loss_total", "train/loss_instance_a", "val/mAP_at_All"):
+            assert many[name] == pytest.approx(one[name], rel=1e-3), name

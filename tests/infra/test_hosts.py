@@ -1,6 +1,6 @@
 """Several hosts on one machine: each in a network namespace with an address of its own.
 
-DDP crosses them; one is cut off, another is killed, and the training ends with the workers that are left.
+DDP crosses them; one is cut off and gone for good, and the training ends with the worker that is left.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -27,7 +27,7 @@ from ucir.runs.run import PairRun, plan_runs
 
 pytestmark = pytest.mark.slow
 EPOCHS = 40
-WORKERS = 3
+WORKERS = 2
 RAY = str(Path(sys.executable).with_name("ray"))
 
 
@@ -86,6 +86,7 @@ class Hosts:
         memory = "--object-store-memory=100000000"
         head = self.start(
             *(RAY, "start", "--head", "--port=6379", "--num-cpus=0", memory, "--node-ip-address=10.77.0.1"),
+            "--include-dashboard=false",
             host=0,
             out="head.log",
         )
@@ -128,7 +129,7 @@ def hosts(prepared: Path) -> Iterator[Hosts]:
             made.down()
 
 
-def test_a_training_over_hosts_outlives_two_of_them(hosts: Hosts, prepared: Path, store: str) -> None:
+def test_a_training_over_hosts_outlives_one_of_them(hosts: Hosts, prepared: Path, store: str) -> None:
     params = tiny_params("images")
     params["methods"]["ucdir"]["shapes"]["epochs"] = EPOCHS
     write_params(prepared, params)
@@ -136,39 +137,30 @@ def test_a_training_over_hosts_outlives_two_of_them(hosts: Hosts, prepared: Path
     train = [
         *(sys.executable, "-c", "from ucir.cli import main; main()", "train", "--dataset", "shapes"),
         *("--pair", "art-photo", "--num-workers", "1", "--set", "cluster.max_workers=2"),
-        *("--set", "cluster.max_failures=4"),
     ]
     log = prepared / "train.log"
 
-    def at_work(size: int, without: Sequence[int] = ()) -> list[int]:
-        """The hosts of the newest group of workers, once it has trained an epoch."""
+    def at_work() -> list[int]:
+        """The hosts of two workers, once they have trained an epoch."""
         give_up = time.monotonic() + 300
         while time.monotonic() < give_up:
-            groups = log.read_text().split(f"worker group of size {size}:")[1:]
+            groups = log.read_text().split("worker group of size 2:")[1:]
             lines = re.findall(r"\(ip=10\.77\.0\.(\d+), pid=\d+\) world_rank", "".join(groups[-1:]))
-            group = [int(host) - 1 for host in lines]
-            if len(group) == size and not set(group) & set(without) and (run.folder / "state.pt").exists():
-                before = len(run.history())
-                time.sleep(1)
-                if len(run.history()) > before:
-                    return group
+            if len(lines) == 2 and any(entry["time/workers"] == 2 for entry in run.history()):
+                return [int(host) - 1 for host in lines]
             time.sleep(0.5)
         raise AssertionError(log.read_text()[-5000:])
 
     training = hosts.start(*train, host=0, out="train.log")
-    first = at_work(2)
-    assert len(set(first)) == 2, "the workers are on different hosts"
-    hosts.cut_off(first[0])
+    assert sorted(at_work()) == [1, 2], "the workers are on different hosts"
+    hosts.cut_off(1)
     cut = len(run.history())
-    second = at_work(2, without=first[:1])
-    hosts.kill(second[0])
-    killed = len(run.history())
     assert training.wait(timeout=400) == 0, log.read_text()[-5000:]
-    assert 0 < cut <= killed < EPOCHS
+    assert 0 < cut < EPOCHS
     workers = [int(entry["time/workers"]) for entry in run.history()]
     assert len(workers) == EPOCHS
-    assert (workers[0], workers[-1]) == (2, 1)
-    assert workers == sorted(workers, reverse=True)
+    assert 2 in workers[:cut]
+    assert workers[-1] == 1
 
     alone = PairRun(**{**run.__dict__, "folder": prepared / "runs/alone", "key": "alone"})
     train_all([alone], ClusterParams())

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +10,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import distributed as dist
-from torch.multiprocessing.spawn import spawn
 from torch.nn.functional import normalize
 
+from tests.workers import run_workers
 from ucir.distributed import all_reduce_sum, world_size
 from ucir.errors import UserError
 from ucir.memory import Bank, Features, JointFeatures
@@ -72,16 +69,12 @@ def test_more_clusters_than_images_are_refused() -> None:
         run(blobs(4, 2), 9)
 
 
-def _shares(rank: int, world: int, port: int, out: str) -> None:
-    """What a worker's bank answers, and how many rows it holds."""
-    torch.set_num_threads(1)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    dist.init_process_group("gloo", rank=rank, world_size=world)
-    torch.save(_answers(), f"{out}/{rank}.pt")
-    dist.destroy_process_group()
+def _shares(rank: int, out: Path) -> None:
+    torch.save(_answers(), out / f"{rank}.pt")
 
 
 def _answers() -> dict[str, torch.Tensor]:
+    """What a worker's bank answers, and how many rows it holds."""
     generator = torch.Generator().manual_seed(5)
     bank = Bank(normalize(torch.randn(23, 6, generator=generator), dim=1))
     q = normalize(torch.randn(7, 6, generator=generator), dim=1).requires_grad_(True)
@@ -160,12 +153,10 @@ def _clustered(bank: Bank) -> torch.Tensor:
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("workers")
 def test_a_bank_that_workers_share_answers_like_a_whole_one(tmp_path: Path) -> None:
     world = 3
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    spawn(_shares, (world, port, str(tmp_path)), nprocs=world)
+    run_workers(world, _shares, tmp_path)
     alone = _answers()
     answers = [torch.load(tmp_path / f"{rank}.pt") for rank in range(world)]
     assert sum(int(one.pop("rows held")) for one in answers) == int(alone.pop("rows held")) == 23

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +16,7 @@ import torch
 from PIL import Image
 
 from tests.conftest import draw, make_images, ucir
+from tests.workers import start_process
 from ucir.config.data import PackParams, ViewParams
 from ucir.config.model import EncoderParams
 from ucir.data.prepare import write_pack
@@ -128,31 +126,31 @@ def test_a_file_that_went_and_came_back_is_found(photos: Path) -> None:
     assert answer.hits[0].path == "cross/1.png"
 
 
+def _index_slowly(source: Path) -> None:
+    torch.set_num_threads(1)
+    plain = FileEmbedder._features
+
+    def slowly(self: FileEmbedder, *given: Any) -> Any:
+        time.sleep(0.2)
+        return plain(self, *given)
+
+    FileEmbedder._features = slowly  # type: ignore[method-assign]
+    index(source)
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("workers")
 def test_a_killed_indexing_goes_on_and_ends_as_an_undisturbed_one(tmp_path: Path) -> None:
     source = make_images(tmp_path / "many", per_class=60)
-    save_model(tiny_model(), tmp_path / "model.pt")
-    slow = """
-import sys, time, torch
-from pathlib import Path
-from ucir.models.model import load_model
-from ucir.retrieval import index
-torch.set_num_threads(1)
-plain = index.FileEmbedder._features
-def slowly(self, images):
-    time.sleep(0.2)
-    return plain(self, images)
-index.FileEmbedder._features = slowly
-index.update_index(Path("many"), Path("many.index"), load_model("model.pt"))
-"""
     kept = []
     for _ in range(3):
-        process = subprocess.Popen([sys.executable, "-c", slow], cwd=tmp_path)
+        process = start_process(_index_slowly, source)
         database = tmp_path / "many.index/pictures.sqlite"
         before = _pictures(database)
-        while process.poll() is None and _pictures(database) < before + 64:
+        while process.is_alive() and _pictures(database) < before + 64:
             time.sleep(0.05)
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
+        process.kill()
+        process.join()
         kept.append(_pictures(database))
     assert kept == sorted(set(kept)), "what was done is kept"
     with pytest.raises(UserError, match=r"many\.index: an unfinished index"):

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
+import torch
 import yaml
 from PIL import Image
 
@@ -96,7 +98,9 @@ def test_a_second_call_does_nothing_and_new_pictures_are_taken_up(
     command: Command, tmp_path: Path, project: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sketches, photos = fill(tmp_path / "sketches"), fill(tmp_path / "photos", seed=1)
-    command(sketches, photos, name="mine", method="ucdir", clusters=3)
+    torch.save(timm.create_model("test_resnet").state_dict(), tmp_path / "small.pth")
+    small = {"trunk": "test_resnet", "weights": str(tmp_path / "small.pth")}
+    command(sketches, photos, name="mine", method="ucdir", clusters=3, **small)
     file, params = Path("models/mine/model.pt"), Path("params.yaml")
     before = file.stat().st_mtime_ns, params.read_text()
     capsys.readouterr()

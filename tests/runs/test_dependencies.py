@@ -8,6 +8,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,13 @@ def _hashes(root: Path) -> dict[str, dict[str, str]]:
     return {stage: code_hashes(modules, root) for stage, modules in stage_modules().items()}
 
 
+@cache
+def _before() -> dict[str, dict[str, str]]:
+    return _hashes(ROOT)
+
+
 def _changed(root: Path, file: str, old: str, new: str) -> set[str]:
-    before = _hashes(root)
+    before = _before()
     text = (root / file).read_text(encoding="utf-8") if (root / file).exists() else ""
     assert old in text, f"{file} has no {old!r}: the test changes nothing"
     (root / file).write_text(text.replace(old, new, 1) if old else text + new, encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from ucir.methods.registry import METHODS
 from ucir.models.checkpoints import save_encoder
 from ucir.models.encoder import new_encoder
 from ucir.runs.params import method_params
-from ucir.training.epochs import train
+from ucir.training.epochs import epochs, train
 from ucir.training.training import Training
 
 ROOT = Path(__file__).parent.parent.parent
@@ -66,6 +67,7 @@ def _training(params: Params, images: tuple[DomainImages, ...], start: Path, nam
     return Training((images[0], images[1]), block.view, block.start.encoder, start, method, CPU)
 
 
+@pytest.mark.xdist_group("threads")  # they share the sample
 @pytest.mark.parametrize("name", sorted({kind: name for name, kind in reversed(METHODS.items())}.values()))
 def test_a_process_that_resumes_rounds_as_the_one_that_began(
     name: str, sample: tuple[DomainImages, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -75,15 +77,14 @@ def test_a_process_that_resumes_rounds_as_the_one_that_began(
     save_encoder(new_encoder(encoder, 0), tmp_path / "start.pt")
     given = params, sample, tmp_path / "start.pt", name
     _in_a_fresh_process(monkeypatch)
-    whole = _training(*given)
-    train(whole, Keep())
+    whole, reporter = _training(*given), Keep()
+    progress = epochs(whole, reporter)
+    next(progress), next(progress)
+    killed = deepcopy(reporter.state)
+    list(progress)
     threads = torch.get_num_threads(), faiss.omp_get_max_threads()
-    _in_a_fresh_process(monkeypatch)
-    killed = Keep(killed_after=1)
-    with pytest.raises(KeyboardInterrupt):
-        train(_training(*given), killed)
     _in_a_fresh_process(monkeypatch)
     resumed = _training(*given)
     assert (torch.get_num_threads(), faiss.omp_get_max_threads()) == threads
-    train(resumed, Keep(killed.state))
+    train(resumed, Keep(killed))
     assert_equal(weights(whole), weights(resumed))

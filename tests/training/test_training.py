@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import socket
+import re
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -11,11 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import distributed as dist
-from torch.multiprocessing.spawn import spawn
 
 from tests.conftest import CLASSES, make_images
 from tests.trainings import CPU, ENCODER, Keep, assert_equal, training, weights
+from tests.workers import run_workers
 from ucir.config.data import AugmentParams, PackParams, ViewParams
 from ucir.config.model import PretrainParams, StartParams
 from ucir.data.pack import open_domain
@@ -226,6 +224,10 @@ def test_given_weights_are_taken(start: Path) -> None:
     assert_equal(new_encoder(ENCODER, 3).state_dict(), given.state_dict())
 
 
+PATHS = [name for name in METHODS if not re.search(r"-no-|-v\d", name)]
+"""All but the ablations that leave terms out."""
+
+
 def _steps(pack: Path, start: Path, names: list[str]) -> list[dict[str, Any]]:
     """A step of the first and of the last phase of each method: losses, gradients, features afterwards."""
     steps = []
@@ -242,27 +244,21 @@ def _steps(pack: Path, start: Path, names: list[str]) -> list[dict[str, Any]]:
     return steps
 
 
-def _worker(rank: int, world: int, port: int, pack: Path, start: Path, names: list[str], out: Path) -> None:
-    torch.set_num_threads(1)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    dist.init_process_group("gloo", rank=rank, world_size=world)
-    torch.save(_steps(pack, start, names), out / f"{world}-{rank}.pt")
-    dist.destroy_process_group()
+def _worker(rank: int, pack: Path, start: Path, names: list[str], out: Path) -> None:
+    torch.save(_steps(pack, start, names), out / f"{rank}.pt")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("world", "names"), [(2, [*METHODS, PRETRAIN]), (3, ["ucdir", "protoot", "uem"])])
+@pytest.mark.xdist_group("workers")
+@pytest.mark.parametrize(("world", "names"), [(2, [*PATHS, PRETRAIN]), (3, ["ucdir", "protoot", "uem"])])
 def test_workers_change_speed_and_never_results(
     pack: Path, start: Path, tmp_path: Path, world: int, names: list[str]
 ) -> None:
     """Losses, gradients and features of 1 and of several gloo workers on the same global batch."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     alone = _steps(pack, start, names)
-    spawn(_worker, (world, port, pack, start, names, tmp_path), nprocs=world)
+    run_workers(world, _worker, pack, start, names, tmp_path)
     for rank in range(world):
-        together = torch.load(tmp_path / f"{world}-{rank}.pt")
+        together = torch.load(tmp_path / f"{rank}.pt")
         for one, many in zip(alone, together, strict=True):
             assert many["losses"] == pytest.approx(one["losses"], rel=1e-5, abs=1e-5)
             # CoDA's gradient on the tiny network is as small as float32's noise beside the others

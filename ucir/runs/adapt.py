@@ -41,6 +41,7 @@ from ucir.training.start import given_start
 
 TEMPLATE = "pacs"
 """The data set whose settings are taken."""
+FEATURE_DIM = 128
 CONTENTS = ".contents.csv"
 FEWEST = 8
 """Pictures of a folder: fewer cannot be clustered."""
@@ -189,8 +190,10 @@ def plan_adaptation(first: Path, second: Path, name: str | None, options: Option
 def _dataset_block(name: str, folders: dict[str, Path], options: Options) -> dict[str, Any]:
     trunk = options.trunk or EMBEDDED_TRUNK
     embedded = trunk.partition(".")[0] == EMBEDDED_TRUNK and options.weights in (None, EMBEDDED)
-    encoder = {"trunk": {"timm": trunk}, "feature_dim": 128, "head": "residual"}
-    side = EMBEDDED_SIDE if embedded else new_encoder(EncoderParams(**encoder), 0).form.side
+    encoder: dict[str, Any] = {"trunk": {"timm": trunk}, "feature_dim": 2, "head": "residual"}
+    built = new_encoder(EncoderParams(**encoder), 0)
+    encoder["feature_dim"] = min(FEATURE_DIM, built.pooled_dim)  # the head begins as PCA of the pooled
+    side = EMBEDDED_SIDE if embedded else built.form.side
     return {
         "source": str(SOURCES / name),
         "pairs": ["-".join(folders)],
