@@ -26,7 +26,7 @@ from ucir.config.load import load_params
 from ucir.runs.run import PairRun, plan_runs
 
 pytestmark = pytest.mark.slow
-EPOCHS = 40
+EPOCHS = 20
 WORKERS = 2
 RAY = str(Path(sys.executable).with_name("ray"))
 
@@ -52,6 +52,7 @@ class Hosts:
             "RAY_health_check_timeout_ms": "5000",
             "RAY_health_check_failure_threshold": "4",
             "RAY_ADDRESS": "10.77.0.1:6379",
+            "RAY_DEDUP_LOGS": "0",  # the log is read
             "GLOO_SOCKET_IFNAME": "eth0",  # the hosts' common name is no address of theirs
         }
 
@@ -86,7 +87,6 @@ class Hosts:
         memory = "--object-store-memory=100000000"
         head = self.start(
             *(RAY, "start", "--head", "--port=6379", "--num-cpus=0", memory, "--node-ip-address=10.77.0.1"),
-            "--include-dashboard=false",
             host=0,
             out="head.log",
         )

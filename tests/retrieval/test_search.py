@@ -134,7 +134,7 @@ def _index_slowly(source: Path) -> None:
         time.sleep(0.2)
         return plain(self, *given)
 
-    FileEmbedder._features = slowly  # type: ignore[method-assign]
+    FileEmbedder._features = slowly  # type: ignore[method-assign, assignment]
     index(source)
 
 
