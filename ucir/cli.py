@@ -154,7 +154,8 @@ def plan(
 ) -> None:
     """How much work a study is: runs for each table, what is done, disk, hours on this machine.
 
-    Trains a few steps on noise with each encoder and method to measure this machine; needs no pictures.
+    Measures this machine with a few steps on noise, for which it needs no pictures; where there is no GPU it
+    also tells what one would take at least.
     """
     from ucir.runs.cost import describe_hours, describe_runs, plan_study
 

@@ -296,7 +296,7 @@ def test_runs_at_once_outlive_a_killed_worker_and_a_spoilt_run(
     prepared: Path, store: str, ray_cluster: str
 ) -> None:
     """On Ray, one worker each: the killed one goes on from its last epoch, the spoilt one fails alone."""
-    good = plan(methods__ucdir__shapes__epochs=60)[:1]
+    good = plan(methods__ucdir__shapes__epochs=30)[:1]
     spoilt = plan(methods__ucdir__shapes__lr=1e30)[:1]
 
     def kill_one() -> None:
@@ -315,8 +315,8 @@ def test_runs_at_once_outlive_a_killed_worker_and_a_spoilt_run(
         train_all([*good, *spoilt], ClusterParams(num_workers=1))
     killer.join()
     assert len(killed) == 1
-    assert 0 < killed[0] < 60
-    assert [len(run.history()) for run in good] == [60]
+    assert 0 < killed[0] < 30
+    assert [len(run.history()) for run in good] == [30]
     assert not spoilt[0].done
     alone = PairRun(**{**good[0].__dict__, "folder": prepared / "runs/alone", "key": "alone"})
     train_all([alone], ClusterParams())
@@ -326,7 +326,7 @@ def test_runs_at_once_outlive_a_killed_worker_and_a_spoilt_run(
     (experiment,) = client.search_experiments(filter_string="name = 'ucir/shapes'")
     tracked = client.search_runs([experiment.experiment_id], f"tags.run_key = '{good[0].key}'")
     points = client.get_metric_history(tracked[0].info.run_id, "epoch")
-    assert [point.step for point in points] == list(range(60)), "a point twice, or one missing"
+    assert [point.step for point in points] == list(range(30)), "a point twice, or one missing"
 
 
 def open_files(process: psutil.Process) -> list[Any]:

@@ -16,7 +16,15 @@ from ucir.methods.registry import METHODS
 from ucir.reports.reference import printed_cells
 from ucir.reports.table import MEAN
 from ucir.runs import cost as plan
-from ucir.runs.cost import Pace, describe_hours, describe_runs, measure_pace, planned_trainings
+from ucir.runs.cost import (
+    RESNET50_FLOPS,
+    Machine,
+    NetworkPace,
+    Pace,
+    describe_hours,
+    describe_runs,
+    planned_trainings,
+)
 from ucir.runs.run import plan_runs
 
 
@@ -79,7 +87,7 @@ def test_a_plan_counts_shared_runs_once_and_says_what_is_not_built(
     shipped: Params, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(plan, "measure_pace", lambda *arguments: Pace(step=1.0, image=0.01))
+    monkeypatch.setattr(Machine, "pace", lambda *arguments: Pace(step=1.0, image=0.01))
     study = plan.plan_study(shipped, "paper")
     text = describe_runs(shipped, study)
     assert "UCDIR Table 1: office_home, closed: 5 methods x 6 trainings x 3 seeds = 90 runs" in text
@@ -124,6 +132,27 @@ def test_a_plan_knows_what_is_done(prepared: Path, store: str) -> None:
 def test_a_machine_is_measured_without_any_picture(prepared: Path, method: str) -> None:
     params = load_params()
     wanted = METHODS[method].params_type(**{"epochs": 4, "batch_size": 8, "clusters": 3})
-    pace = measure_pace(params.datasets["shapes"], wanted, method, torch.device("cpu"))
+    pace = Machine(torch.device("cpu")).pace(params.datasets["shapes"], wanted, method)
     assert 0 < pace.image < pace.step
     assert pace.epoch(wanted, (80, 40)) == pytest.approx(10 * pace.step + 120 * pace.image)
+
+
+def test_a_network_that_takes_long_is_timed_apart(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each method then counts what goes through it."""
+    monkeypatch.setattr(plan, "SHORT", 0.0)
+    monkeypatch.setattr(
+        plan, "_network_pace", lambda *arguments: NetworkPace(100.0, 10.0, 0.5 * RESNET50_FLOPS)
+    )
+    params = load_params()
+    machine = Machine(torch.device("cpu"))
+    for method, passes in (("ucdir", 16 * 110), ("id", 16 * 100)):
+        given = {"epochs": 4, "batch_size": 8, "clusters": 3}
+        kind = METHODS[method].params_type
+        wanted = kind(**{key: value for key, value in given.items() if key in kind.model_fields})
+        pace = machine.pace(params.datasets["shapes"], wanted, method)
+        assert passes < pace.step < passes + 9, method
+        assert pace.image == 10
+        assert pace.network is not None
+        assert pace.network.on("H100") == pytest.approx(0.5 / 7006 / 100)
+    text = describe_hours(params, plan.plan_study(params, "tiny"))
+    assert "on one H100 at least" in text

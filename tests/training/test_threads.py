@@ -27,13 +27,13 @@ from ucir.training.training import Training
 
 ROOT = Path(__file__).parent.parent.parent
 CORES = 4
-PICTURES = 100
+PICTURES = 130
 
 
 @pytest.fixture(scope="module")
 def sample(tmp_path_factory: pytest.TempPathFactory) -> tuple[DomainImages, ...]:
     folder = tmp_path_factory.mktemp("sample")
-    make_digits(folder / "digits", per_class=12)
+    make_digits(folder / "digits", per_class=14)
     domains = ("handwritten", "printed")
     write_pack(folder / "digits", domains, folder / "pack", PackParams(side=40))
     whole = [open_domain(folder / "pack", domain) for domain in domains]

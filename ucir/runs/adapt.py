@@ -33,7 +33,7 @@ from ucir.paths import MODELS, PACKS, RESULTS, SOURCES, write_atomically
 from ucir.progress import clock
 from ucir.retrieval.evaluation import checkpoint_features
 from ucir.retrieval.index import SAMPLES
-from ucir.runs.cost import embedding_pace, measure_pace
+from ucir.runs.cost import Machine, embedding_pace
 from ucir.runs.params import method_params
 from ucir.runs.run import PairRun, plan_runs
 from ucir.runs.study import StudyFile, with_blocks
@@ -317,7 +317,7 @@ def describe_adaptation(params: Params, adaptation: Adaptation) -> str:
     counts = adaptation.counts
     total, views = sum(counts.values()), block.start.views + 1
     head_only = block.start.trained == "head"
-    pace = measure_pace(block, wanted, adaptation.method, device)
+    pace = Machine(device).pace(block, wanted, adaptation.method)
     seconds = {"prepare": total * decoding_pace(block), "embed": 0.0}
     if head_only:
         seconds["embed"] = total * views * embedding_pace(block, device)

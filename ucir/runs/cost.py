@@ -5,15 +5,20 @@ from __future__ import annotations
 import json
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from ucir.config.base import ONE_PART
 from ucir.config.data import DatasetParams
 from ucir.config.load import Params
+from ucir.config.model import EncoderParams
 from ucir.data.batches import seeded
 from ucir.data.feature_pack import DomainFeatures
 from ucir.data.pack import DomainImages, read_info
@@ -26,7 +31,7 @@ from ucir.methods.registry import METHODS
 from ucir.models.checkpoints import save_encoder
 from ucir.models.embedding import CHUNK as EMBEDDED_AT_ONCE
 from ucir.models.embedding import one_thread_a_core, pooled_features
-from ucir.models.encoder import new_encoder
+from ucir.models.encoder import Encoder, new_encoder
 from ucir.models.runtime import compiled
 from ucir.paths import PACKS
 from ucir.progress import Progress, clock
@@ -37,9 +42,30 @@ from ucir.training.training import Training
 
 STEPS = 3
 PROBE_BATCH = 8
-"""Images of each domain in the first, careful look at a step; a full batch is timed where that is short."""
+"""Images that a network is timed with."""
+SMALL = EncoderParams(trunk={"convnet": {"width": 4}})
+"""A network that costs next to nothing, on pictures of :data:`SMALL_SIDE`."""
+SMALL_SIDE = 16
+RESNET50_FLOPS = 8.2e9
+"""Of a picture of 224 px, forward."""
+PUBLISHED = {"H100": 7006, "A100": 3399}
+"""Pictures of 224 px a second that a GPU trains a ResNet-50 on: MLPerf training v3.0 and v2.0, of eight."""
 SHORT = 0.5
-"""Seconds."""
+"""Seconds of a step's gradients: where they take no longer, the whole is measured."""
+
+
+@dataclass(frozen=True)
+class NetworkPace:
+    """Seconds that an image takes through a network."""
+
+    trained: float
+    """With its gradient."""
+    constant: float
+    flops: float
+
+    def on(self, gpu: str) -> float:
+        """How much of this device's time a GPU would take, at the rate that is published for it."""
+        return self.flops / RESNET50_FLOPS / PUBLISHED[gpu] / self.trained
 
 
 @dataclass(frozen=True)
@@ -50,6 +76,9 @@ class Pace:
     """One training step of the dearest phase."""
     image: float
     """One image of a feature pass."""
+
+    network: NetworkPace | None = None
+    """Where nearly all of it is the network's."""
 
     def epoch(self, params: MethodParams, counts: tuple[int, int]) -> float:
         """One epoch of a pair with that many pictures."""
@@ -70,63 +99,132 @@ class PlannedTraining:
     """Whether its method is there yet."""
 
 
-def measure_pace(block: DatasetParams, params: MethodParams, method: str, device: torch.device) -> Pace:
-    """A few steps on noise: needs no data and no start weights.
+@dataclass
+class Passes:
+    """Images that encoders were given."""
 
-    On a machine where a full batch would take long, a small one is timed and its time scaled.
+    trained: int = 0
+    """With gradient."""
+    constant: int = 0
+
+    def count(self, encoder: nn.Module, given: tuple[Tensor, ...]) -> None:
+        """A hook that runs before an encoder's own work."""
+        if torch.is_grad_enabled() and any(p.requires_grad for p in encoder.parameters()):
+            self.trained += len(given[0])
+        else:
+            self.constant += len(given[0])
+
+
+class Machine:
+    """Measures what trainings cost on a device, with noise: needs no data and no start weights.
+
+    A network that takes long is timed once, and each method with a small one in its place, which counts what
+    goes through: seconds where the whole would take minutes. What differs in nothing that costs time is
+    measured once.
     """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.trainings: dict[str, Pace] = {}
+        self.networks: dict[str, NetworkPace] = {}
+
+    def pace(self, block: DatasetParams, params: MethodParams, method: str) -> Pace:
+        """Of a method's training on a data set."""
+        costs = [block.pack, block.view, block.start, params.model_copy(update={"epochs": 0})]
+        key = json.dumps([method, *(part.model_dump(mode="json") for part in costs)])
+        if key not in self.trainings:
+            self.trainings[key] = self._measured(block, params, method)
+        return self.trainings[key]
+
+    def _measured(self, block: DatasetParams, params: MethodParams, method: str) -> Pace:
+        if block.start.trained == "head":
+            return Pace(*_measured(block, params, method, self.device)[:2])
+        side = block.view.side or new_encoder(block.start.encoder, 0).form.side
+        network = json.dumps([block.start.model_dump(mode="json"), side])
+        if network not in self.networks:
+            self.networks[network] = _network_pace(block, side, self.device)
+        pace = self.networks[network]
+        if 2 * params.batch_size * pace.trained < SHORT:
+            return Pace(*_measured(block, params, method, self.device)[:2])
+        small = SMALL.model_copy(update={"feature_dim": block.start.encoder.feature_dim})
+        changes = {
+            "start": block.start.model_copy(update={"encoder": small, "trained": "all"}),
+            "pack": block.pack.model_copy(update={"side": SMALL_SIDE}),
+            "view": block.view.model_copy(update={"side": SMALL_SIDE}),
+        }
+        rest, _, passes = _measured(block.model_copy(update=changes), params, method, self.device)
+        # views are rendered meanwhile, which takes less
+        step = rest + passes.trained * pace.trained + passes.constant * pace.constant
+        return Pace(step, pace.constant, pace)
+
+
+def _measured(
+    block: DatasetParams, params: MethodParams, method: str, device: torch.device
+) -> tuple[float, float, Passes]:
+    """Seconds of a step and of an image of a feature pass, and the passes of a step."""
     side = block.pack.side
     noise = np.random.default_rng(0).integers(0, 256, (2 * params.batch_size, side, side, 3), np.uint8)
-
-    head_only = block.start.trained == "head"
     encoder = new_encoder(block.start.encoder, 0)
     drawn = np.random.default_rng(0).normal(size=(len(noise), encoder.pooled_dim)).astype(np.float16)
+    rows = np.arange(max(2 * params.batch_size, params.most_clusters, 8)) % len(noise)
 
-    def domain(name: str, rows: np.ndarray) -> DomainImages | DomainFeatures:
-        if head_only:
+    def domain(name: str) -> DomainImages | DomainFeatures:
+        if block.start.trained == "head":
             return DomainFeatures(name, drawn, drawn[:, None], rows)
         return DomainImages(name, noise, rows, np.full((len(rows), 2), side))
 
-    def training(batch: int) -> Training:
-        rows = np.arange(max(2 * batch, params.most_clusters, 8)) % len(noise)
-        small = params.model_copy(update={"batch_size": batch})
-        with tempfile.TemporaryDirectory() as folder:
-            start = Path(folder) / "start.pt"
-            save_encoder(encoder, start)
-            run = Training(
-                (domain("a", rows), domain("b", rows)),  # type: ignore[arg-type]
-                block.view,
-                block.start.encoder,
-                start,
-                METHODS[method](small, 0),
-                device,
-                block.start.trained,
-            )
-        run.begin()
-        features = run.features()
-        run.method.start(features)
-        run.start_epoch(params.epochs - 1, features)
-        run.train_epoch(params.epochs - 1, max_steps=1)  # warm-up
-        return run
+    with tempfile.TemporaryDirectory() as folder:
+        start = Path(folder) / "start.pt"
+        save_encoder(encoder, start)
+        run = Training(
+            (domain("a"), domain("b")),  # type: ignore[arg-type]
+            block.view,
+            block.start.encoder,
+            start,
+            METHODS[method](params, 0),
+            device,
+            block.start.trained,
+        )
+    run.begin()
+    features = run.features()
+    run.method.start(features)
+    last = params.epochs - 1
+    run.start_epoch(last, features)
+    run.train_epoch(last, max_steps=1)  # warm-up
+    passes = Passes()
+    steps = min(STEPS, len(run.batches))
+    encoders = [module for module in run.networks.modules() if isinstance(module, Encoder)]
+    hooks = [encoder.register_forward_pre_hook(passes.count) for encoder in encoders]
+    step = _seconds(lambda: run.train_epoch(last, max_steps=steps)) / steps
+    for hook in hooks:
+        hook.remove()
+    images = 2 * len(rows)
+    image = _seconds(run.features) / images
+    return step, image, Passes(passes.trained // steps, passes.constant // steps)
 
-    def timed(run: Training) -> float:
-        steps = min(STEPS, len(run.batches))
-        began = time.perf_counter()
-        run.train_epoch(params.epochs - 1, max_steps=steps)
-        return (time.perf_counter() - began) / steps
 
-    batch = min(PROBE_BATCH, params.batch_size)
-    run = training(batch)
-    step = timed(run)
-    if batch < params.batch_size:
-        if step * params.batch_size / batch < SHORT or device.type != "cpu":
-            run = training(params.batch_size)
-            step = timed(run)
-        else:
-            step *= params.batch_size / batch
+def _network_pace(block: DatasetParams, side: int, device: torch.device) -> NetworkPace:
+    encoder = new_encoder(block.start.encoder, 0).to(device)
+    encoder.trunk.train_only(block.start.trained)
+    encoder.train()
+    x = torch.randn(PROBE_BATCH, 3, side, side, device=device).contiguous(memory_format=torch.channels_last)
+
+    def constant() -> None:
+        with torch.no_grad():
+            encoder(x)
+
+    works = (lambda: encoder(x).sum().backward(), constant)
+    with FlopCounterMode(display=False) as counter:
+        constant()
+    works[0]()  # warm-up
+    trained, passed = (_seconds(work) / PROBE_BATCH for work in works)
+    return NetworkPace(trained, passed, counter.get_total_flops() / PROBE_BATCH)
+
+
+def _seconds(work: Callable[[], Any]) -> float:
     began = time.perf_counter()
-    images = sum(map(len, run.features()))
-    return Pace(step, (time.perf_counter() - began) / images)
+    work()
+    return time.perf_counter() - began
 
 
 def embedding_pace(block: DatasetParams, device: torch.device) -> float:
@@ -238,19 +336,28 @@ def describe_hours(params: Params, plan: StudyPlan) -> str:
     lines = []
     total = 0.0
     unknown = set()
+    machine = Machine(device)
+    on_gpu = dict.fromkeys(PUBLISHED, 0.0)
     with Progress("measuring this machine", len(groups), "combination") as progress:
         for (dataset, method), trainings in groups.items():
             wanted = method_params(params, method, dataset)
-            pace = measure_pace(params.datasets[dataset], wanted, method, device)
+            pace = machine.pace(params.datasets[dataset], wanted, method)
             counts = [_counts(params, t) for t in trainings]
             seconds = sum(wanted.epochs * pace.epoch(wanted, count) for count in counts if count)
             unknown |= {dataset} if None in counts else set()
             total += seconds
+            for gpu in on_gpu:
+                on_gpu[gpu] += seconds * pace.network.on(gpu) if pace.network else 0.0
             lines.append(f"  {method} on {dataset}: {len(trainings)} runs, {_hours(seconds)} h")
             progress.advance(1, f"{method} on {dataset}")
     kind = "GPU" if device.type == "cuda" else "machine"
     without = f" (without {', '.join(sorted(unknown))}: not prepared, so of unknown size)" if unknown else ""
     lines.append(f"left: about {_hours(total)} {kind}-hours on {device}, one run at a time{without}")
+    for gpu, seconds in on_gpu.items():
+        if seconds and device.type == "cpu":
+            lines.append(
+                f"on one {gpu} at least {_hours(seconds)} h, by what is published of its training rate"
+            )
     return "\n".join(lines)
 
 
@@ -272,7 +379,7 @@ def describe(runs: list[PairRun], params: Params) -> str:
         f"device: {device}, workers: {params.cluster.num_workers or 'in this process'}",
     ]
     if left:
-        pace = measure_pace(block, first.params, first.method, device)
+        pace = Machine(device).pace(block, first.params, first.method)
         epochs = {run: first.params.epochs - len(run.history()) for run in left}
         seconds = sum(count * pace.epoch(first.params, run.counts) for run, count in epochs.items())
         lines.append(f"left: {sum(epochs.values())} epochs, about {clock(seconds)} here on one worker")
