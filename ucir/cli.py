@@ -24,6 +24,8 @@ app = typer.Typer(
     "and check the machine. All settings stand in params.yaml.",
 )
 
+MOST_IN_GRID = 50
+
 Overrides = Annotated[
     list[str] | None,
     typer.Option(
@@ -488,6 +490,8 @@ def search(
         raise UserError("give pictures to search with, or --like a picture of the index")
     if grid and (grid.suffix.lower() != ".png" or not grid.parent.is_dir()):
         raise UserError(f"--grid {grid}: a file ending with .png in a folder that is there")
+    if grid and top > MOST_IN_GRID:
+        raise UserError(f"--top {top} with --grid: a picture shows at most {MOST_IN_GRID} hits of a query")
     searcher = Searcher.load(index or only_index())
     queries = list(query or [])
     if like:

@@ -394,6 +394,8 @@ def test_the_commands_teach_and_print(photos: Path, tmp_path: Path, monkeypatch:
     assert first["hits"][0] == {**first["hits"][0], "rank": 1, "path": "cross/0.png", "duplicates": []}
     assert second["query"] == "photos/circle/0.png"
     assert Image.open("grid.png").height > Image.open("grid.png").width / 11
+    with pytest.raises(UserError, match="--top 1000 with --grid: a picture shows at most"):
+        ucir("search", "photos/cross/0.png", "--top", "1000", "--grid", "grid.png")
     none = ucir("search", "photos/cross/0.png", "--limit", "-1")
     assert "nothing like it here" in none
     assert "cross/0.png\n" not in none
