@@ -26,6 +26,9 @@ class AugmentParams(Block):
     jitter: tuple[Share, Share, Share, Annotated[float, Field(ge=0, le=0.5)]] = (0.4, 0.4, 0.4, 0.1)
     """Strength of brightness, contrast, saturation, hue."""
     jitter_share: Share = 0.8
+    colour: Literal["affine", "steps"] = "affine"
+    """How jitter and grey are computed: ``affine``, as one affine map of a view's colours, clamped once, hue
+    turned in YIQ; ``steps``, one after the other, each clamped, hue in HSV, as torchvision does."""
     grey_share: Share = 0.2
     blur_share: Share = 0.5
     blur_sigma: tuple[Positive, Positive] = (0.1, 2.0)

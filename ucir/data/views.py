@@ -14,11 +14,15 @@ from ucir.data.augment import InputFormat, ViewDraw, draw_view, eval_views, rend
 from ucir.data.feature_pack import DomainFeatures
 from ucir.data.pack import DomainImages, stored_pictures
 
+CPU = torch.device("cpu")
+SHARE_OF_GPU = 0.3
+"""Of its free memory that stored pictures may take."""
+
 
 class Views(Protocol):
-    """Views of the pictures of several domains, as the network takes them, on the CPU.
+    """Views of the pictures of several domains, as the network takes them.
 
-    A picture is named by the number of its domain and its slot there, int64 both.
+    A picture is named by the number of its domain and its slot there, int64 both, on the CPU.
     """
 
     @property
@@ -36,16 +40,33 @@ class Views(Protocol):
 
 
 class PictureViews:
-    """Rendered from stored pictures.
+    """Rendered from stored pictures, on the device of the network.
+
+    On a GPU that has room for them the stored pictures lie there as a whole; else those of a batch are sent.
 
     Args:
         images: the domains.
         view: size and augmentation.
         form: of the network's input.
+        device: where views are rendered and wanted.
     """
 
-    def __init__(self, images: Sequence[DomainImages], view: ViewParams, form: InputFormat) -> None:
-        self.images, self.view, self.form = tuple(images), view, form
+    def __init__(
+        self,
+        images: Sequence[DomainImages],
+        view: ViewParams,
+        form: InputFormat,
+        device: torch.device = CPU,
+    ) -> None:
+        self.images, self.view, self.form, self.device = tuple(images), view, form, device
+        self.resident: list[Tensor] | None = None
+        if device.type == "cuda":
+            needed = sum(len(domain) * domain.stored_MSS3[0].nbytes for domain in self.images if len(domain))
+            if needed < SHARE_OF_GPU * torch.cuda.mem_get_info(device)[0]:
+                everything = slice(None)
+                self.resident = [
+                    torch.from_numpy(domain.pixels(everything)).to(device) for domain in self.images
+                ]
         self.first_row = torch.tensor(np.cumsum([0, *self.counts]))
         self.size_N2 = torch.from_numpy(np.concatenate([domain.size_N2 for domain in self.images]))
 
@@ -58,12 +79,31 @@ class PictureViews:
         return draw_view(self.view.augment, size_B2, generator)
 
     def random(self, domain_B: Tensor, slot_B: Tensor, draw: ViewDraw) -> Tensor:
-        return render_views(stored_pictures(self.images, domain_B, slot_B), draw, self.view, self.form)
+        return render_views(self.stored(domain_B, slot_B), draw, self.view, self.form)
 
     def plain(self, domain: int, slots: slice) -> Tensor:
         images = self.images[domain]
+        if self.resident:
+            stored = self.resident[domain][slots]
+        else:
+            stored = self._sent(torch.from_numpy(images.pixels(slots)))
         size_B2 = torch.from_numpy(images.size_N2[slots])
-        return eval_views(torch.from_numpy(images.pixels(slots)), size_B2, self.view, self.form)
+        return eval_views(stored, size_B2, self.view, self.form)
+
+    def stored(self, domain_B: Tensor, slot_B: Tensor) -> Tensor:
+        """Stored pictures, uint8 (B, S, S, 3), on the device."""
+        if not self.resident:
+            return self._sent(stored_pictures(self.images, domain_B, slot_B))
+        out = self.resident[0].new_empty(len(slot_B), *self.resident[0].shape[1:])
+        for number, domain in enumerate(self.resident):
+            here = (domain_B == number).nonzero().flatten()  # of the CPU: nothing waits for the GPU
+            out[here.to(self.device)] = domain[slot_B[here].to(self.device)]
+        return out
+
+    def _sent(self, stored_BSS3: Tensor) -> Tensor:
+        if self.device.type == "cpu":
+            return stored_BSS3
+        return stored_BSS3.pin_memory().to(self.device, non_blocking=True)
 
 
 class StoredViews:
@@ -93,9 +133,12 @@ class StoredViews:
 
 
 def views_of(
-    domains: Sequence[DomainImages] | Sequence[DomainFeatures], view: ViewParams, form: InputFormat
+    domains: Sequence[DomainImages] | Sequence[DomainFeatures],
+    view: ViewParams,
+    form: InputFormat,
+    device: torch.device,
 ) -> PictureViews | StoredViews:
     """The views that belong to what is known of the domains. Arguments as of :class:`PictureViews`."""
     if isinstance(domains[0], DomainFeatures):
         return StoredViews(domains)  # type: ignore[arg-type]
-    return PictureViews(domains, view, form)  # type: ignore[arg-type]
+    return PictureViews(domains, view, form, device)  # type: ignore[arg-type]

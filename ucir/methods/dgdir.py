@@ -17,7 +17,6 @@ from torch import Tensor
 
 from ucir.config.base import Positive, Share
 from ucir.data.augment import ViewDraw, whole_views
-from ucir.data.pack import stored_pictures
 from ucir.data.spectrum import draw_spectrum, mixed_views, phase_views
 from ucir.data.views import PictureViews, Views
 from ucir.errors import UserError
@@ -114,7 +113,7 @@ class SpectralStep(Step):
         if mixed.any():
             place = rows[mixed] - images
             domain = (partner[place] >= count).long()
-            stored = stored_pictures(self.views.images, domain, partner[place] - count * domain)
+            stored = self.views.stored(domain, partner[place] - count * domain)
             out[mixed] = mixed_views(x[mixed], whole_views(stored, x.shape[-1], form), spectrum[place], form)
         return out
 

@@ -84,15 +84,18 @@ class Embedder:
             for picture in pictures
             for view in range(self.views)
         ]
-        names = ViewDraw.__dataclass_fields__
-        return ViewDraw(**{name: torch.cat([getattr(draw, name) for draw in draws]) for name in names})
+        return ViewDraw(torch.cat([draw.values_BX for draw in draws]))
 
 
 @cache
 def _opened(embedder: Embedder, domain: str) -> tuple[Encoder, list[Picture], PictureViews]:
     encoder = _encoder(embedder)
     images = open_domain(embedder.pack, domain)
-    return encoder, read_index(embedder.pack, domain), PictureViews([images], embedder.view, encoder.form)
+    return (
+        encoder,
+        read_index(embedder.pack, domain),
+        PictureViews([images], embedder.view, encoder.form, torch.device(embedder.device)),
+    )
 
 
 @cache

@@ -146,11 +146,10 @@ class Model:
         """
         stored, sizes = zip(*pictures, strict=True)
         pixels = torch.from_numpy(np.stack(stored))
-        views = eval_views(pixels, torch.tensor(sizes), self.view, self.encoder.form)
         device = self.encoder.device
+        views = eval_views(pixels.to(device), torch.tensor(sizes), self.view, self.encoder.form)
         number = None if domain is None else self.domains.index(domain)
         domain_B = None if number is None else torch.full((len(views),), number, device=device)
-        views = views.to(device, memory_format=torch.channels_last)
         out: Tensor = self.encoder(views, (features or self.used) == "pooled", domain_B)
         return out.cpu()
 

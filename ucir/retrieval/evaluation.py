@@ -78,7 +78,7 @@ def _features(
     encoder = new_encoder(block.start.encoder, 0, trunk=trunk)
     load_encoder(encoder, checkpoint)
     encoder = encoder.to(device)
-    features = extract_features(encoder, views_of(domains, block.view, encoder.form), device, pooled)  # type: ignore[arg-type]
+    features = extract_features(encoder, views_of(domains, block.view, encoder.form, device), device, pooled)  # type: ignore[arg-type]
     return {domain.name: x.own_ND.cpu() for domain, x in zip(domains, features, strict=True)}
 
 

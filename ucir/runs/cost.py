@@ -234,7 +234,7 @@ def embedding_pace(block: DatasetParams, device: torch.device) -> float:
     images = DomainImages("a", noise, np.arange(len(noise)), np.full((len(noise), 2), side))
     encoder = new_encoder(block.start.encoder, 0).to(device).eval()
     encoder, _ = compiled(encoder, block.view.side or encoder.form.side)
-    views = PictureViews([images], block.view, encoder.form)
+    views = PictureViews([images], block.view, encoder.form, device)
     slot_B = torch.arange(len(noise))
     pool, threads = one_thread_a_core(device.type)
 

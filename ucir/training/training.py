@@ -98,7 +98,9 @@ class Training:
             load_encoder(query, start_checkpoint)
         if trunk is None:
             query.trunk.train_only(trained)
-        self.step = method.step_type(method, views_of(images, view, query.form), query.to(device), device)
+        self.step = method.step_type(
+            method, views_of(images, view, query.form, device), query.to(device), device
+        )
         self.networks = self.step.networks
         self.optimizer = method.optimizer(self.networks.query)
 
