@@ -78,9 +78,8 @@ def _joined(parts: list[Tensor], count: int) -> Tensor:
     return torch.cat([part[: s.stop - s.start] for part, s in zip(parts, shares(count), strict=True)])
 
 
-def log_sum_over_workers(logits_BN: Tensor) -> Tensor:
-    """log sum exp of each row, (B,), where every worker has some of its columns; differentiable."""
-    own_B = torch.logsumexp(logits_BN, dim=1)
+def log_sum_over_workers(own_B: Tensor) -> Tensor:
+    """log sum exp of what the workers have, (B,); differentiable."""
     if world_size() == 1:
         return own_B
     most_B = own_B.detach().clone()

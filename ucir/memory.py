@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -134,23 +135,23 @@ class Bank(Features):
         super().__init__(own_ND.clone(), count)
         self._widths = [share.stop - share.start for share in shares(count)]
 
-    def log_total(
-        self, q_BD: Tensor, temperature: float, slot_B: Tensor | None = None, instead_B: Tensor | None = None
-    ) -> Tensor:
+    def log_total(self, q_BD: Tensor, temperature: float, without_B: Tensor | None = None) -> Tensor:
         """log sum_a exp(q_i M_a / T) over all rows, (B,), with gradient to q.
+
+        The logits are never held together, see :class:`_LogTotal`.
 
         Args:
             q_BD: unit features.
             temperature: T > 0.
-            slot_B, instead_B: logits that stand in for those of the slots' rows, with gradient.
+            without_B: a slot for each feature whose row does not count.
         """
-        logits_BN = full_precision(q_BD) @ self.own_ND.T / temperature
-        if slot_B is not None and instead_B is not None:
-            mine_B, place_B = self.place(slot_B)
-            there = torch.zeros_like(logits_BN, dtype=torch.bool)
-            there[mine_B, place_B[mine_B]] = True
-            logits_BN = torch.where(there, instead_B[:, None], logits_BN)
-        return log_sum_over_workers(logits_BN)
+        q = full_precision(q_BD)
+        place_B = None
+        if without_B is not None:
+            mine_B, place_B = self.place(without_B)
+            place_B = torch.where(mine_B, place_B, -torch.ones_like(place_B))
+        own_B = cast(Tensor, _LogTotal.apply(q, self.own_ND, temperature, place_B))
+        return log_sum_over_workers(own_B)
 
     def largest(self, q_BD: Tensor, count: int) -> Tensor:
         """The ``count`` largest similarities to rows, (B, count), with gradient to q; all where there are
@@ -189,6 +190,13 @@ class Bank(Features):
         return self.rows(self.closest(feature_BD, lambda x, row_ND: -(x @ row_ND.T), slot_B))
 
     @torch.no_grad()
+    def change(self, slot_B: Tensor, feature_BD: Tensor) -> Tensor:
+        """What :meth:`write` would add to the rows, (B, D); nothing where the slot comes again later."""
+        change_BD = feature_BD.detach() - self.rows(slot_B)
+        place = torch.arange(len(slot_B), device=slot_B.device)
+        return torch.where((_last(slot_B) == place)[:, None], change_BD, torch.zeros_like(change_BD))
+
+    @torch.no_grad()
     def blend(self, slot_B: Tensor, feature_BD: Tensor, momentum: float) -> None:
         """v <- m v + (1 - m) f, normalised: the bank of ID, CDS and PCS, which have no key encoder."""
         row_BD = momentum * self.rows(slot_B) + (1 - momentum) * feature_BD.detach()
@@ -197,7 +205,57 @@ class Bank(Features):
     @torch.no_grad()
     def write(self, slot_B: Tensor, feature_BD: Tensor) -> None:
         """Overwrite rows. Where a slot comes twice in a batch, its last feature stays: on any device."""
-        place = torch.arange(len(slot_B), device=slot_B.device)
-        last_B = ((slot_B[:, None] == slot_B[None, :]) * (place[None, :] + 1)).amax(dim=1) - 1
         mine_B, own_B = self.place(slot_B)
-        self.own_ND[own_B[mine_B]] = feature_BD.detach()[last_B][mine_B]
+        self.own_ND[own_B[mine_B]] = feature_BD.detach()[_last(slot_B)][mine_B]
+
+
+def _last(slot_B: Tensor) -> Tensor:
+    """For each place of a batch the last one with the same slot, int64 (B,)."""
+    place = torch.arange(len(slot_B), device=slot_B.device)
+    return ((slot_B[:, None] == slot_B[None, :]) * (place[None, :] + 1)).amax(dim=1) - 1
+
+
+LOGITS_AT_ONCE = 2**18
+"""On the CPU, as many as its cache holds; another device takes 32 times as many, 32 MiB."""
+
+
+class _LogTotal(torch.autograd.Function):
+    """log sum_n exp(q_i M_n / T) over rows M, without all logits at a time.
+
+    The rows pass in chunks, and what the gradient needs is summed on the way: it is sum_n softmax_n M_n / T.
+    As in cut cross-entropy (Wijmans et al., ICLR 2025), with a running maximum.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, q_BD: Tensor, row_ND: Tensor, temperature: float, barred_B: Tensor | None
+    ) -> Tensor:
+        """Totals, (B,). ``barred_B``: a row for each i that does not count; -1 for none."""
+        chunk = LOGITS_AT_ONCE * (1 if q_BD.device.type == "cpu" else 32) // max(1, len(q_BD))
+        chunk = max(256, chunk)
+        most_B1 = q_BD.new_full((len(q_BD), 1), torch.finfo(q_BD.dtype).min)
+        sum_B1, mean_BD = torch.zeros_like(most_B1), torch.zeros_like(q_BD)
+        scaled_BD = q_BD / temperature
+        for first in range(0, len(row_ND), chunk):
+            rows = row_ND[first : first + chunk]
+            logits = scaled_BD @ rows.T
+            if barred_B is not None:
+                place_B = barred_B - first
+                column_B1 = place_B.clamp(0, len(rows) - 1)[:, None]
+                here_B1 = (place_B == column_B1[:, 0])[:, None]
+                kept_B1 = torch.where(here_B1, float("-inf"), logits.gather(1, column_B1))
+                logits.scatter_(1, column_B1, kept_B1)
+            now_B1 = torch.maximum(most_B1, logits.amax(dim=1, keepdim=True))
+            shrunk_B1 = (most_B1 - now_B1).exp_()
+            weights = logits.sub_(now_B1).exp_()
+            sum_B1 = sum_B1 * shrunk_B1 + weights.sum(dim=1, keepdim=True)
+            mean_BD = torch.addmm(mean_BD * shrunk_B1, weights, rows)
+            most_B1 = now_B1
+        tiny = torch.finfo(q_BD.dtype).tiny
+        ctx.save_for_backward(mean_BD / (sum_B1.clamp(min=tiny) * temperature))
+        return (most_B1 + sum_B1.log())[:, 0]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        (gradient_BD,) = ctx.saved_tensors
+        return grads[0][:, None] * gradient_BD, None, None, None

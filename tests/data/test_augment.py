@@ -105,7 +105,7 @@ def test_colour_operations_are_torchvisions(kind: int) -> None:
     x = pictures(4).permute(0, 3, 1, 2).float() / 255
     x[3] = 0.5  # grey has no hue
     factors = [-0.3, 0.0, 0.1, 0.45] if kind == HUE else [0.6, 1.0, 1.4, 0.2]
-    ours = adjust_colour(x.clone(), kind, torch.tensor(factors)[:, None, None, None])
+    ours = adjust_colour(x.clone(), kind, torch.tensor(factors))
     for image, result, factor in zip(x, ours, factors, strict=True):
         assert torch.allclose(result, reference(image, factor), atol=2e-3 if kind in GREYING else 1e-5)
 

@@ -9,6 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from ucir.losses.cluster import cluster_contrast
+from ucir.losses.instance import instance_contrast
+from ucir.memory import Bank
+
 B, N, D = 5, 9, 4
 
 
@@ -49,3 +53,16 @@ def agree(fast: Callable[[Tensor], Tensor], slow: Callable[[Tensor], Tensor]) ->
     (value, gradient), (expected, slope) = results
     assert float(value) == pytest.approx(float(expected), rel=1e-6, abs=1e-9)
     assert torch.allclose(gradient, slope, rtol=1e-6, atol=1e-6 * float(slope.abs().max()) + 1e-9)
+
+
+def instance_value(q: Tensor, k: Tensor, slot_B: Tensor, row_ND: Tensor, t: float) -> Tensor:
+    """Instance-wise contrast, of a bank of these rows."""
+    return instance_contrast(q, k, Bank(row_ND).log_total(q, t, without_B=slot_B), t)
+
+
+def cluster_values(q: Tensor, slot_B: Tensor, row_ND: Tensor, label_N: Tensor, t: float) -> Tensor:
+    """Cluster-wise contrast of each image, of a bank of these rows."""
+    bank, clusters = Bank(row_ND), int(label_N.max()) + 1
+    mean_KD = bank.sums(label_N, clusters) / label_N.bincount()[:, None]
+    others_B = bank.log_total(q, t, without_B=slot_B)
+    return cluster_contrast(q, bank.rows(slot_B), mean_KD[label_N[slot_B]], others_B, t)

@@ -9,10 +9,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.losses.reference import SLOT, B, D, N, agree, dot, log_softmax, mean, unit
+from tests.losses.reference import (
+    SLOT,
+    B,
+    D,
+    N,
+    agree,
+    cluster_values,
+    dot,
+    instance_value,
+    log_softmax,
+    mean,
+    unit,
+)
 from ucir.losses.assignment import distance_of_distance, self_entropy
-from ucir.losses.cluster import cluster_contrast, confident, mean_of_kept
-from ucir.losses.instance import instance_contrast, view_contrast
+from ucir.losses.cluster import confident, mean_of_kept
+from ucir.losses.instance import view_contrast
 from ucir.losses.matched import matched_distance, soft_assignment, soft_centroids
 from ucir.losses.prototype import (
     bank_discrimination,
@@ -59,7 +71,7 @@ def test_instance_contrast(case: Case) -> None:
             values.append(-log_softmax([dot(q[i], k[i]) / t, *others])[0])
         return mean(values)
 
-    agree(lambda q: instance_contrast(q, k, torch.tensor(SLOT), Bank(bank), t), slow)
+    agree(lambda q: instance_value(q, k, torch.tensor(SLOT), bank, t), slow)
 
 
 def test_cluster_contrast_with_its_filter(case: Case) -> None:
@@ -78,7 +90,7 @@ def test_cluster_contrast_with_its_filter(case: Case) -> None:
         return mean(values) + 0 * q.sum()
 
     def fast(q: Tensor) -> Tensor:
-        value_B = cluster_contrast(q, label_B, Bank(bank), torch.tensor(label_N), len(centroid), t)
+        value_B = cluster_values(q, torch.tensor(SLOT), bank, torch.tensor(label_N), t)
         return mean_of_kept(value_B, confident(k, label_B, centroid, t, 0.2)) * (1 + 1e-8 / B)
 
     agree(fast, slow)
@@ -259,10 +271,8 @@ def test_instance_contrast_takes_the_key_and_not_the_stale_bank_row() -> None:
     stale = bank.clone()
     stale[3] = unit(1, D, seed=9)
     slot = torch.tensor([3])
-    assert instance_contrast(q, k, slot, Bank(bank), 0.2) == instance_contrast(q, k, slot, Bank(stale), 0.2)
-    assert instance_contrast(q, k, slot, Bank(bank), 0.2) != instance_contrast(
-        q, k, slot + 1, Bank(stale), 0.2
-    )
+    assert instance_value(q, k, slot, bank, 0.2) == instance_value(q, k, slot, stale, 0.2)
+    assert instance_value(q, k, slot, bank, 0.2) != instance_value(q, k, slot + 1, stale, 0.2)
 
 
 @pytest.mark.parametrize("threshold", [0.0, 0.2, 0.9])
@@ -319,8 +329,8 @@ def losses_of(q: Tensor) -> dict[str, Tensor]:
     one, other = unit(4, D, seed=3).float(), unit(4, D, seed=4).float()
     slots, label_N = torch.tensor(SLOT), torch.arange(N) % 4
     return {
-        "instance": instance_contrast(q, k, slots, Bank(bank), 0.2),
-        "cluster": cluster_contrast(q, label_N[slots], Bank(bank), label_N, 4, 0.2).mean(),
+        "instance": instance_value(q, k, slots, bank, 0.2),
+        "cluster": cluster_values(q, slots, bank, label_N, 0.2).mean(),
         "entropy": self_entropy(q, one, 0.1),
         "distance": distance_of_distance(q, one, other, 0.1),
         "views": view_contrast(q, k, torch.zeros(B, dtype=torch.long), 0.1),

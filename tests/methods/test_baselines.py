@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from tests.losses.reference import instance_value
 from tests.steps import N, batch, features, make
 from ucir.config.base import checked
 from ucir.config.model import EncoderParams
 from ucir.errors import UserError
-from ucir.losses.instance import instance_contrast
 from ucir.losses.prototype import bank_discrimination, neighbour_entropy, prototype_contrast
 from ucir.memory import Bank
 from ucir.methods.coda import Coda, CodaParams
@@ -133,7 +133,7 @@ def test_dgdirs_terms() -> None:
     ):
         weight, value = terms[f"{name}_a"]
         assert weight == 0.25
-        assert torch.allclose(value, instance_contrast(q, k, part.slot_B, Bank(banks[bank]), 0.2))
+        assert torch.allclose(value, instance_value(q, k, part.slot_B, banks[bank], 0.2))
     both = torch.cat([features(9), features(10, N - 5)])
     clusters = kmeans(both, 4, iterations=20, restarts=5, seed=0, max_points=2000)
     label_B = clusters.label_N[part.slot_B]
@@ -170,7 +170,7 @@ def test_protonce_writes_keys_and_uses_its_concentrations() -> None:
     bank[part.slot_B] = part.k_BD
     bank[5] = part.k_BD[2]
     assert torch.allclose(
-        terms["instance_a"].value, instance_contrast(part.q_BD, part.k_BD, part.slot_B, Bank(bank), 0.2)
+        terms["instance_a"].value, instance_value(part.q_BD, part.k_BD, part.slot_B, bank, 0.2)
     )
     values = []
     for number, k in enumerate((3, 5)):

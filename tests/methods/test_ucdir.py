@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from tests.losses.reference import cluster_values, instance_value
 from ucir.config.base import checked
 from ucir.errors import UserError
-from ucir.losses.cluster import cluster_contrast, confident, mean_of_kept
-from ucir.losses.instance import instance_contrast
-from ucir.memory import Bank
+from ucir.losses.cluster import confident, mean_of_kept
 from ucir.methods.registry import METHODS
 from ucir.methods.step import DomainBatch
 from ucir.methods.ucdir import Ucdir, UcdirParams
@@ -104,7 +103,7 @@ def test_the_bank_takes_the_keys_before_the_losses() -> None:
     bank = features(0)
     bank[part.slot_B] = part.k_BD
     bank[5] = part.k_BD[2]  # slot 5 came twice: its last key stays
-    expected = instance_contrast(part.q_BD, part.k_BD, part.slot_B, Bank(bank), 0.2)
+    expected = instance_value(part.q_BD, part.k_BD, part.slot_B, bank, 0.2)
     assert torch.allclose(terms["instance_a"].value, expected)
 
 
@@ -135,7 +134,7 @@ def test_several_k_are_averaged_not_multiplied() -> None:
         part, bank = batch(2), method.banks[0].features_ND
         c = kmeans(both[0], k, iterations=20, restarts=5, seed=number, max_points=2000)
         label_B = c.label_N[part.slot_B]
-        value_B = cluster_contrast(part.q_BD, label_B, Bank(bank), c.label_N, k, 0.2)
+        value_B = cluster_values(part.q_BD, part.slot_B, bank, c.label_N, 0.2)
         alone.append(mean_of_kept(value_B, confident(part.k_BD, label_B, c.centroid_KD, 0.2, 0.2)))
     assert torch.allclose(terms["cluster_a"].value, torch.stack(alone).mean(), atol=1e-6)
 

@@ -82,7 +82,7 @@ def _answers() -> dict[str, torch.Tensor]:
     label = torch.arange(23) % 4
     bank.write(slot[2:4], q.detach()[2:4])
     bank.blend(slot[4:6], q.detach()[4:6], 0.3)
-    total = bank.log_total(q, 0.01, slot, (q * q.detach().flip(0)).sum(dim=1) / 0.01)
+    total = bank.log_total(q, 0.01, without_B=slot) + bank.log_total(q, 0.2)
     largest = bank.largest(q, 20)
     (total.sum() + largest.square().sum()).backward()
     assert q.grad is not None

@@ -413,43 +413,42 @@ def coloured_in_steps(x: Tensor, draw: ViewDraw) -> Tensor:
         for kind in range(4):
             rows = (draw.jittered_B & (draw.order_B4[:, place] == kind)).nonzero().flatten()
             if len(rows):
-                x[rows] = adjust_colour(x[rows], kind, draw.jitter_B4[rows, kind][:, None, None, None])
+                x[rows] = adjust_colour(x[rows], kind, draw.jitter_B4[rows, kind])
     return torch.where(draw.grey_B[:, None, None, None], luma(x), x)
 
 
-def adjust_colour(x: Tensor, kind: int, factor: Tensor) -> Tensor:
-    """One colour operation on RGB in 0..1 with a factor per image, as torchvision defines it."""
+def adjust_colour(x: Tensor, kind: int, factor_B: Tensor) -> Tensor:
+    """One colour operation on RGB in 0..1 with a factor per image, as torchvision defines it; changes x."""
+    factor = factor_B[:, None, None, None]
     if kind == HUE:
         return _turn_hue(x, factor)
     if kind == BRIGHTNESS:
-        other = torch.zeros_like(x)
-    elif kind == CONTRAST:
-        other = luma(x).mean(dim=(1, 2, 3), keepdim=True)
-    else:
-        other = luma(x)
-    return (factor * x + (1 - factor) * other).clamp_(0, 1)
+        return x.mul_(factor).clamp_(0, 1)
+    if kind == CONTRAST:
+        level_B = x.mean(dim=(2, 3)) @ torch.tensor(GREY, device=x.device)
+        return x.mul_(factor).add_((1 - factor) * level_B[:, None, None, None]).clamp_(0, 1)
+    return torch.lerp(luma(x), x, factor).clamp_(0, 1)
 
 
 def luma(x: Tensor) -> Tensor:
     """Grey values (B, 1, S, S) of pictures in 0..1."""
-    weight = torch.tensor(GREY, device=x.device)[None, :, None, None]
-    return (x * weight).sum(dim=1, keepdim=True)
+    r, g, b = (x[:, channel : channel + 1] for channel in range(3))
+    return (r * GREY[0]).add_(g, alpha=GREY[1]).add_(b, alpha=GREY[2])
 
 
 def _turn_hue(x: Tensor, turn: Tensor) -> Tensor:
     """Turn the hue by ``turn`` (share of the circle) in HSV, without leaving RGB arithmetic."""
-    top = x.amax(dim=1, keepdim=True)
-    span = top - x.amin(dim=1, keepdim=True)
-    safe = torch.where(span == 0, torch.ones_like(span), span)
-    r, g, b = x[:, :1], x[:, 1:2], x[:, 2:]
-    sector = torch.where(
-        top == r, (g - b) / safe, torch.where(top == g, 2 + (b - r) / safe, 4 + (r - g) / safe)
-    )
-    sector = (sector + 6 * turn) % 6
+    r, g, b = (x[:, channel : channel + 1] for channel in range(3))
+    top = torch.maximum(torch.maximum(r, g), b)
+    span = top - torch.minimum(torch.minimum(r, g), b)
+    safe = span.clamp(min=1e-12)
+    sector = torch.where(top == g, ((b - r) / safe).add_(2), ((r - g) / safe).add_(4))
+    sector = torch.where(top == r, (g - b).div_(safe), sector)
     # HSV to RGB in closed form: each channel is the value less a trapezoid of the hue
     shift = torch.tensor([5.0, 3.0, 1.0], device=x.device)[None, :, None, None]
-    k = (shift + sector) % 6
-    return top - span * torch.minimum(k, 4 - k).clamp(0, 1)
+    k = sector + (shift + 6 * turn)
+    k.sub_((k / 6).floor_().mul_(6))
+    return torch.addcmul(top, torch.minimum(k, 4 - k).clamp_(0, 1), span, value=-1)
 
 
 def _blurred(x: Tensor, sigma_B: Tensor, widest: float | None) -> Tensor:

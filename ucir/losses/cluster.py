@@ -5,17 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ucir.memory import Bank
 from ucir.precision import full_precision
 
 
 def cluster_contrast(
-    q_BD: Tensor,
-    label_B: Tensor,
-    bank: Bank,
-    label_N: Tensor,
-    clusters: int,
-    temperature: float,
+    q_BD: Tensor, row_BD: Tensor, mean_BD: Tensor, others_B: Tensor, temperature: float
 ) -> Tensor:
     """Mean log-probability of the bank rows in one's own cluster, per image, negated.
 
@@ -25,17 +19,17 @@ def cluster_contrast(
 
     Args:
         q_BD: unit features, with gradient.
-        label_B, label_N: cluster of the batch's images and of the bank's rows, int64.
-        bank: constant.
-        clusters: K.
+        row_BD: the images' own rows of the bank.
+        mean_BD: mean of the rows of each image's cluster.
+        others_B: log of the sum over all rows but the own, :meth:`ucir.memory.Bank.log_total`.
         temperature: T > 0.
 
     Returns:
         (B,) one value per image; see :func:`confident` for which of them count.
     """
     q = full_precision(q_BD)
-    mean_KD = bank.sums(label_N, clusters) / sizes(label_N, clusters)
-    return bank.log_total(q, temperature) - (q * mean_KD[label_B]).sum(dim=1) / temperature
+    total_B = torch.logaddexp(others_B, (q * row_BD).sum(dim=1) / temperature)
+    return total_B - (q * mean_BD).sum(dim=1) / temperature
 
 
 def sizes(label_N: Tensor, clusters: int) -> Tensor:

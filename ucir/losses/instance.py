@@ -6,11 +6,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ucir.memory import Bank
 from ucir.precision import full_precision
 
 
-def instance_contrast(q_BD: Tensor, k_BD: Tensor, slot_B: Tensor, bank: Bank, temperature: float) -> Tensor:
+def instance_contrast(q_BD: Tensor, k_BD: Tensor, others_B: Tensor, temperature: float) -> Tensor:
     """InfoNCE of a view against its key and the bank of its own domain.
 
     UCDIR eq. 1: mean over i of -log( e(q_i k_i) / (e(q_i k_i) + sum_{a != i} e(q_i M_a)) ) with
@@ -20,15 +19,14 @@ def instance_contrast(q_BD: Tensor, k_BD: Tensor, slot_B: Tensor, bank: Bank, te
     Args:
         q_BD: unit features of the query encoder, with gradient.
         k_BD: unit features of the key encoder.
-        slot_B: rows of the bank that belong to the images.
-        bank: of the images' domain, constant.
+        others_B: log of the sum over the bank's rows of other images, :meth:`ucir.memory.Bank.log_total`.
         temperature: T > 0.
 
     Returns:
         Scalar, float32.
     """
     positive_B = (full_precision(q_BD) * k_BD).sum(dim=1) / temperature
-    return (bank.log_total(q_BD, temperature, slot_B, positive_B) - positive_B).mean()
+    return (torch.logaddexp(others_B, positive_B) - positive_B).mean()
 
 
 def view_contrast(first_BD: Tensor, second_BD: Tensor, domain_B: Tensor, temperature: float) -> Tensor:

@@ -188,7 +188,8 @@ class Dgdir(ClusteringMethod[DgdirParams]):
                 ("phase_to_mixed", part.phase_q_BD, part.k_BD, self.phase_banks[number]),
                 ("mixed_to_phase", part.q_BD, part.phase_k_BD, self.banks[number]),
             ):
-                value = instance_contrast(q_BD, k_BD, part.slot_B, bank, p.temperature)
+                others_B = bank.log_total(q_BD, p.temperature, without_B=part.slot_B)
+                value = instance_contrast(q_BD, k_BD, others_B, p.temperature)
                 terms[f"{name}_{side}"] = Term(0.25, value)  # 0.5, of the mean over both domains
             if self.centroid_KD is not None:
                 label_B = self.label_N[number][part.slot_B]

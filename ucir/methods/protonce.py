@@ -71,10 +71,11 @@ class ProtoNce(ClusteringMethod[ProtoNceParams]):
         return self.params.temperature * clipped_K / clipped_K.mean()
 
     def losses(self, epoch: int, batch: tuple[DomainBatch, DomainBatch]) -> dict[str, Term]:
-        terms = {}
+        t, terms = self.params.temperature, {}
         for side, bank, part in zip("ab", self.banks, batch, strict=True):
             bank.write(part.slot_B, part.k_BD)
-            value = instance_contrast(part.q_BD, part.k_BD, part.slot_B, bank, self.params.temperature)
+            others_B = bank.log_total(part.q_BD, t, without_B=part.slot_B)
+            value = instance_contrast(part.q_BD, part.k_BD, others_B, t)
             terms[f"instance_{side}"] = Term(0.5, value)
         if self.clusters is not None:
             for side, part, clusterings, phis in zip(

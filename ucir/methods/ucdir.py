@@ -18,7 +18,7 @@ from ucir.config.base import Positive, Share
 from ucir.losses.assignment import distance_of_distance, self_entropy
 from ucir.losses.cluster import cluster_contrast, confident, mean_of_kept
 from ucir.losses.instance import instance_contrast
-from ucir.memory import Bank, Features
+from ucir.memory import Features
 from ucir.methods.base import (
     ClusteredParams,
     ClusteringMethod,
@@ -93,17 +93,21 @@ U = TypeVar("U", bound=UcdirFamilyParams)
 class UcdirFamily(ClusteringMethod[U]):
     """L = mean over domains of (IW + w_cw CW) + [cross-domain phase] (gamma SE + beta DD)."""
 
-    within_epoch = ("clusters",)
+    within_epoch = ("clusters", "sums")
 
     def __init__(self, params: U, seed: int) -> None:
         super().__init__(params, seed)
         self.clusters: tuple[list[Clusters], list[Clusters]] | None = None
+        self.sums: tuple[list[Tensor], list[Tensor]] = ([], [])
+        """Of each domain and clustering the sums of the bank's rows in each cluster, (K, D), where a term
+        needs them: kept up with what is written."""
 
     def start_epoch(self, epoch: int, features: tuple[Features, Features]) -> dict[str, float]:
         p = self.params
         if epoch < p.ramp_start or not (p.cluster_weight or p.entropy_weight or p.distance_weight):
             return {}
         self.clusters = self.cluster(features)
+        self.sums = self._sums_of(self.clusters)
         return cluster_figures(self.clusters)
 
     def cluster_weight_at(self, epoch: int) -> float:
@@ -114,25 +118,36 @@ class UcdirFamily(ClusteringMethod[U]):
 
     def losses(self, epoch: int, batch: tuple[DomainBatch, DomainBatch]) -> dict[str, Term]:
         p = self.params
-        for bank, part in zip(self.banks, batch, strict=True):
-            bank.write(part.slot_B, part.k_BD)  # before the losses, as in builder.py
-        terms = {}
-        for side, bank, part in zip("ab", self.banks, batch, strict=True):
-            value = instance_contrast(part.q_BD, part.k_BD, part.slot_B, bank, p.temperature)
+        terms, weight = {}, self.cluster_weight_at(epoch)
+        for number, (side, bank, part) in enumerate(zip("ab", self.banks, batch, strict=True)):
+            self._write(number, part)  # before the losses, as in builder.py
+            others_B = bank.log_total(part.q_BD, p.temperature, without_B=part.slot_B)
+            value = instance_contrast(part.q_BD, part.k_BD, others_B, p.temperature)
             terms[f"instance_{side}"] = Term(0.5, value)
-        weight = self.cluster_weight_at(epoch)
-        if weight > 0:
-            assert self.clusters is not None
-            for side, bank, part, clusterings in zip("ab", self.banks, batch, self.clusters, strict=True):
-                values = [self._cluster_contrast(bank, part, clusters) for clusters in clusterings]
+            if weight > 0:
+                values = self._cluster_contrasts(number, part, others_B)
                 terms[f"cluster_{side}"] = Term(0.5 * weight, torch.stack(values).mean())
         if epoch >= p.cross_domain_start and (p.entropy_weight or p.distance_weight):
             terms |= self._cross_domain(batch)
         return terms
 
+    def _sums_of(self, clusters: tuple[list[Clusters], list[Clusters]]) -> tuple[list[Tensor], list[Tensor]]:
+        """What :attr:`sums` begins an epoch with."""
+        return [], []
+
+    def _write(self, number: int, part: DomainBatch) -> None:
+        """Keys into a domain's bank."""
+        bank = self.banks[number]
+        if self.sums[number]:
+            assert self.clusters is not None
+            change_BD = bank.change(part.slot_B, part.k_BD)
+            for sum_KD, clusters in zip(self.sums[number], self.clusters[number], strict=True):
+                sum_KD.index_add_(0, clusters.label_N[part.slot_B], change_BD)
+        bank.write(part.slot_B, part.k_BD)
+
     @abstractmethod
-    def _cluster_contrast(self, bank: Bank, part: DomainBatch, clusters: Clusters) -> Tensor:
-        """CW of one domain with one K."""
+    def _cluster_contrasts(self, number: int, part: DomainBatch, others_B: Tensor) -> list[Tensor]:
+        """CW of a domain, of each K. ``others_B`` is the log of the sum over the bank's other rows."""
 
     @abstractmethod
     def _cross_domain(self, batch: tuple[DomainBatch, DomainBatch]) -> dict[str, Term]:
@@ -152,13 +167,24 @@ class Ucdir(UcdirFamily[UcdirParams]):
 
     params_type = UcdirParams
 
-    def _cluster_contrast(self, bank: Bank, part: DomainBatch, clusters: Clusters) -> Tensor:
-        p = self.params
-        label_B = clusters.label_N[part.slot_B]
-        count = len(clusters.size_K)
-        value_B = cluster_contrast(part.q_BD, label_B, bank, clusters.label_N, count, p.temperature)
-        keep_B = confident(part.k_BD, label_B, clusters.centroid_KD, p.temperature, p.confidence)
-        return mean_of_kept(value_B, keep_B)
+    def _sums_of(self, clusters: tuple[list[Clusters], list[Clusters]]) -> tuple[list[Tensor], list[Tensor]]:
+        first, second = (
+            [bank.sums(c.label_N, len(c.size_K)) for c in clusterings]
+            for bank, clusterings in zip(self.banks, clusters, strict=True)
+        )
+        return first, second
+
+    def _cluster_contrasts(self, number: int, part: DomainBatch, others_B: Tensor) -> list[Tensor]:
+        p, values = self.params, []
+        assert self.clusters is not None
+        row_BD = self.banks[number].rows(part.slot_B)
+        for clusters, sum_KD in zip(self.clusters[number], self.sums[number], strict=True):
+            label_B = clusters.label_N[part.slot_B]
+            mean_BD = sum_KD[label_B] / clusters.size_K[label_B, None]
+            value_B = cluster_contrast(part.q_BD, row_BD, mean_BD, others_B, p.temperature)
+            keep_B = confident(part.k_BD, label_B, clusters.centroid_KD, p.temperature, p.confidence)
+            values.append(mean_of_kept(value_B, keep_B))
+        return values
 
     def _cross_domain(self, batch: tuple[DomainBatch, DomainBatch]) -> dict[str, Term]:
         p = self.params

@@ -14,11 +14,9 @@ from ucir.config.base import Positive
 from ucir.losses.assignment import self_entropy
 from ucir.losses.matched import matched_distance, soft_assignment, soft_centroids
 from ucir.losses.prototype import prototype_contrast
-from ucir.memory import Bank
 from ucir.methods.base import Term, Weight
 from ucir.methods.step import DomainBatch
 from ucir.methods.ucdir import UcdirFamily, UcdirFamilyParams
-from ucir.prototypes.clustering import Clusters
 from ucir.prototypes.transport import match_prototypes
 
 
@@ -36,10 +34,13 @@ class UcdirOt(UcdirFamily[UcdirOtParams]):
 
     params_type = UcdirOtParams
 
-    def _cluster_contrast(self, bank: Bank, part: DomainBatch, clusters: Clusters) -> Tensor:
-        t = self.params.assignment_temperature
-        nearest_B = soft_assignment(part.q_BD.detach(), clusters.centroid_KD, t).argmax(dim=1)
-        return prototype_contrast(part.q_BD, nearest_B, clusters.centroid_KD, t)
+    def _cluster_contrasts(self, number: int, part: DomainBatch, others_B: Tensor) -> list[Tensor]:
+        t, values = self.params.assignment_temperature, []
+        assert self.clusters is not None
+        for clusters in self.clusters[number]:
+            nearest_B = soft_assignment(part.q_BD.detach(), clusters.centroid_KD, t).argmax(dim=1)
+            values.append(prototype_contrast(part.q_BD, nearest_B, clusters.centroid_KD, t))
+        return values
 
     def _cross_domain(self, batch: tuple[DomainBatch, DomainBatch]) -> dict[str, Term]:
         p = self.params

@@ -1,4 +1,4 @@
-"""A frozen network on ONNX Runtime: on processors faster than torch, see `tests.benchmarks.embedding`."""
+"""A frozen network on ONNX Runtime: on processors faster than torch, see `tests.benchmarks`."""
 
 from __future__ import annotations
 

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-CHUNK = 256
+CHUNK = 32
+"""Queries at once: their similarities to 70,000 pictures fit a processor's cache."""
 
 
 @dataclass(frozen=True)
@@ -55,28 +56,36 @@ def rank(
         query_QD, gallery_GD: unit features.
         query_label_Q, gallery_label_G: class names.
     """
-    gallery_labels, query_labels = np.asarray(gallery_label_G), np.asarray(query_label_Q)
-    ranks, counts = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
-    for first in range(0, len(query_labels), CHUNK):
+    query_labels, size = np.asarray(query_label_Q), len(gallery_GD)
+    # numbers, which compare faster than names
+    names, number = np.unique([*gallery_label_G, *query_label_Q], return_inverse=True)
+    number = number.astype(np.int32)
+    gallery_G, query_Q = number[:size], number[size:]
+    ranks = [np.empty(0, np.int64)]
+    for first in range(0, len(query_Q), CHUNK):
         rows = slice(first, first + CHUNK)
-        relevant_QG = gallery_labels[None, :] == query_labels[rows, None]
-        ranked_QG = ranked_relevance((query_QD[rows] @ gallery_GD.T).cpu().numpy(), relevant_QG)
-        ranks.append(np.nonzero(ranked_QG)[1] + 1)
-        counts.append(relevant_QG.sum(axis=1))
-    return Ranking(np.concatenate(ranks), np.concatenate(counts), query_labels)
+        similarity_QG = (query_QD[rows] @ gallery_GD.T).float().cpu().numpy()
+        ranked_QG = ranked_relevance(similarity_QG, gallery_G[None, :] == query_Q[rows, None])
+        ranks.append(np.flatnonzero(ranked_QG) % size + 1)
+    relevant_Q = np.bincount(gallery_G, minlength=len(names))[query_Q]
+    return Ranking(np.concatenate(ranks), relevant_Q, query_labels)
 
 
 def ranked_relevance(similarity_QG: np.ndarray, relevant_QG: np.ndarray) -> np.ndarray:
     """Relevance in ranked order, bool (Q, G); among equal similarities irrelevant images come first.
 
+    Overwrites the similarities, float32.
+
     The relevance rides in the lowest bit of the similarity, so that values alone are sorted, several
     times faster than sorting indices; similarities closer than 5e-7 count as equal.
     """
-    negative = similarity_QG.astype(np.float32) - np.float32(2)  # below 0: a larger bit pattern is less
-    bits = negative.view(np.uint32)
-    bits = (bits & np.uint32(0xFFFFFFFE)) | relevant_QG
+    similarity_QG -= np.float32(2)  # below 0: a larger bit pattern is less
+    bits = similarity_QG.view(np.uint32)
+    bits &= np.uint32(0xFFFFFFFE)
+    bits |= relevant_QG
     bits.sort(axis=1)
-    relevant: np.ndarray = (bits & np.uint32(1)).astype(bool)
+    bits &= np.uint32(1)
+    relevant: np.ndarray = bits != 0
     return relevant
 
 

@@ -1,0 +1,88 @@
+"""All comparisons with the official recipes: `uv run python -m tests.benchmarks [--only NAME…]`.
+
+Each row is measured in one process on one thread, both arms alternately: the official recipe, as its papers
+and code describe it, and ours. The table is added to tests/benchmarks/history.csv with the machine's name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import os
+import platform
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from tests.benchmarks.arms import Comparison, Measured, measure
+from tests.benchmarks.recipes import (
+    bank_losses,
+    clustering,
+    embedding,
+    evaluation,
+    plain_views,
+    random_views,
+    whole_epoch,
+)
+
+HISTORY = Path(__file__).with_name("history.csv")
+ALL: dict[str, Callable[[], Comparison]] = {
+    "views-224": lambda: random_views(224, 320),
+    "views-64": lambda: random_views(64, 96),
+    "plain-224": lambda: plain_views(224, 320),
+    "bank-70k": lambda: bank_losses(70_000),
+    "bank-1M": lambda: bank_losses(1_000_000),
+    "kmeans": lambda: clustering(70_000, 65),
+    "ranking": lambda: evaluation(70_000),
+    "embedding": lambda: embedding("tf_efficientnet_lite0", 128),
+    "epoch": lambda: whole_epoch(64),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", nargs="+", choices=list(ALL), default=list(ALL), metavar="NAME")
+    parser.add_argument()
+    given = parser.parse_args()
+    print(f"{machine()}\n{'':<12}{'official':>10}{'ours':>10}{'ratio':>8}{'':>16}{'extra MiB':>16}")
+    for name in given.only:
+        row = measure(ALL[name]())
+        print(
+            f"{name:<12}{_time(row.official):>10}{_time(row.ours):>10}{row.ratio:>8.2f}"
+            f"{f'({row.least:.2f} to {row.most:.2f})':>16}"
+            f"{f'{row.extra_official:.0f} / {row.extra_ours:.0f}':>16}  {row.name}; {row.same}",
+            flush=True,
+        )
+        _remember(name, row)
+
+
+def machine() -> str:
+    """The processor and what is installed."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    processor = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "?")
+    wide = "AVX-512" if any("avx512f" in line for line in lines) else "no AVX-512"
+    return f"{os.cpu_count()} x {processor} ({wide}), torch {torch.__version__}, {platform.python_version()}"
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{1000 * seconds:.1f} ms"
+
+
+def _remember(name: str, row: Measured) -> None:
+    line = {"date": datetime.date.today().isoformat(), "machine": machine(), "benchmark": name}
+    line |= {key: f"{value:.4g}" if isinstance(value, float) else value for key, value in asdict(row).items()}
+    new = not HISTORY.exists()
+    with HISTORY.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(line))
+        if new:
+            writer.writeheader()
+        writer.writerow(line)
+
+
+if __name__ == "__main__":
+    main()
