@@ -47,7 +47,6 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", nargs="+", choices=list(ALL), default=list(ALL), metavar="NAME")
-    parser.add_argument()
     given = parser.parse_args()
     print(f"{machine()}\n{'':<12}{'official':>10}{'ours':>10}{'ratio':>8}{'':>16}{'extra MiB':>16}")
     for name in given.only:

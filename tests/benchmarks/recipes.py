@@ -290,7 +290,7 @@ def whole_epoch(side: int, count: int = 128) -> Comparison:
     )
     method_type = METHODS["ucdir"]
     params = method_type.params_type(clusters=7, batch_size=B, epochs=200)  # type: ignore[call-arg]
-    encoder = EncoderParams(trunk={"resnet": "resnet18"}, feature_dim=D)
+    encoder = EncoderParams(trunk={"torchvision": "resnet18"}, feature_dim=D)
     view = ViewParams(side=side)
     training = Training(images, view, encoder, None, method_type(params, 0), torch.device("cpu"))  # type: ignore[arg-type]
     training.begin()

@@ -43,6 +43,20 @@ def test_features_are_unit_vectors(trunk: dict[str, Any]) -> None:
     assert torch.allclose(features.norm(dim=1), torch.ones(2), atol=1e-6)
 
 
+def test_bfloat16_is_near_and_its_features_and_gradients_are_single_precision() -> None:
+    x = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    exact, coarse = (
+        new_encoder(EncoderParams(trunk={"convnet": {"width": 4}}, feature_dim=8, precision=precision), 0)
+        for precision in ("float32", "bfloat16")
+    )
+    assert coarse(x).dtype == torch.float32
+    assert coarse(x, pooled="both").shape == exact(x, pooled="both").shape
+    assert torch.nn.functional.cosine_similarity(coarse(x), exact(x)).min() > 0.99
+    assert not torch.equal(coarse(x), exact(x))
+    coarse(x).sum().backward()
+    assert {p.grad.dtype for p in coarse.parameters() if p.grad is not None} == {torch.float32}
+
+
 def test_the_seed_alone_decides_the_weights() -> None:
     torch.manual_seed(7)
     one = new_encoder(TINY, 0).state_dict()

@@ -69,6 +69,40 @@ def test_more_clusters_than_images_are_refused() -> None:
         run(blobs(4, 2), 9)
 
 
+@pytest.mark.parametrize("temperature", [0.2, 0.01])
+@pytest.mark.parametrize("barred", [False, True])
+def test_a_total_over_many_rows_is_logsumexp_and_so_is_its_gradient(temperature: float, barred: bool) -> None:
+    """More rows than are compared at once, against all logits in float64."""
+    generator = torch.Generator().manual_seed(1)
+    rows = normalize(torch.randn(1000, 6, generator=generator), dim=1)
+    q = normalize(torch.randn(2048, 6, generator=generator), dim=1).requires_grad_(True)
+    slot = torch.randint(1000, (2048,), generator=generator)
+    weight = torch.randn(2048, generator=generator)
+    ours = Bank(rows).log_total(q, temperature, without_B=slot if barred else None)
+    (slope,) = torch.autograd.grad((weight * ours).sum(), q)
+    q64 = q.detach().double().requires_grad_(True)
+    logits = q64 @ rows.double().T / temperature
+    if barred:
+        logits = logits.scatter(1, slot[:, None], float("-inf"))
+    expected = logits.logsumexp(dim=1)
+    (wanted,) = torch.autograd.grad((weight.double() * expected).sum(), q64)
+    assert torch.allclose(ours.double(), expected, rtol=1e-6, atol=1e-5)
+    assert torch.allclose(slope.double(), wanted, rtol=1e-4, atol=1e-5 / temperature)
+
+
+def test_sums_of_clusters_follow_what_is_written() -> None:
+    generator = torch.Generator().manual_seed(2)
+    bank = Bank(normalize(torch.randn(20, 6, generator=generator), dim=1))
+    label = torch.arange(20) % 3
+    sum_KD = bank.sums(label, 3)
+    for _ in range(5):
+        slot = torch.randint(20, (7,), generator=generator)  # some come twice
+        k = normalize(torch.randn(7, 6, generator=generator), dim=1)
+        sum_KD.index_add_(0, label[slot], bank.change(slot, k))
+        bank.write(slot, k)
+    assert torch.allclose(sum_KD, bank.sums(label, 3), atol=1e-5)
+
+
 def _shares(rank: int, out: Path) -> None:
     torch.save(_answers(), out / f"{rank}.pt")
 

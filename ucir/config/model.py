@@ -22,6 +22,10 @@ class EncoderParams(Block):
     head: Literal["moco", "residual"] = "moco"
     """``moco``: two random layers, as MoCo v2; ``residual``: the PCA of features centred by domain, and a
     trained part beside it, for trunks whose features are good already."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """What convolutions and products are computed in. ``bfloat16``: by torch's autocast, with weights, losses
+    and features in float32; two to three times faster on a GPU or a processor that has it (``lscpu`` lists
+    avx512_bf16 or amx_bf16), ten times slower on another."""
 
     @property
     def trunk_name(self) -> str:

@@ -104,7 +104,9 @@ class Step:
         self.model: nn.Module = query
         if world_size() > 1:
             # batch statistics are already global, so there are no buffers to keep in step
-            self.model = nn.parallel.DistributedDataParallel(query, forward_sync_buffers=False)
+            self.model = nn.parallel.DistributedDataParallel(
+                query, forward_sync_buffers=False, gradient_as_bucket_view=True
+            )
 
     @property
     def retrieval_encoder(self) -> Encoder:

@@ -48,10 +48,13 @@ class Encoder(nn.Module):
             pooled: those before the head (2048 of a ResNet-50); ``both``: the head's and these side by side.
             domain_B: 0 or 1, which of the training's domains each image is of, int64; None: not known.
         """
-        before = self.trunk(x)
-        if pooled is True:
+        half = self.params.precision == "bfloat16"
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=half):
+            before = self.trunk(x)
+            out = None if pooled is True else self.head(before, domain_B)
+        if out is None:
             return F.normalize(before.float(), dim=1)
-        out = F.normalize(self.head(before, domain_B).float(), dim=1)
+        out = F.normalize(out.float(), dim=1)
         return torch.cat([out, F.normalize(before.float(), dim=1)], dim=1) if pooled else out
 
     @property

@@ -182,8 +182,9 @@ class Training:
             batch = self.step.forward(views)
             terms = method.losses(epoch, batch)
             total = total_loss(terms)
-            values = {name: float(term.value.detach()) for name, term in terms.items()}
-            values["total"] = float(total.detach())
+            # one wait for the device, not one for each term
+            figures = torch.stack([*(term.value.detach() for term in terms.values()), total.detach()])
+            values = dict(zip((*terms, "total"), figures.tolist(), strict=True))
             if not math.isfinite(values["total"]):
                 inputs = self.step.inputs(batch)
                 raise loss_fault(epoch, step, values, inputs, views.slots, self.query)
