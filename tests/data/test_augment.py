@@ -171,10 +171,11 @@ def test_shares_are_kept() -> None:
 def test_rows_are_rendered_alike_alone_and_in_the_batch() -> None:
     """What a worker computes of its own rows is what one process computes of all."""
     images = pictures(8)
-    draw = draw_view(AugmentParams(crop_pad=0.2), torch.tensor([[24, 24]] * 8), seeded(3))
-    whole = render_views(images, draw, VIEW, FORM)
+    view = VIEW.model_copy(update={"augment": AugmentParams(crop_pad=0.2)})
+    draw = draw_view(view.augment, torch.tensor([[24, 24]] * 8), seeded(3))
+    whole = render_views(images, draw, view, FORM)
     for rows in (torch.tensor([5]), torch.tensor([7, 0, 3])):
-        assert torch.allclose(render_views(images[rows], draw[rows], VIEW, FORM), whole[rows], atol=1e-5)
+        assert torch.allclose(render_views(images[rows], draw[rows], view, FORM), whole[rows], atol=1e-5)
 
 
 def test_the_evaluation_view_is_the_centre_square_of_the_original() -> None:

@@ -256,26 +256,33 @@ def resized_crops(
     """
     stored = images_BSS3.shape[1]
     corner_B4 = torch.cat([box_B4[:, :2], box_B4[:, :2] + box_B4[:, 2:]], dim=1).mul(stored).round().long()
-    first_B2 = corner_B4[:, :2].clamp(max=stored - 1 + round(pad * stored))
-    last_B2 = torch.maximum(corner_B4[:, 2:], first_B2 + 1)
+    border = round(pad * stored)
+    first_B2 = corner_B4[:, :2].clamp(-border, stored + border - 1)
+    last_B2 = torch.maximum(corner_B4[:, 2:].clamp(max=stored + border), first_B2 + 1)
     if images_BSS3.device.type != "cpu" if dense is None else dense:
         return _dense_crops(images_BSS3, first_B2, last_B2, side, interpolation, pad, flipped_B)
-    out_BssC = torch.empty(len(images_BSS3), side, side, 3, dtype=torch.uint8)
+    if border:
+        images_BSS3 = _with_border(images_BSS3, border)
+    out_BCss = torch.empty(len(images_BSS3), side, side, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
     flips = flipped_B.tolist() if flipped_B is not None else [False] * len(images_BSS3)
-    corners = torch.cat([first_B2, last_B2], dim=1).tolist()
-    out_BCss = out_BssC.permute(0, 3, 1, 2)
+    corners = torch.cat([first_B2, last_B2], dim=1).add(border).tolist()
     for row, ((left, top, right, bottom), flipped) in enumerate(zip(corners, flips, strict=True)):
-        image = images_BSS3[row : row + 1]
-        if min(left, top) < 0 or max(right, bottom) > stored:
-            across, down = (
-                torch.arange(*ends).clamp(0, stored - 1) for ends in ((left, right), (top, bottom))
-            )
-            crop = image[:, down][:, :, across]
-        else:
-            crop = image[:, top:bottom, left:right]
-        resized = F.interpolate(crop.permute(0, 3, 1, 2), side, mode=interpolation, antialias=True)
+        crop = images_BSS3[row : row + 1, top:bottom, left:right].permute(0, 3, 1, 2)
+        resized = F.interpolate(crop, side, mode=interpolation, antialias=True)
         out_BCss[row : row + 1] = resized.flip(3) if flipped else resized
     return out_BCss
+
+
+def _with_border(images_BSS3: Tensor, border: int) -> Tensor:
+    """The images, their edges repeated on every side over so many pixels."""
+    count, stored = images_BSS3.shape[:2]
+    out = images_BSS3.new_empty(count, stored + 2 * border, stored + 2 * border, 3)
+    inner = slice(border, -border)
+    out[:, inner, inner] = images_BSS3
+    out[:, :border, inner], out[:, -border:, inner] = images_BSS3[:, :1], images_BSS3[:, -1:]
+    out[:, :, :border] = out[:, :, border : border + 1]
+    out[:, :, -border:] = out[:, :, -border - 1 : -border]
+    return out
 
 
 def _dense_crops(
