@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import sys
 
 from ucir.cluster.launch import embed_on_cluster
 from ucir.data.feature_pack import FeaturePackInfo
 from ucir.devices import choose_device
-from ucir.errors import run_main
+from ucir.errors import run_main, stage_item
 from ucir.models.embedding import embed, embed_here
 from ucir.paths import FEATURES, check_writable
 from ucir.progress import Progress
@@ -17,8 +16,8 @@ from ucir.runs.study import load_study
 
 
 def main() -> None:
-    dataset = sys.argv[1]
     params = load_study()
+    dataset = stage_item(params.datasets)
     block = params.datasets[dataset]
     out = FEATURES / dataset
     check_writable(out)

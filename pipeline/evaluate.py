@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-
-from ucir.errors import run_main
+from ucir.errors import run_main, stage_item
 from ucir.paths import RESULTS
 from ucir.retrieval.evaluation import evaluate_method
 from ucir.runs.params import gate_choice
@@ -13,7 +11,7 @@ from ucir.runs.study import load_study
 
 def main() -> None:
     params = load_study()
-    part = params.study.runs[sys.argv[1]]
+    part = params.study.runs[stage_item(params.study.runs)]
     gate = gate_choice(params, part.dataset, part.method)
     evaluate_method(params, part.dataset, part.setting, part.method, gate, RESULTS)
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-
-from ucir.errors import run_main
+from ucir.errors import run_main, stage_item
 from ucir.paths import RESULTS
 from ucir.retrieval.evaluation import evaluate_start
 from ucir.runs.params import gate_choice
@@ -12,7 +10,8 @@ from ucir.runs.study import load_study
 
 
 def main() -> None:
-    params, key = load_study(), sys.argv[1]
+    params = load_study()
+    key = stage_item(params.study.settings)
     gate = gate_choice(params, params.study.settings[key].dataset, None)
     evaluate_start(params, key, gate, RESULTS)
 

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from pathlib import Path
 
 from ucir.data.checks import table
 from ucir.data.pack import read_index
 from ucir.data.prepare import prepared_domains, write_pack
-from ucir.errors import run_main
+from ucir.errors import run_main, stage_item
 from ucir.paths import PACKS, check_writable
 from ucir.progress import by_domain
 from ucir.runs.study import load_study
 
 
 def main() -> None:
-    dataset = sys.argv[1]
-    block = load_study().datasets[dataset]
+    params = load_study()
+    dataset = stage_item(params.datasets)
+    block = params.datasets[dataset]
     domains = prepared_domains(block)
     out = PACKS / dataset
     check_writable(out)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import shutil
-import sys
 from dataclasses import asdict
 
 from ucir.cluster.launch import train_all
 from ucir.data.fetch import local_start
-from ucir.errors import run_main
+from ucir.errors import run_main, stage_item
 from ucir.models.checkpoints import save_encoder
 from ucir.models.encoder import new_encoder
 from ucir.paths import STARTS, check_writable
@@ -18,8 +17,8 @@ from ucir.training.start import given_start
 
 
 def main() -> None:
-    dataset = sys.argv[1]
     params = load_study()
+    dataset = stage_item(params.datasets)
     block = params.datasets[dataset]
     out = STARTS / dataset
     check_writable(out)

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 from ucir.config.load import load_params
 from ucir.data.digits import make_digits
-from ucir.errors import UserError, run_main
+from ucir.errors import UserError, run_main, stage_item
 
 
 def main() -> None:
-    dataset = sys.argv[1]
-    block = load_params().datasets[dataset]
+    datasets = load_params().datasets
+    dataset = stage_item(datasets)
+    block = datasets[dataset]
     if block.sample is None:
         raise UserError(f"params.yaml: datasets.{dataset} has no 'sample' block")
     counts = make_digits(Path(block.source), per_class=block.sample.per_class, seed=block.sample.seed)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import sys
-
 from ucir.cluster.launch import train_all
-from ucir.errors import run_main
+from ucir.errors import run_main, stage_item
 from ucir.paths import RESULTS, check_writable
 from ucir.runs.process import track_model
 from ucir.runs.run import materialise, plan_runs
@@ -15,7 +13,7 @@ from ucir.tracking import tracking_uri
 
 def main() -> None:
     params = load_study()
-    part = params.study.runs[sys.argv[1]]
+    part = params.study.runs[stage_item(params.study.runs)]
     out = RESULTS / part.dataset / part.setting / part.method / "train"
     check_writable(out)
     runs = plan_runs(params, part.dataset, part.setting, part.method, part.pairs)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import sys
-
 from ucir.cluster.tune import run_sweep
-from ucir.errors import run_main
+from ucir.errors import run_main, stage_item
 from ucir.runs.study import load_study
 
 
 def main() -> None:
-    out = run_sweep(load_study(), sys.argv[1])
+    params = load_study()
+    out = run_sweep(params, stage_item(params.study.sweeps))
     print(f"tune: {out}/best.yaml holds the block to look at and to put into params.yaml")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import sys
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 
 class UserError(Exception):
@@ -21,6 +22,24 @@ def nearest(name: str, known: Iterable[str]) -> str:
     if not known:
         return "there is none"
     return f"did you mean {near[0]!r}?" if near else f"there is: {', '.join(known)}"
+
+
+def stage_item(known: Iterable[str]) -> str:
+    """What a stage is asked to work on: its one argument.
+
+    Args:
+        known: what it can be.
+
+    Raises:
+        UserError: it is missing, or something else.
+    """
+    names, given, stage = sorted(known), sys.argv[1:], Path(sys.argv[0]).stem
+    if len(given) == 1 and given[0] in names:
+        return given[0]
+    raise UserError(
+        f"stage {stage}: `uv run dvc repro {stage}` runs all of it; by itself it takes one of: "
+        f"{', '.join(names) or 'nothing in this study'}"
+    )
 
 
 def run_main(main: Callable[[], None]) -> None:

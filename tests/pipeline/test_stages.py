@@ -103,3 +103,12 @@ def test_stages_in_the_wrong_order_name_the_right_one(
     }
     write_params(project, params)
     assert "moco.pt: no such checkpoint" in refused(stage, "pretrain", "shapes")
+
+
+@pytest.mark.parametrize("arguments", [(), ("--help",), ("shapes-closed-udcir",)])
+def test_a_stage_by_itself_says_what_it_takes(stage: Stage, arguments: tuple[str, ...]) -> None:
+    message = refused(stage, "train", *arguments)
+    assert message.startswith(
+        "stage train: `uv run dvc repro train` runs all of it; by itself it takes one of: "
+    )
+    assert "shapes-closed-ucdir" in message

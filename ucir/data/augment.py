@@ -7,7 +7,7 @@ renders only its own rows gets the very pixels that a single process would.
 
 On the CPU each picture is cropped and resized by torch's uint8 kernel, and colours and blur pass over as many
 views at once as its cache holds. Another device does all views of a batch at once, in the same arithmetic,
-with no operation whose shape depends on the draw.
+with no operation whose shape depends on the draw (but for ``augment.colour: steps``).
 
 Shapes: B batch, S side of the stored square, s side of the view.
 """
