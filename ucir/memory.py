@@ -149,7 +149,7 @@ class Bank(Features):
         place_B = None
         if without_B is not None:
             mine_B, place_B = self.place(without_B)
-            place_B = torch.where(mine_B, place_B, -torch.ones_like(place_B))
+            place_B = torch.where(mine_B, place_B, -1)
         own_B = cast(Tensor, _LogTotal.apply(q, self.own_ND, temperature, place_B))
         return log_sum_over_workers(own_B)
 

@@ -45,6 +45,25 @@ def formula(world: int) -> int:
     return 0 if world == 1 else 4 * (3 * B + 2 * B * D)
 
 
+def bank_loss(
+    bank: Bank,
+    q_BD: Tensor,
+    k_BD: Tensor,
+    slot_B: Tensor,
+    label_N: Tensor,
+    sum_KD: Tensor,
+    size_K: Tensor,
+) -> Tensor:
+    """UCDIR's contrast of a domain, after the keys are written; ``sum_KD`` follows."""
+    own_B = label_N[slot_B]
+    sum_KD.index_add_(0, own_B, bank.change(slot_B, k_BD))
+    bank.write(slot_B, k_BD)
+    others_B = bank.log_total(q_BD, T, without_B=slot_B)
+    mean_BD = sum_KD[own_B] / size_K[own_B, None]
+    cluster_B = cluster_contrast(q_BD, bank.rows(slot_B), mean_BD, others_B, T)
+    return instance_contrast(q_BD, k_BD, others_B, T) + cluster_B.mean()
+
+
 def counted(sent: list[int], name: str) -> None:
     original: Callable[..., Any] = getattr(dist, name)
 
@@ -75,12 +94,7 @@ def worker(rank: int, world: int, port: int, rows: int, steps: int, out: str) ->
         k = F.normalize(torch.randn(B, D, generator=generator), dim=1)
         slot = torch.randint(rows, (B,), generator=generator)
         sent[0], began = 0, time.perf_counter()
-        sum_KD.index_add_(0, label_N[slot], bank.change(slot, k))
-        bank.write(slot, k)
-        others_B = bank.log_total(q, T, without_B=slot)
-        mean_BD = sum_KD[label_N[slot]] / size_K[label_N[slot], None]
-        loss = instance_contrast(q, k, others_B, T)
-        loss = loss + cluster_contrast(q, bank.rows(slot), mean_BD, others_B, T).mean()
+        loss = bank_loss(bank, q, k, slot, label_N, sum_KD, size_K)
         loss.backward()  # type: ignore[no-untyped-call]
         times.append(time.perf_counter() - began)
         travelled.append(sent[0])

@@ -18,18 +18,17 @@ from PIL import Image, ImageFilter
 from sklearn.metrics.pairwise import cosine_similarity
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision import transforms as T
+from torchvision import transforms
 from torchvision.models import resnet18
 
 from tests.benchmarks.arms import Comparison, near
+from tests.benchmarks.bank import B, D, K, T, bank_loss
 from ucir.config.data import AugmentParams, PackParams, ViewParams
 from ucir.config.model import EncoderParams
 from ucir.data.augment import InputFormat, draw_view, eval_views, render_views
 from ucir.data.batches import seeded
 from ucir.data.decode import decode_image, fitted
 from ucir.data.pack import DomainImages
-from ucir.losses.cluster import cluster_contrast
-from ucir.losses.instance import instance_contrast
 from ucir.memory import Bank
 from ucir.methods.registry import METHODS
 from ucir.models.embedding import CHUNK, pooled_features
@@ -41,7 +40,6 @@ from ucir.retrieval.ranking import rank
 from ucir.training.training import Training
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
-B, D = 64, 128
 
 
 @cache
@@ -72,21 +70,21 @@ def packed(count: int, side: int) -> tuple[Tensor, Tensor]:
     return stored, torch.tensor([picture.size for picture in pictures])
 
 
-def aug_plus(side: int) -> T.Compose:
+def aug_plus(side: int) -> transforms.Compose:
     """MoCo v2's aug-plus as UCDIR's loader composes it."""
-    jitter = T.RandomApply([T.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8)
-    blur = T.RandomApply(
-        [T.Lambda(lambda p: p.filter(ImageFilter.GaussianBlur(random.uniform(0.1, 2))))], p=0.5
+    jitter = transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8)
+    blur = transforms.RandomApply(
+        [transforms.Lambda(lambda p: p.filter(ImageFilter.GaussianBlur(random.uniform(0.1, 2))))], p=0.5
     )
-    crop = T.RandomResizedCrop(side, (0.2, 1.0))
-    last = [T.RandomHorizontalFlip(), T.ToTensor(), T.Normalize(MEAN, STD)]
-    return T.Compose([crop, jitter, T.RandomGrayscale(0.2), blur, *last])
+    crop = transforms.RandomResizedCrop(side, (0.2, 1.0))
+    last = [transforms.RandomHorizontalFlip(), transforms.ToTensor(), transforms.Normalize(MEAN, STD)]
+    return transforms.Compose([crop, jitter, transforms.RandomGrayscale(0.2), blur, *last])
 
 
-def plain(side: int) -> T.Compose:
+def plain(side: int) -> transforms.Compose:
     """Resize(256) and CenterCrop(224), in proportion."""
-    last = [T.CenterCrop(side), T.ToTensor(), T.Normalize(MEAN, STD)]
-    return T.Compose([T.Resize(round(side * 256 / 224)), *last])
+    last = [transforms.CenterCrop(side), transforms.ToTensor(), transforms.Normalize(MEAN, STD)]
+    return transforms.Compose([transforms.Resize(round(side * 256 / 224)), *last])
 
 
 def opened(data: bytes) -> Image.Image:
@@ -139,14 +137,14 @@ def unit(count: int, seed: int) -> Tensor:
     return F.normalize(torch.randn(count, D, generator=torch.Generator().manual_seed(seed)), dim=1)
 
 
-def bank_losses(rows: int, clusters: int = 65, temperature: float = 0.2) -> Comparison:
+def bank_losses(rows: int) -> Comparison:
     """UCDIR's instance- and cluster-wise contrast of a domain, forward and backward, after the write."""
     generator = torch.Generator().manual_seed(0)
-    start_ND, label_N = unit(rows, 1), torch.randint(clusters, (rows,), generator=generator)
+    start_ND, label_N = unit(rows, 1), torch.randint(K, (rows,), generator=generator)
     slot_B = torch.randperm(rows, generator=generator)[:B]
     k_BD, first_BD = unit(B, 2), unit(B, 3)
     bank_ND, bank = start_ND.clone(), Bank(start_ND)
-    sum_KD, size_K = bank.sums(label_N, clusters), label_N.bincount(minlength=clusters)
+    sum_KD, size_K = bank.sums(label_N, K), label_N.bincount(minlength=K)
 
     def official() -> tuple[Tensor, Tensor]:
         q = first_BD.clone().requires_grad_(True)
@@ -156,10 +154,10 @@ def bank_losses(rows: int, clusters: int = 65, temperature: float = 0.2) -> Comp
         mask_BN[torch.arange(B), slot_B] = False
         positive_B1 = (q * k_BD).sum(dim=1, keepdim=True)
         negative_BN = torch.masked_select(q @ queue_ND.T, mask_BN).reshape(B, -1)
-        logits = torch.cat([positive_B1, negative_BN], dim=1) / temperature
+        logits = torch.cat([positive_B1, negative_BN], dim=1) / T
         instance = F.cross_entropy(logits, torch.zeros(B, dtype=torch.long))
         queue_ND = bank_ND.clone().detach()
-        logits_BN = q @ queue_ND.T / temperature
+        logits_BN = q @ queue_ND.T / T
         log_probability_BN = logits_BN - logits_BN.exp().sum(dim=1, keepdim=True).log()
         own_BN = (label_N[slot_B][:, None] == label_N[None, :]).float()
         cluster_B = -(own_BN * log_probability_BN).sum(dim=1) / own_BN.sum(dim=1)
@@ -170,14 +168,7 @@ def bank_losses(rows: int, clusters: int = 65, temperature: float = 0.2) -> Comp
 
     def ours() -> tuple[Tensor, Tensor]:
         q = first_BD.clone().requires_grad_(True)
-        sum_KD.index_add_(0, label_N[slot_B], bank.change(slot_B, k_BD))
-        bank.write(slot_B, k_BD)
-        others_B = bank.log_total(q, temperature, without_B=slot_B)
-        own_B = label_N[slot_B]
-        mean_BD = sum_KD[own_B] / size_K[own_B, None]
-        loss = instance_contrast(q, k_BD, others_B, temperature)
-        row_BD = bank.rows(slot_B)
-        loss = loss + cluster_contrast(q, row_BD, mean_BD, others_B, temperature).mean()
+        loss = bank_loss(bank, q, k_BD, slot_B, label_N, sum_KD, size_K)
         loss.backward()  # type: ignore[no-untyped-call]
         assert q.grad is not None
         return loss.detach(), q.grad

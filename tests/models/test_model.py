@@ -39,7 +39,7 @@ def test_a_trained_model_is_used_without_params(
         assert model.facts["epoch"] in (1, 2)
         for features in ("head", "pooled"):
             stream = torch.cat(list(model.features(iter(pictures), features)))
-            views = PictureViews([images], run.view, model.encoder.form)
+            views = PictureViews([images], run.view, model.encoder.form, torch.device("cpu"))
             (packed,) = extract_features(model.encoder, views, torch.device("cpu"), features == "pooled")
             assert torch.allclose(stream, packed.own_ND, atol=1e-6)
     encoder = new_encoder(run.encoder, 1)

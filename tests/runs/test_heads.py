@@ -134,7 +134,7 @@ def test_it_is_the_training_of_a_frozen_trunk_with_the_same_views(
         tuple(domains), run.view, run.encoder, run.start, METHODS[name](run.params, 0), cpu, "head"
     )
     embedder = embedding.Embedder(run.pack, run.start, run.encoder, run.view, 2)
-    pixels.step.views = ReplayedViews(embedder, domains, run.view, pixels.query.form)
+    pixels.step.views = ReplayedViews(embedder, domains, run.view, pixels.query.form, cpu)
     losses = []
     for training in (stored, pixels):
         training.begin()

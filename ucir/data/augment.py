@@ -260,7 +260,7 @@ def resized_crops(
     first_B2 = corner_B4[:, :2].clamp(-border, stored + border - 1)
     last_B2 = torch.maximum(corner_B4[:, 2:].clamp(max=stored + border), first_B2 + 1)
     if images_BSS3.device.type != "cpu" if dense is None else dense:
-        return _dense_crops(images_BSS3, first_B2, last_B2, side, interpolation, pad, flipped_B)
+        return _dense_crops(images_BSS3, first_B2, last_B2, side, interpolation, border, flipped_B)
     if border:
         images_BSS3 = _with_border(images_BSS3, border)
     out_BCss = torch.empty(len(images_BSS3), side, side, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
@@ -291,13 +291,13 @@ def _dense_crops(
     last_B2: Tensor,
     side: int,
     interpolation: str,
-    pad: float,
+    border: int,
     flipped_B: Tensor | None,
 ) -> Tensor:
     """All crops at once; the ends of the boxes in pixels of the stored image."""
     stored = images_BSS3.shape[1]
     across_BsS, down_BsS = (
-        _resampling(first_B2[:, axis], last_B2[:, axis], stored, side, interpolation, round(pad * stored))
+        _resampling(first_B2[:, axis], last_B2[:, axis], stored, side, interpolation, border)
         for axis in (0, 1)
     )
     if flipped_B is not None:
@@ -309,13 +309,13 @@ def _dense_crops(
 
 
 def _resampling(
-    first_B: Tensor, last_B: Tensor, stored: int, side: int, interpolation: str, pad: int
+    first_B: Tensor, last_B: Tensor, stored: int, side: int, interpolation: str, border: int
 ) -> Tensor:
     """Weights (B, side, S) of the stored pixels in each resampled one: a triangle or a cubic (a = -0.5), as
     wide as the step, of pixels of the crop alone."""
     step_B1 = ((last_B - first_B) / side)[:, None]
     centre_Bs = first_B[:, None] + (torch.arange(side, device=first_B.device) + 0.5) * step_B1
-    pixel = torch.arange(-pad, stored + pad, device=first_B.device)
+    pixel = torch.arange(-border, stored + border, device=first_B.device)
     distance = (pixel + 0.5 - centre_Bs[:, :, None]).abs() / step_B1[:, :, None].clamp(min=1)
     if interpolation == "bilinear":
         weight = (1 - distance).clamp(min=0)
@@ -326,10 +326,10 @@ def _resampling(
     within = (pixel >= first_B[:, None]) & (pixel < last_B[:, None])
     weight = weight * within[:, None, :]
     weight = weight / weight.sum(dim=2, keepdim=True)
-    inside = weight[:, :, pad : pad + stored].contiguous()
-    if pad:  # the edge stands for what lies beyond it
-        inside[:, :, 0] += weight[:, :, :pad].sum(dim=2)
-        inside[:, :, -1] += weight[:, :, pad + stored :].sum(dim=2)
+    inside = weight[:, :, border : border + stored].contiguous()
+    if border:  # the edge stands for what lies beyond it
+        inside[:, :, 0] += weight[:, :, :border].sum(dim=2)
+        inside[:, :, -1] += weight[:, :, border + stored :].sum(dim=2)
     return inside
 
 
@@ -338,7 +338,7 @@ def _lean(x: Tensor, turn_B: Tensor, slant_B: Tensor) -> Tensor:
     cos, sin, zero = turn_B.cos(), turn_B.sin(), torch.zeros_like(turn_B)
     first_row = torch.stack([cos, slant_B - sin, zero], dim=1)
     second_row = torch.stack([sin, cos, zero], dim=1)
-    theta_B23 = torch.stack([first_row, second_row], dim=1).to(x.device)
+    theta_B23 = torch.stack([first_row, second_row], dim=1)
     grid = F.affine_grid(theta_B23, list(x.shape), align_corners=False)
     return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
 

@@ -24,8 +24,6 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from ucir.errors import UserError, nearest
 
@@ -65,21 +63,6 @@ class DomainImages:
     def pixels(self, slots: np.ndarray | slice) -> np.ndarray:
         """The pictures in these slots (0 .. N - 1), uint8 (B, S, S, 3), a copy."""
         return np.ascontiguousarray(self.stored_MSS3[self.row_N[slots]])
-
-
-def stored_pictures(images: Sequence[DomainImages], domain_B: Tensor, slot_B: Tensor) -> Tensor:
-    """Stored pictures of several domains, uint8 (B, S, S, 3).
-
-    Args:
-        images: the domains.
-        domain_B: number of each picture's domain, int64.
-        slot_B: its slot there, int64.
-    """
-    out = torch.empty(len(slot_B), *images[0].stored_MSS3.shape[1:], dtype=torch.uint8)
-    for number, domain in enumerate(images):
-        here_B = domain_B == number
-        out[here_B] = torch.from_numpy(domain.pixels(slot_B[here_B].numpy()))
-    return out
 
 
 @dataclass(frozen=True)

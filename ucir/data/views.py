@@ -12,9 +12,8 @@ from torch import Tensor
 from ucir.config.data import ViewParams
 from ucir.data.augment import InputFormat, ViewDraw, draw_view, eval_views, render_views
 from ucir.data.feature_pack import DomainFeatures
-from ucir.data.pack import DomainImages, stored_pictures
+from ucir.data.pack import DomainImages
 
-CPU = torch.device("cpu")
 SHARE_OF_GPU = 0.3
 """Of its free memory that stored pictures may take."""
 
@@ -52,20 +51,15 @@ class PictureViews:
     """
 
     def __init__(
-        self,
-        images: Sequence[DomainImages],
-        view: ViewParams,
-        form: InputFormat,
-        device: torch.device = CPU,
+        self, images: Sequence[DomainImages], view: ViewParams, form: InputFormat, device: torch.device
     ) -> None:
         self.images, self.view, self.form, self.device = tuple(images), view, form, device
         self.resident: list[Tensor] | None = None
         if device.type == "cuda":
             needed = sum(len(domain) * domain.stored_MSS3[0].nbytes for domain in self.images if len(domain))
             if needed < SHARE_OF_GPU * torch.cuda.mem_get_info(device)[0]:
-                everything = slice(None)
                 self.resident = [
-                    torch.from_numpy(domain.pixels(everything)).to(device) for domain in self.images
+                    torch.from_numpy(domain.pixels(slice(None))).to(device) for domain in self.images
                 ]
         self.first_row = torch.tensor(np.cumsum([0, *self.counts]))
         self.size_N2 = torch.from_numpy(np.concatenate([domain.size_N2 for domain in self.images]))
@@ -82,26 +76,27 @@ class PictureViews:
         return render_views(self.stored(domain_B, slot_B), draw, self.view, self.form)
 
     def plain(self, domain: int, slots: slice) -> Tensor:
-        images = self.images[domain]
-        if self.resident:
-            stored = self.resident[domain][slots]
-        else:
-            stored = self._sent(torch.from_numpy(images.pixels(slots)))
-        size_B2 = torch.from_numpy(images.size_N2[slots])
-        return eval_views(stored, size_B2, self.view, self.form)
+        size_B2 = torch.from_numpy(self.images[domain].size_N2[slots])
+        return eval_views(self._sent(self._held(domain, slots)), size_B2, self.view, self.form)
 
     def stored(self, domain_B: Tensor, slot_B: Tensor) -> Tensor:
         """Stored pictures, uint8 (B, S, S, 3), on the device."""
-        if not self.resident:
-            return self._sent(stored_pictures(self.images, domain_B, slot_B))
-        out = self.resident[0].new_empty(len(slot_B), *self.resident[0].shape[1:])
-        for number, domain in enumerate(self.resident):
+        shape = (len(slot_B), *self.images[0].stored_MSS3.shape[1:])
+        out = torch.empty(shape, dtype=torch.uint8, device=self.device if self.resident else None)
+        for number in range(len(self.images)):
             here = (domain_B == number).nonzero().flatten()  # of the CPU: nothing waits for the GPU
-            out[here.to(self.device)] = domain[slot_B[here].to(self.device)]
-        return out
+            out[here.to(out.device)] = self._held(number, slot_B[here])
+        return self._sent(out)
+
+    def _held(self, domain: int, slots: Tensor | slice) -> Tensor:
+        """A domain's stored pictures, where they are kept."""
+        if self.resident:
+            return self.resident[domain][slots if isinstance(slots, slice) else slots.to(self.device)]
+        chosen = slots if isinstance(slots, slice) else slots.numpy()
+        return torch.from_numpy(self.images[domain].pixels(chosen))
 
     def _sent(self, stored_BSS3: Tensor) -> Tensor:
-        if self.device.type == "cpu":
+        if stored_BSS3.device == self.device or self.resident:
             return stored_BSS3
         return stored_BSS3.pin_memory().to(self.device, non_blocking=True)
 

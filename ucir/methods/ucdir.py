@@ -8,7 +8,7 @@ the code, which made the published tables.
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any, Self, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 from pydantic import model_validator
@@ -93,21 +93,17 @@ U = TypeVar("U", bound=UcdirFamilyParams)
 class UcdirFamily(ClusteringMethod[U]):
     """L = mean over domains of (IW + w_cw CW) + [cross-domain phase] (gamma SE + beta DD)."""
 
-    within_epoch = ("clusters", "sums")
+    within_epoch: ClassVar[tuple[str, ...]] = ("clusters",)
 
     def __init__(self, params: U, seed: int) -> None:
         super().__init__(params, seed)
         self.clusters: tuple[list[Clusters], list[Clusters]] | None = None
-        self.sums: tuple[list[Tensor], list[Tensor]] = ([], [])
-        """Of each domain and clustering the sums of the bank's rows in each cluster, (K, D), where a term
-        needs them: kept up with what is written."""
 
     def start_epoch(self, epoch: int, features: tuple[Features, Features]) -> dict[str, float]:
         p = self.params
         if epoch < p.ramp_start or not (p.cluster_weight or p.entropy_weight or p.distance_weight):
             return {}
         self.clusters = self.cluster(features)
-        self.sums = self._sums_of(self.clusters)
         return cluster_figures(self.clusters)
 
     def cluster_weight_at(self, epoch: int) -> float:
@@ -131,19 +127,9 @@ class UcdirFamily(ClusteringMethod[U]):
             terms |= self._cross_domain(batch)
         return terms
 
-    def _sums_of(self, clusters: tuple[list[Clusters], list[Clusters]]) -> tuple[list[Tensor], list[Tensor]]:
-        """What :attr:`sums` begins an epoch with."""
-        return [], []
-
     def _write(self, number: int, part: DomainBatch) -> None:
         """Keys into a domain's bank."""
-        bank = self.banks[number]
-        if self.sums[number]:
-            assert self.clusters is not None
-            change_BD = bank.change(part.slot_B, part.k_BD)
-            for sum_KD, clusters in zip(self.sums[number], self.clusters[number], strict=True):
-                sum_KD.index_add_(0, clusters.label_N[part.slot_B], change_BD)
-        bank.write(part.slot_B, part.k_BD)
+        self.banks[number].write(part.slot_B, part.k_BD)
 
     @abstractmethod
     def _cluster_contrasts(self, number: int, part: DomainBatch, others_B: Tensor) -> list[Tensor]:
@@ -166,13 +152,29 @@ class Ucdir(UcdirFamily[UcdirParams]):
     """UCDIR as published."""
 
     params_type = UcdirParams
+    within_epoch = ("clusters", "sums")
 
-    def _sums_of(self, clusters: tuple[list[Clusters], list[Clusters]]) -> tuple[list[Tensor], list[Tensor]]:
-        first, second = (
-            [bank.sums(c.label_N, len(c.size_K)) for c in clusterings]
-            for bank, clusterings in zip(self.banks, clusters, strict=True)
-        )
-        return first, second
+    def __init__(self, params: UcdirParams, seed: int) -> None:
+        super().__init__(params, seed)
+        self.sums: tuple[list[Tensor], ...] = ([], [])
+        """Of each domain and clustering the sums of the bank's rows in each cluster, (K, D); they follow
+        what is written."""
+
+    def start_epoch(self, epoch: int, features: tuple[Features, Features]) -> dict[str, float]:
+        figures = super().start_epoch(epoch, features)
+        if self.clusters and self.params.cluster_weight:
+            self.sums = tuple(
+                [bank.sums(c.label_N, len(c.size_K)) for c in clusterings]
+                for bank, clusterings in zip(self.banks, self.clusters, strict=True)
+            )
+        return figures
+
+    def _write(self, number: int, part: DomainBatch) -> None:
+        if self.clusters and self.sums[number]:
+            change_BD = self.banks[number].change(part.slot_B, part.k_BD)
+            for sum_KD, clusters in zip(self.sums[number], self.clusters[number], strict=True):
+                sum_KD.index_add_(0, clusters.label_N[part.slot_B], change_BD)
+        super()._write(number, part)
 
     def _cluster_contrasts(self, number: int, part: DomainBatch, others_B: Tensor) -> list[Tensor]:
         p, values = self.params, []

@@ -138,27 +138,27 @@ class Machine:
 
     def _measured(self, block: DatasetParams, params: MethodParams, method: str) -> Pace:
         if block.start.trained == "head":
-            return Pace(*_measured(block, params, method, self.device)[:2])
+            return Pace(*_timed(block, params, method, self.device)[:2])
         side = block.view.side or new_encoder(block.start.encoder, 0).form.side
         network = json.dumps([block.start.model_dump(mode="json"), side])
         if network not in self.networks:
             self.networks[network] = _network_pace(block, side, self.device)
         pace = self.networks[network]
         if 2 * params.batch_size * pace.trained < SHORT:
-            return Pace(*_measured(block, params, method, self.device)[:2])
+            return Pace(*_timed(block, params, method, self.device)[:2])
         small = SMALL.model_copy(update={"feature_dim": block.start.encoder.feature_dim})
         changes = {
             "start": block.start.model_copy(update={"encoder": small, "trained": "all"}),
             "pack": block.pack.model_copy(update={"side": SMALL_SIDE}),
             "view": block.view.model_copy(update={"side": SMALL_SIDE}),
         }
-        rest, _, passes = _measured(block.model_copy(update=changes), params, method, self.device)
+        rest, _, passes = _timed(block.model_copy(update=changes), params, method, self.device)
         # views are rendered meanwhile, which takes less
         step = rest + passes.trained * pace.trained + passes.constant * pace.constant
         return Pace(step, pace.constant, pace)
 
 
-def _measured(
+def _timed(
     block: DatasetParams, params: MethodParams, method: str, device: torch.device
 ) -> tuple[float, float, Passes]:
     """Seconds of a step and of an image of a feature pass, and the passes of a step."""
