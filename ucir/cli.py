@@ -76,10 +76,8 @@ def study(
         typer.echo(describe_recipes())
         typer.echo("Next: `uv run ucir plan NAME` tells what it costs, `uv run ucir study NAME` chooses it")
         return
-    chosen, missing = activate(Path(PARAMS_FILE), name)
+    chosen = activate(Path(PARAMS_FILE), name)
     typer.echo(f"{PARAMS_FILE}: `uv run dvc repro` now runs the study {chosen!r}")
-    if missing:
-        typer.echo(f"left out, not built yet: {', '.join(missing)}; their cells in the tables stay empty")
     typer.echo("Next: `uv run ucir plan` tells what it costs, `uv run dvc repro` runs it")
 
 

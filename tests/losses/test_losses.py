@@ -24,7 +24,7 @@ from tests.losses.reference import (
 )
 from ucir.losses.assignment import distance_of_distance, self_entropy
 from ucir.losses.cluster import confident, mean_of_kept
-from ucir.losses.instance import view_contrast
+from ucir.losses.instance import mixed_contrast, view_contrast
 from ucir.losses.matched import matched_distance, soft_assignment, soft_centroids
 from ucir.losses.prototype import (
     bank_discrimination,
@@ -72,6 +72,30 @@ def test_instance_contrast(case: Case) -> None:
         return mean(values)
 
     agree(lambda q: instance_value(q, k, torch.tensor(SLOT), bank, t), slow)
+
+
+def test_mixed_contrast(case: Case) -> None:
+    """A picture's key among its own domain's, or among the other's, as a classifier weighs them."""
+    *_, t = case
+    k, banks = unit(B, D, seed=1), (unit(N, D, seed=2), unit(N - 2, D, seed=5))
+    share = torch.tensor([[0.9, 0.1], [0.5, 0.5], [1.0, 0.0], [0.2, 0.8], [0.0, 1.0]], dtype=torch.float64)
+    slots = torch.tensor(SLOT)
+
+    def slow(q: Tensor) -> Tensor:
+        values = []
+        for i, slot in enumerate(SLOT):
+            p = torch.zeros((), dtype=torch.float64)
+            for d, bank in enumerate(banks):
+                others = [dot(q[i], row) / t for a, row in enumerate(bank) if d == 1 or a != slot]
+                p = p + share[i, d] * log_softmax([dot(q[i], k[i]) / t, *others])[0].exp()
+            values.append(-p.log())
+        return mean(values)
+
+    def fast(q: Tensor) -> Tensor:
+        own = Bank(banks[0]).log_total(q, t, without_B=slots)
+        return mixed_contrast(q, k, torch.stack([own, Bank(banks[1]).log_total(q, t)], 1), share, t)
+
+    agree(fast, slow)
 
 
 def test_cluster_contrast_with_its_filter(case: Case) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,12 +14,18 @@ from torch.nn.functional import normalize
 from tests.losses.reference import instance_value
 from tests.steps import N, batch, features, make
 from ucir.config.base import checked
+from ucir.config.data import ViewParams
 from ucir.config.model import EncoderParams
+from ucir.data.augment import InputFormat
+from ucir.data.pack import open_domain, read_index
+from ucir.data.views import PictureViews
 from ucir.errors import UserError
+from ucir.losses.instance import mixed_contrast
 from ucir.losses.prototype import bank_discrimination, neighbour_entropy, prototype_contrast
 from ucir.memory import Bank
 from ucir.methods.coda import Coda, CodaParams
 from ucir.methods.dgdir import DgdirParams
+from ucir.methods.dn2a import Dn2a, locked_neighbours, stronger
 from ucir.methods.registry import METHODS
 from ucir.models.encoder import new_encoder
 from ucir.prototypes.clustering import choose_clusters, concentration, kmeans, raw_centroids
@@ -45,6 +52,8 @@ DGDIR = {f"{n}_{s}" for n in ("phase", "mixed", "phase_to_mixed", "mixed_to_phas
         ("pcs", {"prototype_a", "prototype_b", "matching_a", "matching_b"}, None),
         ("coda", {f"{n}_{s}" for n in ("self_matching", "alignment") for s in "ab"}, None),
         ("dgdir", DGDIR, DGDIR | CW),
+        ("darl", IW | {"classifier_a", "classifier_b"}, None),
+        ("dn2a", IW | {f"{n}_domain_{s}" for n in ("in", "cross") for s in "ab"}, None),
         ("ucdir-v1", IW, IW),
         ("ucdir-v2", IW, IW | CW),
         ("ucdir-v3", IW, IW | CW | {"self_entropy"}),
@@ -146,6 +155,94 @@ def test_dgdirs_terms() -> None:
     method.after_step((part, batch(4, True)))
     assert torch.equal(method.phase_banks[0].features_ND[0], part.phase_k_BD[4])  # type: ignore[attr-defined]
     assert torch.equal(method.banks[0].features_ND[0], part.k_BD[4])  # type: ignore[attr-defined]
+
+
+def test_darl_mixes_its_domains_as_a_classifier_says() -> None:
+    method = make("darl")
+    part, other = batch(2, True), batch(4, True)
+    terms = method.losses(0, (part, other))
+    banks = [features(0), features(1, N - 5)]
+    for bank, written in zip(banks, (part, other), strict=True):
+        for place, slot in enumerate(written.slot_B.tolist()):
+            bank[slot] = written.k_BD[place]
+    share = method.classifier(part.q_BD).softmax(dim=1).detach()  # type: ignore[attr-defined]
+    totals = Bank(banks[0]).log_total(part.q_BD, 0.2, part.slot_B), Bank(banks[1]).log_total(part.q_BD, 0.2)
+    expected = mixed_contrast(part.q_BD, part.k_BD, torch.stack(totals, dim=1), share, 0.2)
+    assert torch.allclose(terms["instance_a"].value, expected)
+    # the classifier learns which domain is which, and moves no features
+    weight = method.classifier.weight  # type: ignore[attr-defined]
+    for value, unmoved in ((terms["classifier_a"].value, part.q_BD), (terms["instance_a"].value, weight)):
+        (gradient,) = torch.autograd.grad(value, unmoved, retain_graph=True, allow_unused=True)
+        assert gradient is None
+    for value in (terms["classifier_a"].value, terms["classifier_b"].value):
+        assert float(torch.autograd.grad(value, weight)[0].abs().sum()) > 0
+    encoder = new_encoder(EncoderParams(trunk={"convnet": {"width": 4}}, feature_dim=8), 0)
+    trained = [p for group in method.optimizer(encoder).param_groups for p in group["params"]]
+    assert any(p is weight for p in trained)
+
+
+@pytest.mark.parametrize("among", [1, 3, 50])
+def test_dn2a_trusts_neighbours_that_lead_back(among: int) -> None:
+    first, second = Bank(features(0)), Bank(features(1, N - 5))
+    slots = torch.arange(N)
+    for bank in (first, second):
+        near, trusted = locked_neighbours(slots, first, bank, among)
+        there = bank.features_ND.double()
+        for slot in range(N):
+            x = first.features_ND[slot].double()
+            similar = there @ x
+            if bank is first:
+                similar[slot] = -2
+            assert int(near[slot]) == int(similar.argmax())
+            back = first.features_ND.double() @ there[near[slot]]
+            if bank is first:
+                back[near[slot]] = -2
+            closer = sum(float(s) > float(back[slot]) for s in back)
+            assert bool(trusted[slot]) == (closer < among)
+    if among == 50:
+        assert trusted.all()
+
+
+def test_dn2a_values() -> None:
+    method = make("dn2a", neighbours=2, in_domain_weight=0.5)
+    assert isinstance(method, Dn2a)
+    part = batch(2, True)
+    terms = method.losses(0, (part, batch(4, True)))
+    assert [terms[f"{n}_a"].weight for n in ("instance", "in_domain", "cross_domain")] == [0.5, 0.25, 0.5]
+    own, other = method.banks
+    for name, bank in (("in_domain_a", own), ("cross_domain_a", other)):
+        near, trusted = locked_neighbours(part.slot_B, own, bank, 2)
+        values = [
+            bank_discrimination(part.q_BD[i : i + 1], near[i : i + 1], bank, 0.2)
+            for i in trusted.nonzero().flatten().tolist()
+        ]
+        assert len(values) > 0
+        assert torch.allclose(terms[name].value, torch.stack(values).sum() / len(near))
+    assert set(make("dn2a", neighbour_start=3).losses(2, (part, batch(4, True)))) == IW
+
+
+def test_dn2a_sees_strongly_augmented_queries(pack: Path) -> None:
+    """Its query's draws are stronger, its key's are those of every other method."""
+    view = ViewParams(side=16)
+    index = read_index(pack, "art")
+    form = InputFormat(16)
+    views = PictureViews([open_domain(pack, "art", index)] * 2, view, form, torch.device("cpu"))
+    encoder = new_encoder(EncoderParams(trunk={"convnet": {"width": 4}}, feature_dim=8), 0)
+    slots = torch.arange(8), torch.arange(8)
+    strong, plain = (
+        METHODS[name].step_type(make(name), views, encoder, torch.device("cpu")).render(0, (0, slots))
+        for name in ("dn2a", "darl")
+    )
+    assert not torch.allclose(strong.query, plain.query)
+    assert strong.key is not None
+    assert plain.key is not None
+    assert torch.equal(strong.key, plain.key)
+    spread = [
+        (x.query.flatten(2).amax(dim=1) - x.query.flatten(2).amin(dim=1)).mean() for x in (strong, plain)
+    ]
+    assert float(spread[0]) < float(spread[1])  # half of them are grey
+    assert stronger(view.augment).jitter == (0.8, 0.8, 0.8, 0.2)
+    assert stronger(view.augment).blur_sigma == view.augment.blur_sigma
 
 
 def test_id_and_cds_values() -> None:

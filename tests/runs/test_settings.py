@@ -259,7 +259,7 @@ def test_a_study_file_with_a_fault_leaves_params_as_they_were(project: Path) -> 
         "studies: {}": "'studies' must hold one study, found none",
         "study: {}": "study: unknown key; did you mean 'studies'",
         one.replace("shapes", "shapse"): "did you mean 'shapes'",
-        one.replace("ucdir", "darl"): "none of its methods is built yet: darl",
+        one.replace("ucdir", "dalr"): "did you mean 'darl'",
         one.replace("closed", "close"): "setting 'close' is unknown",
         "studies: [": "mine.yaml: not readable as YAML",
     }

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ucir.config.data import ViewParams
+from ucir.config.data import AugmentParams, ViewParams
 from ucir.data.augment import InputFormat, ViewDraw, draw_view, eval_views, render_views
 from ucir.data.feature_pack import DomainFeatures
 from ucir.data.pack import DomainImages
@@ -68,9 +68,16 @@ class PictureViews:
     def counts(self) -> tuple[int, ...]:
         return tuple(len(domain) for domain in self.images)
 
-    def draw(self, domain_B: Tensor, slot_B: Tensor, generator: torch.Generator) -> ViewDraw:
+    def draw(
+        self,
+        domain_B: Tensor,
+        slot_B: Tensor,
+        generator: torch.Generator,
+        augment: AugmentParams | None = None,
+    ) -> ViewDraw:
+        """As of :class:`Views`; with another augmentation than the data set's, where one is given."""
         size_B2 = self.size_N2[self.first_row[domain_B] + slot_B]
-        return draw_view(self.view.augment, size_B2, generator)
+        return draw_view(augment or self.view.augment, size_B2, generator)
 
     def random(self, domain_B: Tensor, slot_B: Tensor, draw: ViewDraw) -> Tensor:
         return render_views(self.stored(domain_B, slot_B), draw, self.view, self.form)

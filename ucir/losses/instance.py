@@ -29,6 +29,28 @@ def instance_contrast(q_BD: Tensor, k_BD: Tensor, others_B: Tensor, temperature:
     return (torch.logaddexp(others_B, positive_B) - positive_B).mean()
 
 
+def mixed_contrast(
+    q_BD: Tensor, k_BD: Tensor, others_BM: Tensor, share_BM: Tensor, temperature: float
+) -> Tensor:
+    """Instance contrast against one set of negatives or another: the mixture of ``ucir.methods.darl``.
+
+    Mean over i of -log sum_d p_id e(q_i k_i) / (e(q_i k_i) + sum_{a in d} e(q_i M_a)) with e(x) = exp(x / T).
+
+    Args:
+        q_BD: unit features of the query encoder, with gradient.
+        k_BD: unit features of the key encoder.
+        others_BM: for each of M sets the log of the sum over its negatives, with gradient to q.
+        share_BM: p, constant; rows sum to 1.
+        temperature: T > 0.
+
+    Returns:
+        Scalar, float32.
+    """
+    positive_B1 = (full_precision(q_BD) * k_BD).sum(dim=1, keepdim=True) / temperature
+    log_p_BM = positive_B1 - torch.logaddexp(others_BM, positive_B1)
+    return -torch.logsumexp(log_p_BM + share_BM.log(), dim=1).mean()
+
+
 def view_contrast(first_BD: Tensor, second_BD: Tensor, domain_B: Tensor, temperature: float) -> Tensor:
     """In-batch contrast of two views, for the label-free start: NT-Xent (Chen et al., ICML 2020, eq. 1).
 

@@ -30,7 +30,9 @@ def prototype_contrast(
     return F.cross_entropy(full_precision(q_BD) @ centroid_KD.T / temperature_K, label_B)
 
 
-def bank_discrimination(q_BD: Tensor, slot_B: Tensor, bank: Bank, temperature: float) -> Tensor:
+def bank_discrimination(
+    q_BD: Tensor, slot_B: Tensor, bank: Bank, temperature: float, counts_B: Tensor | None = None
+) -> Tensor:
     """Which image of the bank is this? ID (Wu et al., CVPR 2018, eq. 2) with the full softmax.
 
     Mean over i of -log( exp(q_i v_i / T) / sum_a exp(q_i v_a / T) ), v the bank, i's own row the positive.
@@ -40,9 +42,11 @@ def bank_discrimination(q_BD: Tensor, slot_B: Tensor, bank: Bank, temperature: f
         slot_B: the images' rows of the bank.
         bank: constant.
         temperature: T > 0.
+        counts_B: images whose value counts, bool; the others' is 0 in the mean.
     """
     positive_B = (full_precision(q_BD) * bank.rows(slot_B)).sum(dim=1) / temperature
-    return (bank.log_total(q_BD, temperature) - positive_B).mean()
+    value_B = bank.log_total(q_BD, temperature) - positive_B
+    return value_B.mean() if counts_B is None else (value_B * counts_B).mean()
 
 
 def self_matching(q_BD: Tensor, row_BD: Tensor, weight_KD: Tensor, sharpening: float) -> Tensor:

@@ -7,7 +7,9 @@ from typing import Any
 from ucir.methods.base import Method
 from ucir.methods.cds import Cds
 from ucir.methods.coda import Coda
+from ucir.methods.darl import Darl
 from ucir.methods.dgdir import Dgdir
+from ucir.methods.dn2a import Dn2a
 from ucir.methods.id import Id
 from ucir.methods.pcs import Pcs
 from ucir.methods.protonce import ProtoNce
@@ -42,12 +44,11 @@ _BLOCKS: dict[str, type[Method[Any]]] = {
     "protoot": ProtoOt,
     "coda": Coda,
     "dgdir": Dgdir,
+    "darl": Darl,
+    "dn2a": Dn2a,
     "uem": Uem,
 }
 METHODS = {**_BLOCKS, **{name: _BLOCKS[block] for name, (block, _) in VARIANTS.items()}}
-
-TO_COME = ("darl", "dn2a")
-"""Rows of the papers' tables that are not built yet; studies may name them, and leave them out aloud."""
 
 
 def params_block(method: str) -> str:

@@ -151,7 +151,7 @@ class Step:
         generator = seeded(self.method.seed, epoch, step)
         domain_B = torch.cat([torch.full_like(slot, number) for number, slot in enumerate(slots)])
         slot_B = torch.cat(slots)
-        query_draw = self.views.draw(domain_B, slot_B, generator)
+        query_draw = self.draw_query(domain_B, slot_B, generator)
         key_draw = self.views.draw(domain_B, slot_B, generator)
         count = self.views_per_image * len(slot_B)
         shuffle = torch.randperm(count, generator=generator)
@@ -162,6 +162,10 @@ class Step:
             key = self.rendered(domain_B, slot_B, key_draw, key_rows, generator)
         images = len(slot_B)
         return Rendered(slots, query, domain_B[rows % images], key, domain_B[key_rows % images], shuffle)
+
+    def draw_query(self, domain_B: Tensor, slot_B: Tensor, generator: torch.Generator) -> Any:
+        """The random numbers of the query encoder's views."""
+        return self.views.draw(domain_B, slot_B, generator)
 
     def rendered(
         self, domain_B: Tensor, slot_B: Tensor, draw: Any, rows: Tensor, generator: torch.Generator

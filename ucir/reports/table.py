@@ -171,6 +171,15 @@ def write_csv(rows: list[ResultRow], path: Path) -> None:
             writer.writerow({k: round(v, 4) if isinstance(v, float) else v for k, v in asdict(row).items()})
 
 
+RECONSTRUCTED = ("darl", "dn2a")
+"""Methods of which neither code nor full text was to be had: built from descriptions, as tables say."""
+
+
+def row_name(method: str) -> str:
+    """How a table names a method."""
+    return f"{method} (reconstructed)" if method in RECONSTRUCTED else method
+
+
 @dataclass(frozen=True)
 class Table:
     """Methods by directions, with the mean over directions last."""
@@ -193,7 +202,7 @@ def direction_table(dataset: str, setting: str, scores: Scores, metric: str, cho
     return Table(
         f"{dataset}, {setting}: {metric} in percent, {choice.replace('_', ' ')} epoch",
         [*(f"{query} → {gallery}" for query, gallery in directions), "mean"],
-        [(method, ["" if c is None else str(c) for c in cells]) for method, cells in body],
+        [(row_name(method), ["" if c is None else str(c) for c in cells]) for method, cells in body],
         best_rows([cells for _, cells in body], metric in ERRORS),
     )
 
@@ -210,7 +219,7 @@ def overview_table(parts: Sequence[tuple[str, str, Scores, str]]) -> Table:
     return Table(
         "mean over the directions in percent, last epoch",
         [f"{dataset}, {setting}: {metric}" for dataset, setting, _, metric in parts],
-        [(methods[i], ["" if c is None else str(c) for c in body[i]]) for i in filled],
+        [(row_name(methods[i]), ["" if c is None else str(c) for c in body[i]]) for i in filled],
         best_rows([body[i] for i in filled]),
     )
 
@@ -240,7 +249,7 @@ def comparison_tables(scores: Scores, printed: Sequence[PrintedCell], choice: st
             cells.append(cell(scores.get(method, ()), metric, choice, directions) if directions else None)
             beside = [theirs.get((method, d)) for d in (*directions, MEAN)]
             ours.append(cells)
-            rows.append((method, [_beside(*both) for both in zip(cells, beside, strict=True)]))
+            rows.append((row_name(method), [_beside(*both) for both in zip(cells, beside, strict=True)]))
         first = entries[0]
         tables.append(
             Table(
@@ -283,7 +292,7 @@ def imbalance_table(dataset: str, metric: str, cells: Mapping[str, Mapping[int, 
         f"{dataset}: {metric} in percent by imbalance of the classes in training (largest : smallest), "
         "mean over directions, last epoch",
         [f"{ratio} : 1" for ratio in ratios],
-        [(method, ["" if c is None else str(c) for c in by_ratio]) for method, by_ratio in body],
+        [(row_name(method), ["" if c is None else str(c) for c in by_ratio]) for method, by_ratio in body],
         best_rows([by_ratio for _, by_ratio in body]),
     )
 

@@ -95,7 +95,6 @@ class PlannedTraining:
     method: str
     pair: tuple[str, str]
     seed: int
-    built: bool
     """Whether its method is there yet."""
 
 
@@ -262,9 +261,8 @@ def planned_trainings(params: Params, name: str) -> list[PlannedTraining]:
         block = params.datasets[run["dataset"]]
         for pair in trainings(run["setting"], run["pairs"] or block.pairs, _domains(block, run["dataset"])):
             for seed in params.studies[name].seeds:
-                built = run["method"] in METHODS
                 planned.append(
-                    PlannedTraining(part, run["dataset"], run["setting"], run["method"], pair, seed, built)
+                    PlannedTraining(part, run["dataset"], run["setting"], run["method"], pair, seed)
                 )
     return planned
 
@@ -280,7 +278,7 @@ class StudyPlan:
     @property
     def once(self) -> list[PlannedTraining]:
         """Trainings of methods that are built; one that several parts share is there once."""
-        return list({_identity(t): t for t in self.planned if t.built}.values())
+        return list({_identity(t): t for t in self.planned}.values())
 
     @property
     def left(self) -> list[PlannedTraining]:
@@ -311,17 +309,10 @@ def describe_runs(params: Params, plan: StudyPlan) -> str:
         for method in methods:
             trainings = [t for t in group if t.method == method]
             done = sum(_identity(t) in plan.done for t in trainings)
-            state = f"{done} done" if trainings[0].built else "not built yet"
-            lines.append(f"    {method:<16}{len(trainings):>5} runs, {state}")
-    missing = list(dict.fromkeys(t.method for t in plan.planned if not t.built))
-    different = len({_identity(t) for t in plan.planned})
-    lines.append(
-        f"in all: {different} different runs, {len(plan.once)} of methods that are built, "
-        f"{len(plan.once) - len(plan.left)} done"
-        + (f"; not built yet: {', '.join(missing)}" if missing else "")
-    )
+            lines.append(f"    {method:<16}{len(trainings):>5} runs, {done} done")
+    lines.append(f"in all: {len(plan.once)} different runs, {len(plan.once) - len(plan.left)} done")
     disk = f"{_disk(params, plan.once) / 2**30:.1f} GiB"
-    lines.append(f"disk: about {disk} for what is built, with the copies in DVC's cache")
+    lines.append(f"disk: about {disk}, with the copies in DVC's cache")
     return "\n".join(lines)
 
 
@@ -408,7 +399,7 @@ def _domains(block: DatasetParams, dataset: str) -> list[str]:
 def _finished(params: Params, planned: list[PlannedTraining]) -> set[tuple[object, ...]]:
     """Identities of the trainings that are done, by their run keys."""
     done: set[tuple[object, ...]] = set()
-    for dataset, setting, method in {(t.dataset, t.setting, t.method) for t in planned if t.built}:
+    for dataset, setting, method in {(t.dataset, t.setting, t.method) for t in planned}:
         trainings = [t for t in planned if (t.dataset, t.setting, t.method) == (dataset, setting, method)]
         pairs = tuple(dict.fromkeys(">".join(t.pair) for t in trainings))
         seeds = tuple(dict.fromkeys(t.seed for t in trainings))

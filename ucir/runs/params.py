@@ -6,7 +6,7 @@ from ucir.config.base import PARAMS_FILE, checked
 from ucir.config.load import Params
 from ucir.errors import UserError, nearest
 from ucir.methods.base import MethodParams
-from ucir.methods.registry import METHODS, TO_COME, VARIANTS, params_block
+from ucir.methods.registry import METHODS, VARIANTS, params_block
 from ucir.retrieval.gate import GateChoice
 
 
@@ -17,8 +17,6 @@ def method_params(params: Params, method: str, dataset: str) -> MethodParams:
         UserError: an unknown method, no block for the data set, an unknown key, a value out of range.
     """
     for name in (method, *params.methods):
-        if name in TO_COME:
-            raise UserError(f"method {name!r} is not built yet; there is: {', '.join(METHODS)}")
         if name in params.methods and name in VARIANTS:
             raise UserError(
                 f"{PARAMS_FILE}: methods.{name}: {name} is methods.{params_block(name)} with some keys "

@@ -14,7 +14,7 @@ from ucir.data.fetch import check_checkpoint
 from ucir.data.prepare import source_classes, source_faults
 from ucir.data.splits import label_spaces
 from ucir.errors import UserError, nearest
-from ucir.methods.registry import METHODS, TO_COME, params_block
+from ucir.methods.registry import METHODS, params_block
 from ucir.models.pretrained import check_weights
 from ucir.models.trunk import check_trunk
 from ucir.runs.params import method_params
@@ -53,8 +53,6 @@ def _check_encoder(params: Params, dataset: str) -> None:
 def study_runs(params: Params, name: str) -> list[tuple[str, dict[str, Any]]]:
     """All runs of ``params.studies[name]`` by part: data set, setting, method, pairs (None = the data set's).
 
-    Methods that are planned and not built yet are among them.
-
     Raises:
         UserError: an unknown study, data set or method.
     """
@@ -68,36 +66,28 @@ def study_runs(params: Params, name: str) -> list[tuple[str, dict[str, Any]]]:
                     f"studies.{name}: no data set {dataset!r} under 'datasets'; "
                     f"{nearest(dataset, params.datasets)}"
                 )
-            if method not in METHODS and method not in TO_COME:
+            if method not in METHODS:
                 raise UserError(f"studies.{name}: method {method!r} is unknown; {nearest(method, METHODS)}")
             pairs = list(block.pairs) if block.pairs else None
             runs.append((part, {"dataset": dataset, "setting": setting, "method": method, "pairs": pairs}))
     return runs
 
 
-def study_block(params: Params, name: str) -> tuple[dict[str, Any], list[str]]:
-    """The `study` block of ``params.studies[name]``, every part checked; and its methods not built yet.
+def study_block(params: Params, name: str) -> dict[str, Any]:
+    """The `study` block of ``params.studies[name]``, every part checked.
 
     Raises:
-        UserError: as :func:`study_runs`; a method block has a fault; no method of the study is built.
+        UserError: as :func:`study_runs`; a method block has a fault.
     """
     runs: dict[str, dict[str, Any]] = {}
     settings: dict[str, dict[str, Any]] = {}
-    missing: list[str] = []
     for _, run in study_runs(params, name):
-        if run["method"] not in METHODS:
-            missing.append(run["method"])
-            continue
         method_params(params, run["method"], run["dataset"])
         _check_encoder(params, run["dataset"])
         setting = {key: run[key] for key in ("dataset", "setting", "pairs")}
         entry = {**run, "block": params_block(run["method"])}
         _join(runs, f"{run['dataset']}-{run['setting']}-{run['method']}", entry)
         _join(settings, f"{run['dataset']}-{run['setting']}", setting)
-    if not runs:
-        raise UserError(
-            f"studies.{name}: none of its methods is built yet: {', '.join(dict.fromkeys(missing))}"
-        )
     sweeps = {}
     for sweep_name in params.studies[name].sweeps:
         if sweep_name not in params.sweeps:
@@ -109,7 +99,7 @@ def study_block(params: Params, name: str) -> tuple[dict[str, Any], list[str]]:
         sweeps[sweep_name] = {"dataset": sweep.dataset, "block": params_block(sweep.method)}
     used = dict.fromkeys(part["dataset"] for part in (*runs.values(), *sweeps.values()))
     sources = {dataset: {"source": params.datasets[dataset].source} for dataset in used}
-    block = {
+    return {
         "name": name,
         "seeds": list(params.studies[name].seeds),
         "datasets": sources,
@@ -118,7 +108,6 @@ def study_block(params: Params, name: str) -> tuple[dict[str, Any], list[str]]:
         "runs": {key: _given(run) for key, run in runs.items()},
         "sweeps": sweeps,
     }
-    return block, list(dict.fromkeys(missing))
 
 
 def describe_recipes() -> str:
@@ -136,11 +125,9 @@ def describe_recipes() -> str:
         mark = "*" if name == active else " "
         lines.append(f"{mark} {name}: {factors}, seeds {', '.join(map(str, recipe.seeds))}")
         try:
-            _, missing = study_block(params, name)
+            study_block(params, name)
         except UserError as error:
             lines.append(f"    cannot run: {error}")
-        else:
-            lines += [f"    not built yet: {', '.join(missing)}"] if missing else []
     return "\n".join(lines)
 
 
@@ -151,7 +138,7 @@ def check_sources(params: Params, name: str) -> None:
         UserError: names what is not there, or cannot be run, and how to mend it.
     """
     faults = []
-    block = study_block(params, name)[0]
+    block = study_block(params, name)
     for dataset in block["datasets"]:
         given = params.datasets[dataset]
         if given.sample:
@@ -181,7 +168,7 @@ def check_sources(params: Params, name: str) -> None:
         raise UserError("; ".join(dict.fromkeys(faults)))
 
 
-def activate(path: Path, name: str, blocks: StudyFile | None = None) -> tuple[str, list[str]]:
+def activate(path: Path, name: str, blocks: StudyFile | None = None) -> str:
     """Write the study's block into params.yaml; comments and all other blocks stay.
 
     Args:
@@ -190,7 +177,7 @@ def activate(path: Path, name: str, blocks: StudyFile | None = None) -> tuple[st
         blocks: those of such a file, where there is no file.
 
     Returns:
-        The study's name, and its methods that are not built yet and therefore left out.
+        The study's name.
 
     Raises:
         UserError: an unknown study, a fault in it or in its file, or data that is not there; params.yaml is
@@ -211,7 +198,7 @@ def activate(path: Path, name: str, blocks: StudyFile | None = None) -> tuple[st
         _add_blocks(document, blocks)
     params = load_params(study_file or path, raw=without_study(document))
     check_sources(params, name)
-    block, missing = study_block(params, name)
+    block = study_block(params, name)
     for dataset in block["datasets"]:
         for part in DATASET_BLOCKS:
             document["datasets"][dataset].setdefault(part, {})
@@ -226,7 +213,7 @@ def activate(path: Path, name: str, blocks: StudyFile | None = None) -> tuple[st
         yaml.dump(document, file)
     load_params(unfinished)
     unfinished.replace(path)
-    return name, missing
+    return name
 
 
 def read_study_file(file: Path) -> StudyFile:
