@@ -386,7 +386,38 @@ def test_a_chosen_k_is_kept_and_may_differ_between_domains() -> None:
     assert all(term.value.isfinite() for term in terms.values())
 
 
+@pytest.mark.parametrize("name", ["ucdir", "protoot", "protonce", "uem"])
+def test_warm_clusters_go_on_and_come_back_after_a_kill(name: str) -> None:
+    """Between restarts the last epoch's clusters, with the features as they are now."""
+    both = [(features(i), features(i + 1, N - 5)) for i in (0, 10, 20)]
+    options = {"kmeans_warm": 2, "kmeans_iterations": 1}
+
+    def labels(method: Any) -> Tensor:
+        return torch.cat([label_N for side in method.labels_before for label_N in side])
+
+    undisturbed, killed = make(name, **options), make(name, **options)
+    undisturbed.start_epoch(8, both[0])
+    killed.start_epoch(8, both[0])
+    resumed = make(name, **options)
+    resumed.load_state_dict(killed.state_dict())
+    figures = [method.start_epoch(9, both[1]) for method in (undisturbed, resumed)]
+    assert figures[0] == figures[1]
+    assert torch.equal(labels(undisturbed), labels(resumed))
+    # without what was before it would have begun anew
+    fresh = make(name, **options)
+    if name in ("uem", "protoot"):  # they cluster their banks, which are alike here
+        fresh.load_state_dict({"banks": killed.state_dict()["banks"]})
+    fresh.start_epoch(9, both[1])
+    assert not torch.equal(labels(fresh), labels(undisturbed))
+    undisturbed.start_epoch(10, both[2])
+    fresh.start_epoch(10, both[2])
+    assert torch.equal(labels(fresh), labels(undisturbed))
+
+
 def test_keys_without_effect_are_refused() -> None:
+    for name in ("pcs", "dgdir"):
+        with pytest.raises(ValueError, match="kmeans_warm"):
+            make(name, kmeans_warm=2)
     for name, key in (("id", "key_momentum"), ("cds", "retrieve_with"), ("pcs", "key_norm_groups")):
         with pytest.raises(ValueError, match=key):
             make(name, **{key: 0.5})

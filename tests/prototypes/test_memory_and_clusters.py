@@ -16,7 +16,15 @@ from tests.workers import run_workers
 from ucir.distributed import all_reduce_sum, world_size
 from ucir.errors import UserError
 from ucir.memory import Bank, Features, JointFeatures
-from ucir.prototypes.clustering import choose_clusters, concentration, kmeans, raw_centroids
+from ucir.prototypes import clustering
+from ucir.prototypes.clustering import (
+    Clusters,
+    choose_clusters,
+    cluster_means,
+    concentration,
+    kmeans,
+    raw_centroids,
+)
 
 
 @given(slots=st.lists(st.integers(0, 9), min_size=1, max_size=12))
@@ -166,6 +174,46 @@ def test_kmeans_is_that_of_faiss(count: int, k: int, most: int, iterations: int,
         assert torch.equal(ours.label_N, torch.cdist(x, expected).argmin(dim=1)) or k == 38
 
 
+def inertia(x: torch.Tensor, found: Clusters) -> float:
+    """Of the labels, to their own means."""
+    return float((x - raw_centroids(x, found)[found.label_N]).square().sum())
+
+
+def test_restarts_on_a_sample_and_warm_ones_are_as_good() -> None:
+    """More clusters than K, so that restarts differ; on many points the sample is enough to choose one."""
+    generator = torch.Generator().manual_seed(3)
+    centre = normalize(torch.randn(30, 16, generator=generator), dim=1)
+    x = centre[torch.randint(30, (9000,), generator=generator)]
+    x = normalize(x + 0.1 * torch.randn(x.shape, generator=generator), dim=1)
+    options: dict[str, Any] = {"iterations": 20, "restarts": 5, "seed": 0, "max_points": 2000}
+    exact = kmeans(x, 12, **options)
+    sampled = kmeans(x, 12, **options, sample=128, settled=1e-3)
+    assert inertia(x, sampled) < 1.02 * inertia(x, exact)
+    moved = normalize(x + 0.02 * torch.randn(x.shape, generator=generator), dim=1)
+    warm = kmeans(moved, 12, **options, initial_KD=cluster_means(moved, exact.label_N, 12), settled=1e-3)
+    assert inertia(moved, warm) < 1.02 * inertia(moved, kmeans(moved, 12, **options))
+    # the same names as before for nearly all
+    assert float((warm.label_N == exact.label_N).float().mean()) > 0.95
+    # labels are those of the centroids, also where it ends early
+    raw = raw_centroids(moved, warm)
+    assert float((torch.cdist(moved, raw).argmin(dim=1) == warm.label_N).float().mean()) > 0.95
+    # few points: nothing is left out, and it is faiss's algorithm to the last bit
+    assert torch.equal(
+        kmeans(x[:1000], 12, **options, sample=128, settled=1e-3).centroid_KD,
+        kmeans(x[:1000], 12, **options).centroid_KD,
+    )
+
+
+def test_a_gpus_way_of_assigning_gives_the_same_clusters(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(4)
+    x = normalize(torch.randn(9000, 8, generator=generator), dim=1)
+    by_index = run(x, 9)
+    monkeypatch.setattr(clustering, "_nearest", clustering._nearest_on_device)
+    on_device = run(x, 9)
+    assert float((on_device.label_N == by_index.label_N).float().mean()) > 0.999
+    assert inertia(x, on_device) == pytest.approx(inertia(x, by_index), rel=1e-4)
+
+
 def _clustered(bank: Bank) -> torch.Tensor:
     """K-means in all its variants, and what is made of it: labels, centroids, K, concentration, means."""
     options: dict[str, Any] = {"iterations": 6, "restarts": 3, "seed": 2, "max_points": 2000}
@@ -174,6 +222,7 @@ def _clustered(bank: Bank) -> torch.Tensor:
         kmeans(bank, 4, **options),
         kmeans(bank, 4, **options, spherical=True),
         kmeans(bank, 4, **options, initial_KD=torch.eye(6)[:4]),
+        kmeans(bank, 4, **options, sample=3, settled=1e-3),
         kmeans(bank, 4, **{**options, "max_points": 3}),
         kmeans(bank, 23, **options),
         kmeans(JointFeatures(bank, other), 5, **options),

@@ -23,7 +23,7 @@ from ucir.data.batches import Batches, PairBatches
 from ucir.memory import Bank, Features
 from ucir.methods.step import DomainBatch, Step
 from ucir.models.encoder import Encoder
-from ucir.prototypes.clustering import Clusters, choose_clusters, kmeans
+from ucir.prototypes.clustering import Clusters, choose_clusters, cluster_means, kmeans
 
 Weight = Annotated[float, Field(ge=0)]
 Epoch = Annotated[int, Field(ge=0)]
@@ -106,6 +106,12 @@ class ClusteredParams(MethodParams):
     kmeans_iterations: Count = 20
     kmeans_restarts: Count = 5
     kmeans_max_points: Count = 2000
+    kmeans_sample: Count | None = None
+    """Restarts are tried on at most this many points a cluster, and the best goes on with all; None: each
+    with all, as in the official code."""
+    kmeans_warm: Epoch = 0
+    """Epochs between restarts: in between K-means goes on from the last epoch's clusters; 0: restarts in
+    every epoch, as in the official code."""
 
     @property
     def most_clusters(self) -> int:
@@ -263,8 +269,19 @@ class SingleEncoder(BankMethod[S]):
             bank.blend(part.slot_B, part.k_BD, self.params.bank_momentum)
 
 
+SETTLED = 1e-3
+"""K-means by a shorter way ends where an iteration lowers the cost by a smaller share."""
+
+
 class ClusteringMethod(BankMethod[CP]):
     """Methods that cluster both domains before an epoch."""
+
+    lasting = (*BankMethod.lasting, "labels_before")
+
+    def __init__(self, params: CP, seed: int) -> None:
+        super().__init__(params, seed)
+        self.labels_before: list[list[Tensor]] = []
+        """Of each domain and K, where K-means goes on from them."""
 
     def choose(self, features: tuple[Features, Features]) -> list[tuple[int, ...]]:
         """K of each domain: as given, or chosen at the first call and then kept."""
@@ -273,23 +290,50 @@ class ClusteringMethod(BankMethod[CP]):
             self.chosen = [(choose_clusters(x, k, self.seed),) if isinstance(k, str) else k for x in features]
         return self.chosen
 
-    def cluster(self, features: tuple[Features, Features]) -> tuple[list[Clusters], list[Clusters]]:
-        """Clusterings of both domains, one for each K, each with its own seed as in the official code."""
+    def kmeans(
+        self,
+        features: Features,
+        k: int,
+        seed: int,
+        *,
+        spherical: bool = False,
+        initial_KD: Tensor | None = None,
+    ) -> Clusters:
+        """K-means with the method's params; arguments as of :func:`ucir.prototypes.clustering.kmeans`."""
         p = self.params
+        return kmeans(
+            features,
+            k,
+            iterations=p.kmeans_iterations,
+            restarts=p.kmeans_restarts,
+            seed=seed,
+            max_points=p.kmeans_max_points,
+            spherical=spherical,
+            initial_KD=initial_KD,
+            sample=p.kmeans_sample,
+            settled=SETTLED,
+        )
+
+    def cluster(
+        self, epoch: int, features: tuple[Features, Features]
+    ) -> tuple[list[Clusters], list[Clusters]]:
+        """Clusterings of both domains, one for each K, each with its own seed as in the official code."""
+        every = self.params.kmeans_warm
+        warm = bool(self.labels_before) and epoch % every > 0
         first, second = (
             [
-                kmeans(
+                self.kmeans(
                     x,
                     k,
-                    iterations=p.kmeans_iterations,
-                    restarts=p.kmeans_restarts,
-                    seed=self.seed + number,
-                    max_points=p.kmeans_max_points,
+                    self.seed + number,
+                    initial_KD=cluster_means(x, self.labels_before[side][number], k) if warm else None,
                 )
                 for number, k in enumerate(counts)
             ]
-            for x, counts in zip(features, self.choose(features), strict=True)
+            for side, (x, counts) in enumerate(zip(features, self.choose(features), strict=True))
         )
+        if every:
+            self.labels_before = [[c.label_N for c in clusterings] for clusterings in (first, second)]
         return first, second
 
 

@@ -27,7 +27,6 @@ from ucir.methods.base import ClusteredParams, ClusteringMethod, Epoch, KeyedPar
 from ucir.methods.step import DomainBatch, Rendered, Step
 from ucir.models.encoder import Encoder
 from ucir.models.features import extract_features
-from ucir.prototypes.clustering import kmeans
 
 
 class DgdirParams(KeyedParams, ClusteredParams):
@@ -37,6 +36,7 @@ class DgdirParams(KeyedParams, ClusteredParams):
     temperature: Positive = 0.2
     retrieve_with: Literal["key", "query"] = "query"
     """The release ranks the query encoder's, before the head: that is ``evaluate.features: pooled``."""
+    kmeans_warm: Literal[0] = 0
     cluster_weight: Weight = 0.1
     warmup: Epoch | None = None
     """Epochs without clusters; a tenth (20 of 200) unless given."""
@@ -163,14 +163,7 @@ class Dgdir(ClusteringMethod[DgdirParams]):
             return {}
         both = JointFeatures(*self.phase.pooled)
         (k,) = self.choose((both, both))[0]
-        clusters = kmeans(
-            both,
-            k,
-            iterations=p.kmeans_iterations,
-            restarts=p.kmeans_restarts,
-            seed=self.seed,
-            max_points=p.kmeans_max_points,
-        )
+        clusters = self.kmeans(both, k, self.seed)
         self.centroid_KD = clusters.centroid_KD
         count = len(self.phase.pooled[0])
         self.label_N = clusters.label_N[:count], clusters.label_N[count:]

@@ -7,7 +7,7 @@ domains one after the other; here they pass through the network together, as in 
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -28,7 +28,7 @@ from ucir.methods.base import (
 )
 from ucir.methods.step import DomainBatch
 from ucir.models.encoder import Encoder
-from ucir.prototypes.clustering import Clusters, concentration, kmeans
+from ucir.prototypes.clustering import Clusters, concentration
 
 
 class PcsParams(SingleEncoderParams, ClusteredParams):
@@ -47,6 +47,8 @@ class PcsParams(SingleEncoderParams, ClusteredParams):
     kmeans_iterations: Annotated[int, Field(ge=1)] = 40
     kmeans_restarts: Annotated[int, Field(ge=1)] = 1
     kmeans_max_points: Annotated[int, Field(ge=1)] = 10_000
+    kmeans_warm: Literal[0] = 0
+    """Other clusterings in every epoch are the method."""
 
 
 class Pcs(SingleEncoder[PcsParams], ClusteringMethod[PcsParams]):
@@ -69,13 +71,10 @@ class Pcs(SingleEncoder[PcsParams], ClusteringMethod[PcsParams]):
         p = self.params
         first, second = (
             [
-                kmeans(
+                self.kmeans(
                     bank,
                     min(times * k, len(bank)),
-                    iterations=p.kmeans_iterations,
-                    restarts=p.kmeans_restarts,
-                    seed=self.seed + 1234 + number * (epoch + 1),
-                    max_points=p.kmeans_max_points,
+                    self.seed + 1234 + number * (epoch + 1),
                     spherical=True,
                 )
                 for number in range(p.repeats)

@@ -55,7 +55,7 @@ class ProtoNce(ClusteringMethod[ProtoNceParams]):
         p = self.params
         if epoch < (p.epochs // 10 if p.warmup is None else p.warmup):
             return {}
-        self.clusters = self.cluster(features)
+        self.clusters = self.cluster(epoch, features)
         self.temperatures = [
             [self._temperatures(concentration(x, c.label_N, raw_centroids(x, c))) for c in clusterings]
             for x, clusterings in zip(features, self.clusters, strict=True)

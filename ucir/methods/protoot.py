@@ -95,7 +95,7 @@ class ProtoOt(ClusteringMethod[ProtoOtParams]):
         self.marginals: list[Tensor] = []
 
     def start_epoch(self, epoch: int, features: tuple[Features, Features]) -> dict[str, float]:
-        clusters = self.cluster(self.banks)
+        clusters = self.cluster(epoch, self.banks)
         first = [clusterings[0] for clusterings in clusters]
         if not self.prototypes:
             self.prototypes = [c.centroid_KD for c in first]

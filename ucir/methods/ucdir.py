@@ -103,7 +103,7 @@ class UcdirFamily(ClusteringMethod[U]):
         p = self.params
         if epoch < p.ramp_start or not (p.cluster_weight or p.entropy_weight or p.distance_weight):
             return {}
-        self.clusters = self.cluster(features)
+        self.clusters = self.cluster(epoch, features)
         return cluster_figures(self.clusters)
 
     def cluster_weight_at(self, epoch: int) -> float:

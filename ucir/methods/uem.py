@@ -144,7 +144,7 @@ class Uem(SingleEncoder[UemParams], ClusteringMethod[UemParams]):
         self.structures: tuple[Structure, Structure] | None = None
 
     def start_epoch(self, epoch: int, features: tuple[Features, Features]) -> dict[str, float]:
-        clusterings = self.cluster(self.banks)
+        clusterings = self.cluster(epoch, self.banks)
         one: tuple[Clusters, Clusters] = (clusterings[0][0], clusterings[1][0])
         both = [centres(x, c) for x, c in zip(self.banks, one, strict=True)]
         self.centres = [centre_KD for centre_KD, _ in both]

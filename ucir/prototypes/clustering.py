@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +25,8 @@ class Clusters:
     size_K: Tensor  # int64; an empty cluster keeps its place with 0
 
 
+AT_ONCE = 8192
+"""Points whose sums or distances are computed at a time."""
 TIE = 1e-6
 """Restarts whose costs differ by a smaller share are equally good: rounding does not choose between them."""
 
@@ -42,6 +43,8 @@ def kmeans(
     max_points: int,
     spherical: bool = False,
     initial_KD: Tensor | None = None,
+    sample: int | None = None,
+    settled: float = 0.0,
 ) -> Clusters:
     """K-means with Euclidean distance, as the official code runs it on faiss (UCDIR ``run_kmeans``).
 
@@ -58,7 +61,11 @@ def kmeans(
         seed: of the initial centroids; equal seeds give equal clusters.
         max_points: iterate on a subsample of at most this many points per centroid.
         spherical: normalise the centroids in each iteration, as PCS does.
-        initial_KD: where to begin, instead of at features drawn by ``seed``.
+        initial_KD: where to begin, instead of at features drawn by ``seed``: then there is one restart.
+        sample: not faiss's: try the restarts on at most this many points per centroid, and go on from the
+            best with all.
+        settled: not faiss's: from the sample's best or ``initial_KD`` on, end where an iteration lowers the
+            cost by a smaller share.
 
     Raises:
         UserError: more clusters than features.
@@ -67,98 +74,153 @@ def kmeans(
     features = features_of(features)
     if k > len(features):
         raise UserError(f"{k} clusters for {len(features)} images: clusters must not exceed them")
+    if not features.total(features.own_ND.sum()).isfinite():
+        raise FloatingPointError("features to be clustered are not finite")
     device = features.own_ND.device
-    taken_N = torch.arange(len(features))
-    if len(features) > k * max_points:
-        taken_N = _faiss_order(len(features), seed)[: k * max_points]
-    taken_N = taken_N.to(device)
-    if len(taken_N) == k:
-        best_KD = _numpy(features.rows(taken_N))
+    drawn_N = _faiss_order(len(features), seed).to(device)
+    points = _Points(features, drawn_N[: k * max_points] if len(features) > k * max_points else None)
+    if points.count == k:
+        best = _Found(points.rows(torch.arange(k, device=device)))
+    elif initial_KD is not None:
+        best = _lloyd(points, initial_KD.to(features.own_ND), iterations, spherical, settled)
     else:
-        given = None if initial_KD is None else _numpy(initial_KD)
-        mine_N, place_N = features.place(taken_N)
-        own_ND = features.own_ND[place_N[mine_N]]
-        points = _numpy(own_ND)
-        # float64: whichever worker adds what, the mean is the same float32
-        counted_ND = F.pad(own_ND.double(), (0, 1), value=1.0)
-        best_KD, least = None, float("inf")
+        few = _Points(features, drawn_N[: k * sample]) if sample and points.count > k * sample else points
+        best = _Found(few.rows(torch.arange(k, device=device)))
         for restart in range(restarts):
-            order_N = _faiss_order(len(taken_N), seed + 1 + restart * 15486557).to(device)
-            first = _numpy(features.rows(taken_N[order_N[:k]])) if given is None else given.copy()
-            centroid, cost = _lloyd(
-                features.total, points, counted_ND, first, len(taken_N), iterations, spherical
-            )
-            if cost < least * (1 - TIE):
-                best_KD, least = centroid, cost
-        if best_KD is None:
-            raise FloatingPointError("features to be clustered are not finite")
-    index = faiss.IndexFlatL2(features.own_ND.shape[1])
-    index.add(best_KD)
-    _, label = index.search(_numpy(features.own_ND), 1)
-    label_N = features.gather(torch.from_numpy(label[:, 0].astype(np.int64)).to(device))
-    centroid_KD = F.normalize(torch.from_numpy(best_KD).to(features.own_ND), dim=1)
-    return Clusters(label_N, centroid_KD, torch.bincount(label_N, minlength=k))
+            order_N = _faiss_order(few.count, seed + 1 + restart * 15486557).to(device)
+            found = _lloyd(few, few.rows(order_N[:k]), iterations, spherical)
+            if found.cost < best.cost * (1 - TIE):
+                best = found
+        if few is not points:
+            best = _lloyd(points, best.centroid_KD, iterations, spherical, settled)
+    label_N = best.label_N
+    if label_N is None or points.slot_N is not None:
+        _, label_N = _nearest(features.own_ND, best.centroid_KD)
+    label_N = features.gather(label_N)
+    return Clusters(label_N, F.normalize(best.centroid_KD, dim=1), torch.bincount(label_N, minlength=k))
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What K-means ends with, alike on every worker but for the labels."""
+
+    centroid_KD: Tensor
+    cost: float = float("inf")
+    """Of the centroids before they moved last."""
+    label_N: Tensor | None = None
+    """Of the worker's own points; None where the centroids have moved since."""
+
+
+class _Points:
+    """Features that are iterated on: all, or those of some slots.
+
+    Args:
+        features: of all workers.
+        slot_N: which; None: all.
+    """
+
+    def __init__(self, features: Features, slot_N: Tensor | None) -> None:
+        self.features, self.slot_N = features, slot_N
+        self.own_ND, self.count = features.own_ND, len(features)
+        if slot_N is not None:
+            mine_N, place_N = features.place(slot_N)
+            self.own_ND, self.count = features.own_ND[place_N[mine_N]], len(slot_N)
+
+    def rows(self, number_K: Tensor) -> Tensor:
+        """Those with these numbers, (K, D)."""
+        return self.features.rows(number_K if self.slot_N is None else self.slot_N[number_K])
 
 
 def _lloyd(
-    over_workers: Callable[[Tensor], Tensor],
-    points: Any,
-    counted_ND: Tensor,
-    centroid_KD: Any,
-    count: int,
-    iterations: int,
-    spherical: bool,
-) -> tuple[Any, float]:
-    """One restart: centroids, (K, D) float32 array, and the cost before they moved last; alike on every
-    worker.
+    points: _Points, centroid_KD: Tensor, iterations: int, spherical: bool, settled: float = 0.0
+) -> _Found:
+    """Iterate from some centroids.
+
+    Sums are float64, so that whichever worker adds what, the mean is the same float32; after the first
+    iteration they follow the points that change their cluster.
 
     Args:
-        over_workers: sum of what each worker has.
-        points: this worker's, (N, D) float32 array.
-        counted_ND: the same, float64, with a column of ones.
+        points: what is clustered.
         centroid_KD: the first centroids.
-        count: points of all workers.
         iterations: at most; it ends where nothing moves any more.
-        spherical: as of :func:`kmeans`.
+        spherical, settled: as of :func:`kmeans`.
     """
-    k, dim = centroid_KD.shape
-    device = counted_ND.device
-    before, cost = None, 0.0
+    own_ND, (k, dim) = points.own_ND, centroid_KD.shape
+    sum_KD = torch.zeros(k, dim, dtype=torch.float64, device=own_ND.device)
+    before_N: Tensor | None = None
+    cost = float("inf")
     if spherical:
-        faiss.normalize_L2(centroid_KD)
+        centroid_KD = _unit(centroid_KD)
     for _ in range(iterations):
-        index = faiss.IndexFlatL2(dim)
-        index.add(centroid_KD)
-        distance, label = index.search(points, 1)
-        sums = torch.zeros(k + 1, dim + 1, dtype=torch.float64, device=device)
-        sums[:k].index_add_(0, torch.from_numpy(label[:, 0]).to(device), counted_ND)
-        sums[k, 0] = float(distance.sum(dtype=np.float64))
-        sums[k, 1] = float(before is None or (label != before).any())
-        total = over_workers(sums).cpu().numpy()
-        cost, moved, size_K = float(total[k, 0]), total[k, 1], total[:k, -1]
-        if not moved and size_K.all():
-            break
-        before = label
-        centroid_KD = np.ascontiguousarray(total[:k, :-1] / np.maximum(size_K, 1)[:, None], np.float32)
-        _split_clusters(centroid_KD, size_K, count)
+        distance_N, label_N = _nearest(own_ND, centroid_KD)
+        if before_N is None:
+            moved = len(own_ND)
+            for first in range(0, moved, AT_ONCE):
+                rows = slice(first, first + AT_ONCE)
+                x_BD = own_ND[rows].double()
+                sum_KD.scatter_add_(0, label_N[rows, None].expand_as(x_BD), x_BD)
+        else:
+            changed = (label_N != before_N).nonzero().flatten()
+            moved = len(changed)
+            x_BD = own_ND[changed].double()
+            sum_KD.index_add_(0, label_N[changed], x_BD).index_add_(0, before_N[changed], x_BD, alpha=-1)
+        figures = sum_KD.new_tensor([moved, 0.0])
+        figures[1] = distance_N.sum(dtype=torch.float64)
+        size_K = torch.bincount(label_N, minlength=k).double()
+        total = points.features.total(torch.cat([sum_KD.flatten(), size_K, figures]))
+        previous, before_N = cost, label_N
+        moved, cost = total[-2:].tolist()
+        total_KD, size_K = total[: k * dim].view(k, dim), total[k * dim : -2]
+        if size_K.all() and (not moved or previous - cost < settled * previous):
+            return _Found(centroid_KD, cost, label_N)
+        centroid_KD = (total_KD / size_K.clamp(min=1)[:, None]).float()
+        if not size_K.all():
+            centroid_KD = _split_clusters(centroid_KD, size_K, points.count)
         if spherical:
-            faiss.normalize_L2(centroid_KD)
-    return centroid_KD, cost
+            centroid_KD = _unit(centroid_KD)
+    return _Found(centroid_KD, cost)
 
 
-def _split_clusters(centroid_KD: Any, member_K: Any, count: int) -> None:
-    """Give each empty cluster a half of a large one, in place: faiss's ``split_clusters``."""
-    k, dim = centroid_KD.shape
+def _nearest(x_ND: Tensor, centroid_KD: Tensor) -> tuple[Tensor, Tensor]:
+    """Squared distance to the nearest centroid, (N,) float32, and which it is, (N,) int64."""
+    if x_ND.device.type == "cpu":
+        index = faiss.IndexFlatL2(x_ND.shape[1])
+        index.add(_numpy(centroid_KD))
+        distance, label = index.search(_numpy(x_ND), 1)
+        return torch.from_numpy(distance[:, 0]), torch.from_numpy(label[:, 0].astype(np.int64))
+    return _nearest_on_device(x_ND, centroid_KD)
+
+
+def _nearest_on_device(x_ND: Tensor, centroid_KD: Tensor) -> tuple[Tensor, Tensor]:
+    half_K = centroid_KD.square().sum(dim=1) / 2
+    parts = [torch.addmm(-half_K, x_BD, centroid_KD.T).max(dim=1) for x_BD in torch.split(x_ND, AT_ONCE)]
+    near_N, label_N = (torch.cat(column) for column in zip(*parts, strict=True))
+    return (x_ND.square().sum(dim=1) - 2 * near_N).clamp(min=0), label_N
+
+
+def _unit(centroid_KD: Tensor) -> Tensor:
+    if centroid_KD.device.type != "cpu":
+        return F.normalize(centroid_KD, dim=1)
+    array = _numpy(centroid_KD).copy()
+    faiss.normalize_L2(array)
+    return torch.from_numpy(array)
+
+
+def _split_clusters(centroid_KD: Tensor, member_K: Tensor, count: int) -> Tensor:
+    """Give each empty cluster a half of a large one: faiss's ``split_clusters``."""
+    centroid, member = centroid_KD.cpu().numpy().copy(), member_K.cpu().numpy().copy()
+    k, dim = centroid.shape
     random = faiss.RandomGenerator(1234)  # type: ignore[attr-defined]
     shift = np.where(np.arange(dim) % 2 == 0, 1 / 1024, -1 / 1024).astype(np.float32)
-    for empty in np.flatnonzero(member_K == 0):
+    for empty in np.flatnonzero(member == 0):
         large = 0
-        while random.rand_float() >= (member_K[large] - 1) / (count - k):
+        while random.rand_float() >= (member[large] - 1) / (count - k):
             large = (large + 1) % k
-        centroid_KD[empty] = centroid_KD[large] * (1 + shift)
-        centroid_KD[large] *= 1 - shift
-        member_K[empty] = member_K[large] // 2
-        member_K[large] -= member_K[empty]
+        centroid[empty] = centroid[large] * (1 + shift)
+        centroid[large] *= 1 - shift
+        member[empty] = member[large] // 2
+        member[large] -= member[empty]
+    return torch.from_numpy(centroid).to(centroid_KD.device)
 
 
 def _faiss_order(count: int, seed: int) -> Tensor:
@@ -200,8 +262,12 @@ def concentration(
 def raw_centroids(features: Tensor | Features, clusters: Clusters) -> Tensor:
     """Means of the clusters' members, (K, D), before they are normalised to prototypes; 0 for an empty
     one."""
-    count = len(clusters.size_K)
-    return features_of(features).sums(clusters.label_N, count) / sizes(clusters.label_N, count)
+    return cluster_means(features, clusters.label_N, len(clusters.size_K))
+
+
+def cluster_means(features: Tensor | Features, label_N: Tensor, count: int) -> Tensor:
+    """Means of the features with each label, (K, D); 0 where there is none."""
+    return features_of(features).sums(label_N, count) / sizes(label_N, count)
 
 
 def choose_clusters(features: Tensor | Features, how: str, seed: int, most: int = 100) -> int:
