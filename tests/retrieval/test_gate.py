@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch.nn.functional import normalize
 from ucir.losses.universal import product_dissimilarity
 from ucir.prototypes.clustering import kmeans
 from ucir.prototypes.merging import unify
-from ucir.retrieval.gate import fit_gate
+from ucir.retrieval.gate import calibrated_limit, fit_gate, nearest_distances
 from ucir.retrieval.metrics import Decisions, metric_values
 from ucir.retrieval.ranking import rank
 
@@ -72,6 +73,27 @@ def test_the_merged_gates_limit_is_the_widest_pair_of_members() -> None:
     score = gate.scores(query, gallery)
     nearest = product_dissimilarity(query, gallery).amin(dim=1)
     assert torch.allclose(score, nearest - gate.limit_K[one], atol=1e-6)
+
+
+@pytest.mark.parametrize("rate", [0.05, 0.2])
+def test_a_calibrated_gate_rejects_as_often_as_it_is_allowed_to(rate: float) -> None:
+    """Of queries with a counterpart the share that one asks for; beside strangers less, never more."""
+    gallery, gallery_labels = domain([0, 1, 2], 60, seed=2, spread=0.2)
+    same, _ = domain([0, 1, 2], 200, seed=1, spread=0.2)
+    nearest = nearest_distances(same, gallery)
+    assert nearest.tolist() == pytest.approx([min(1 - float(q @ g) for g in gallery) for q in same], abs=1e-6)
+    rejected = nearest > calibrated_limit(nearest, rate)
+    assert float(rejected.float().mean()) == pytest.approx(rate, abs=0.01)
+    both, both_labels = domain([0, 1, 2, 3], 200, seed=1, spread=0.2)
+    nearest = nearest_distances(both, gallery)
+    beyond = (nearest - calibrated_limit(nearest, rate)).numpy()
+    ranking = rank(both, gallery, both_labels, gallery_labels)
+    values = metric_values(ranking, (5,), Decisions(np.full(len(both), -1.0), beyond))
+    assert values["calibrated_shared"] <= 100 * rate
+    assert values["calibrated_private"] > 3 * 100 * rate
+    assert values["calibrated_AUROC"] > 90
+    assert values["null_private"] == 0  # the method's own gate is another
+    assert "calibrated_shared" not in metric_values(ranking, (5,), Decisions(beyond))
 
 
 def test_degenerate_features_give_a_defined_answer() -> None:

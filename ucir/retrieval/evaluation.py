@@ -32,7 +32,7 @@ from ucir.models.head import ResidualHead
 from ucir.models.trunk import StoredTrunk
 from ucir.paths import FEATURES, PACKS, STARTS
 from ucir.prototypes.clustering import kmeans
-from ucir.retrieval.gate import GateChoice, fit_gate
+from ucir.retrieval.gate import GateChoice, calibrated_limit, fit_gate, nearest_distances
 from ucir.retrieval.metrics import Decisions, metric_values
 from ucir.retrieval.ranking import rank
 
@@ -93,7 +93,7 @@ def score_direction(
 ) -> list[DirectionScore]:
     """One direction's scores; nothing when one of the domains has no labels.
 
-    The gate is fitted to the features alone. NMI and ARI are those of the query domain in as many clusters
+    The gates are fitted to the features alone. NMI and ARI are those of the query domain in as many clusters
     as it has classes, whatever K a method was trained with.
     """
     query, gallery = direction
@@ -102,7 +102,9 @@ def score_direction(
     ranking = rank(features[query], features[gallery], labels[query], labels[gallery])
     fitted = fit_gate(gate.kind, features[query], features[gallery], gate.clusters, seed)
     beyond_Q = fitted.scores(features[query], features[gallery]).numpy()
-    named = metric_values(ranking, cutoffs, Decisions(beyond_Q))
+    nearest_Q = nearest_distances(features[query], features[gallery])
+    calibrated_Q = (nearest_Q - calibrated_limit(nearest_Q)).numpy()
+    named = metric_values(ranking, cutoffs, Decisions(beyond_Q, calibrated_Q))
     named |= cluster_agreement(features[query], labels[query], len(set(labels[query])))
     return [DirectionScore(query, gallery, seed, epoch_choice, named)]
 

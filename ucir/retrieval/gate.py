@@ -6,6 +6,9 @@
 ``merged``  of UEM (App. B.1): a query is rejected if its nearest prototype found no partner in the gallery's
             domain, or if its nearest gallery image is farther than two members of the merged pair can be.
             Distances are (1 - cosine) x Euclid.
+``calibrated``  of any method and of :mod:`ucir.retrieval.search`: a query is rejected if its nearest gallery
+            image is farther than those of all but a share of the queries, see :func:`calibrated_limit`. The
+            share of false rejections is then known beforehand, which it is with neither of the others.
 """
 
 from __future__ import annotations
@@ -21,6 +24,8 @@ from ucir.prototypes.clustering import choose_clusters, kmeans
 from ucir.prototypes.merging import centres, unify_domains
 
 CHUNK = 1024
+FALSE_REJECTIONS = 0.05
+"""Share of queries with a counterpart that a calibrated limit may reject."""
 FARTHEST = 4.0
 """No two unit features are farther apart: 2 x 2."""
 
@@ -57,12 +62,8 @@ class Gate:
         Args:
             query_QD, gallery_GD: unit features.
         """
-        parts = []
-        for part_BD in torch.split(query_QD, CHUNK):
-            nearest_B = _distances(self.kind, part_BD, gallery_GD).amin(dim=1)
-            cluster_B = torch.cdist(part_BD, self.centre_KD).argmin(dim=1)
-            parts.append(nearest_B - self.limit_K[cluster_B])
-        return torch.cat(parts)
+        cluster_Q = torch.cdist(query_QD, self.centre_KD).argmin(dim=1)
+        return nearest_distances(query_QD, gallery_GD, self.kind) - self.limit_K[cluster_Q]
 
 
 def fit_gate(
@@ -98,14 +99,20 @@ def fit_gate(
 
 
 def _distances(kind: str, x_BD: Tensor, y_ND: Tensor) -> Tensor:
-    return 1 - x_BD @ y_ND.T if kind == "spread" else product_dissimilarity(x_BD, y_ND)
+    return product_dissimilarity(x_BD, y_ND) if kind == "merged" else 1 - x_BD @ y_ND.T
 
 
 def _largest(kind: str, x_BD: Tensor, y_ND: Tensor) -> float:
     return max(float(_distances(kind, part, y_ND).max()) for part in torch.split(x_BD, CHUNK))
 
 
-def calibrated_limit(nearest_Q: Tensor, false_rejections: float) -> float:
+def nearest_distances(query_QD: Tensor, gallery_GD: Tensor, kind: str = "calibrated") -> Tensor:
+    """Distance of each query's nearest picture of the gallery, (Q,), as a gate measures it."""
+    parts = torch.split(query_QD, CHUNK)
+    return torch.cat([_distances(kind, part_BD, gallery_GD).amin(dim=1) for part_BD in parts])
+
+
+def calibrated_limit(nearest_Q: Tensor, false_rejections: float = FALSE_REJECTIONS) -> float:
     """A limit from the features alone: the distance beyond which nothing is taken to be like a query.
 
     The quantile of split conformal prediction (Vovk et al. 2005; Lei et al. 2018): a new query of the same

@@ -42,7 +42,7 @@ from ucir.errors import UserError
 from ucir.models.embedding import one_thread_a_core
 from ucir.models.model import Model, save_model, stored_picture
 from ucir.paths import check_writable, locked, write_atomically
-from ucir.retrieval.gate import calibrated_limit
+from ucir.retrieval.gate import FALSE_REJECTIONS, calibrated_limit
 
 FORMAT = 1
 BATCH = 32
@@ -64,8 +64,6 @@ LISTED = 10
 """Files left out that are named at the end; all are in the database."""
 SAMPLES = 1000
 """Pictures that a limit is learnt from: enough for a quantile to a percent."""
-FALSE_REJECTIONS = 0.05
-"""Share of queries like those of the training that the limit may reject."""
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS picture (
@@ -729,5 +727,5 @@ def _limits(rows: np.ndarray, samples: Mapping[str, torch.Tensor]) -> dict[str, 
         scores, _ = exact_neighbours(features.float().numpy(), rows, 2)
         itself = scores[:, 0] > 1 - SAME
         nearest = np.where(itself, scores[:, -1], scores[:, 0])
-        limits[domain] = calibrated_limit(torch.from_numpy(1 - nearest), FALSE_REJECTIONS)
+        limits[domain] = calibrated_limit(torch.from_numpy(1 - nearest))
     return limits

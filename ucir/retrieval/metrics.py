@@ -23,7 +23,9 @@ class Decisions:
     """What a gate said of the queries of a ranking."""
 
     score_Q: np.ndarray
-    """How far a query lies beyond its limit."""
+    """How far a query lies beyond the limit of the method's own gate."""
+    calibrated_Q: np.ndarray | None = None
+    """The same of the calibrated gate."""
 
     @property
     def rejected_Q(self) -> np.ndarray:
@@ -63,6 +65,14 @@ def metrics(cutoffs: Sequence[int]) -> tuple[Metric, ...]:
         Metric("null_private", "open-set accuracy", rejected_of_private),
         Metric("null_accuracy", "open-set accuracy of all queries", right_decisions),
         Metric("null_AUROC", "gate AUROC", auroc),
+        Metric(
+            "calibrated_shared",
+            "rejected though shared, calibrated",
+            _calibrated(rejected_though_shared),
+            error=True,
+        ),
+        Metric("calibrated_private", "open-set accuracy, calibrated", _calibrated(rejected_of_private)),
+        Metric("calibrated_AUROC", "gate AUROC, calibrated", _calibrated(auroc)),
     )
 
 
@@ -182,6 +192,17 @@ def right_decisions(ranking: Ranking, decisions: Decisions) -> float:
     if ranking.shared_Q.all():
         return NOTHING
     return _share(decisions.rejected_Q == ~ranking.shared_Q)
+
+
+def _calibrated(metric: Callable[[Ranking, Decisions], float]) -> Callable[[Ranking, Decisions], float]:
+    """A metric of decisions, of the calibrated gate's."""
+
+    def value(ranking: Ranking, decisions: Decisions) -> float:
+        return (
+            NOTHING if decisions.calibrated_Q is None else metric(ranking, Decisions(decisions.calibrated_Q))
+        )
+
+    return value
 
 
 def auroc(ranking: Ranking, decisions: Decisions) -> float:
