@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from tests.steps import B, N, batch, features, make
+from tests.steps import B, D, N, batch, features, make
 from ucir.config.model import EncoderParams
 from ucir.losses.prototype import bank_discrimination, prototype_contrast
 from ucir.losses.universal import batch_contrast, product_dissimilarity, semantic_pull, switchable_match
@@ -79,6 +79,8 @@ def test_learning_rate_starts_anew_in_the_second_phase() -> None:
     method.build(encoder)
     groups = method.optimizer(encoder).param_groups
     assert [group.get("lr_scale", 1.0) for group in groups] == [1.0, 10.0]
+    whole = uem(epochs=150, lr=2e-4, schedule="whole")
+    assert [whole.lr_at(e, 0) / 2e-4 for e in (0, 75, 149)] == pytest.approx([1, 0.5, 0.000110], abs=1e-5)
     first = [p.clone() for p in groups[1]["params"]]
     method.build(encoder)
     again = method.optimizer(encoder).param_groups[1]["params"]
@@ -175,6 +177,26 @@ def test_params() -> None:
         UemParams(clusters=(3, 4))
     only = uem(matching_epochs=0, epochs=4)
     assert only.lr_at(3, 0) > 0
+
+
+def test_k_is_chosen_again_where_that_is_asked_for() -> None:
+    """After so many epochs, from the bank as it is then."""
+    once, again = uem(clusters="elbow"), uem(clusters="elbow", clusters_every=2)
+    x = (features(0), features(1, N - 5))
+    apart = torch.eye(D)[torch.arange(N) % 3] + 1e-3 * features(0)
+    for method in (once, again):
+        method.start_epoch(0, x)
+        first = list(method.chosen)
+        for bank in method.banks:  # three tight clusters now
+            bank.write(torch.arange(len(bank)), normalize(apart[: len(bank)], dim=1))
+        method.start_epoch(1, x)
+        assert method.chosen == first
+    once.start_epoch(2, x)
+    again.start_epoch(2, x)
+    assert once.chosen == first
+    assert again.chosen == [(3,), (3,)] != first
+    with pytest.raises(ValueError, match="clusters_every: K is given"):
+        UemParams(clusters=4, clusters_every=2)
 
 
 def test_prototypes_are_cluster_means_not_directions() -> None:

@@ -7,11 +7,12 @@ copy of the first phase's network. There is no public code. What the paper leave
 - features: the head's unit output; the bank's rows are normalised after each blend
 - sums over a batch (eqs. 6, 7, 13, 17) beside means (eqs. 11, 14): ``reduction``, means throughout
 - eq. 6's denominator, printed over the batch, in the text over all instances: ``instance_negatives``
-- K-means: of the bank, before each epoch; K by the elbow once, at the start
+- K-means: of the bank, before each epoch; K by the elbow once, at the start, or again: ``clusters_every``
 - prototypes: cluster means where distances count (eqs. 8, 9, 15, 16), of unit length in the contrasts
   (eqs. 7, 11, 17), as all methods of the field have them
 - the bank goes on being blended in the second phase; nearest instances are looked up in it
-- learning rate: half a cosine in each phase
+- learning rate: half a cosine in each phase, or one over both: ``schedule``
+- beta is said for 150 epochs; with fewer each row moves less far: ``bank_momentum: by-epochs``
 - adversary: gradient reversal; two layers of ``adversary_width``, at ``adversary_lr`` times the rate (DANN)
 - the frozen network runs in evaluation mode, so that nothing in it changes
 - without merging, every prototype of both domains stands by itself; without SN2M the nearest instance by
@@ -44,6 +45,7 @@ from ucir.memory import Bank, Features
 from ucir.methods.base import (
     ClusteredParams,
     ClusteringMethod,
+    Epoch,
     SingleEncoder,
     SingleEncoderParams,
     Term,
@@ -66,6 +68,10 @@ class UemParams(SingleEncoderParams, ClusteredParams):
     """Of the second phase. A third of the epochs (50 of 150), at least one, unless given."""
     clusters: Annotated[tuple[int, ...] | Literal["elbow", "silhouette"], BeforeValidator(several)] = "elbow"
     """K, unknown to UEM: chosen for each domain by itself; or one number."""
+    clusters_every: Epoch = 0
+    """Epochs after which K is chosen anew, as the paper says that the elbow gets more accurate; 0: once."""
+    schedule: Literal["phases", "whole"] = "phases"
+    """Half a cosine of the learning rate in each phase, or one over both."""
     temperature: Positive = 0.07
     bank_momentum: Share = 0.99
     """beta of the bank."""
@@ -94,6 +100,8 @@ class UemParams(SingleEncoderParams, ClusteredParams):
             raise ValueError(
                 f"matching_epochs {self.matching_epochs} leaves no epoch of {self.epochs} to the first phase"
             )
+        if self.clusters_every and not isinstance(self.clusters, str):
+            raise ValueError("clusters_every: K is given, so that nothing is chosen; leave it out")
         self.check_one_k("UEM merges one set of prototypes with another")
         return self
 
@@ -144,6 +152,8 @@ class Uem(SingleEncoder[UemParams], ClusteringMethod[UemParams]):
         self.structures: tuple[Structure, Structure] | None = None
 
     def start_epoch(self, epoch: int, features: tuple[Features, Features]) -> dict[str, float]:
+        if self.params.clusters_every and epoch % self.params.clusters_every == 0:
+            self.chosen, self.labels_before = [], []
         clusterings = self.cluster(epoch, self.banks)
         one: tuple[Clusters, Clusters] = (clusterings[0][0], clusterings[1][0])
         both = [centres(x, c) for x, c in zip(self.banks, one, strict=True)]
@@ -245,7 +255,9 @@ class Uem(SingleEncoder[UemParams], ClusteringMethod[UemParams]):
         return torch.optim.SGD(groups, p.lr, momentum=p.momentum, weight_decay=p.weight_decay)
 
     def lr_at(self, epoch: int, steps: int) -> float:
-        """Half a cosine from ``lr`` to 0 in each phase."""
+        """Half a cosine from ``lr`` to 0, in each phase or over both."""
+        if self.params.schedule == "whole":
+            return super().lr_at(epoch, steps)
         done = epoch / self.border
         if epoch >= self.border:
             done = (epoch - self.border) / self.params.matching_epochs
