@@ -9,7 +9,7 @@ from ucir.data.feature_pack import FeaturePackInfo
 from ucir.devices import choose_device
 from ucir.errors import run_main, stage_item
 from ucir.models.embedding import embed, embed_here
-from ucir.paths import FEATURES, check_writable
+from ucir.paths import FEATURES, check_writable, unshare
 from ucir.progress import Progress
 from ucir.runs.run import embedder_of, embedding_key
 from ucir.runs.study import load_study
@@ -21,6 +21,7 @@ def main() -> None:
     block = params.datasets[dataset]
     out = FEATURES / dataset
     check_writable(out)
+    unshare(out)
     if block.start.trained != "head":
         FeaturePackInfo("", 0, 0, {}).write(out)
         print(f"embed: nothing to do, as the trunk is trained (datasets.{dataset}.start.trained)")

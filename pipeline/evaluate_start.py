@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ucir.errors import run_main, stage_item
-from ucir.paths import RESULTS
+from ucir.paths import RESULTS, unshare
 from ucir.retrieval.evaluation import evaluate_start
 from ucir.runs.params import gate_choice
 from ucir.runs.study import load_study
@@ -12,7 +12,10 @@ from ucir.runs.study import load_study
 def main() -> None:
     params = load_study()
     key = stage_item(params.study.settings)
-    gate = gate_choice(params, params.study.settings[key].dataset, None)
+    part = params.study.settings[key]
+    folder = RESULTS / part.dataset / part.setting
+    unshare(folder / "start", folder / "start.json", folder / "label_spaces.json")
+    gate = gate_choice(params, part.dataset, None)
     evaluate_start(params, key, gate, RESULTS)
 
 

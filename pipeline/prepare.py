@@ -9,7 +9,7 @@ from ucir.data.checks import table
 from ucir.data.pack import read_index
 from ucir.data.prepare import prepared_domains, write_pack
 from ucir.errors import run_main, stage_item
-from ucir.paths import PACKS, check_writable
+from ucir.paths import PACKS, check_writable, unshare
 from ucir.progress import by_domain
 from ucir.runs.study import load_study
 
@@ -21,6 +21,7 @@ def main() -> None:
     domains = prepared_domains(block)
     out = PACKS / dataset
     check_writable(out)
+    unshare(out)
     began = time.monotonic()
     info, check = write_pack(Path(block.source), domains, out, block.pack, by_domain("prepare"), block.entry)
     for domain, count in info.counts.items():

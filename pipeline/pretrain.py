@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import asdict
 
 from ucir.cluster.launch import train_all
@@ -10,7 +9,7 @@ from ucir.data.fetch import local_start
 from ucir.errors import run_main, stage_item
 from ucir.models.checkpoints import save_encoder
 from ucir.models.encoder import new_encoder
-from ucir.paths import STARTS, check_writable
+from ucir.paths import STARTS, check_writable, link_or_copy, unshare
 from ucir.runs.run import PRETRAIN, plan_start
 from ucir.runs.study import load_study
 from ucir.training.start import given_start
@@ -22,11 +21,12 @@ def main() -> None:
     block = params.datasets[dataset]
     out = STARTS / dataset
     check_writable(out)
+    unshare(out)
     start = local_start(block.start)
     if start.pretrain:
         run = plan_start(block, dataset)
         train_all([run], params.cluster, PRETRAIN)
-        shutil.copyfile(run.folder / "last.pt", out / "start.pt")
+        link_or_copy(run.folder / "last.pt", out / "start.pt")
     else:
         encoder, origin = given_start(start, block.view.side)
         save_encoder(encoder, out / "start.pt", **({"weights": asdict(origin)} if origin else {}))

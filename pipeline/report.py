@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ucir import tracking
 from ucir.errors import run_main
-from ucir.paths import PACKS, REPORTS, RESULTS
+from ucir.paths import PACKS, REPORTS, RESULTS, unshare
 from ucir.reports.table import plain
 from ucir.reports.write import log_summaries, write_report
 from ucir.runs.study import load_study
@@ -12,6 +12,7 @@ from ucir.runs.study import load_study
 
 def main() -> None:
     params = load_study()
+    unshare(REPORTS)
     written = write_report(params, PACKS, RESULTS, REPORTS)
     pages = log_summaries(params, written)
     for table in written.headline:

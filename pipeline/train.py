@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ucir.cluster.launch import train_all
 from ucir.errors import run_main, stage_item
-from ucir.paths import RESULTS, check_writable
+from ucir.paths import RESULTS, check_writable, unshare
 from ucir.runs.process import track_model
 from ucir.runs.run import materialise, plan_runs
 from ucir.runs.study import load_study
@@ -16,6 +16,7 @@ def main() -> None:
     part = params.study.runs[stage_item(params.study.runs)]
     out = RESULTS / part.dataset / part.setting / part.method / "train"
     check_writable(out)
+    unshare(out)
     runs = plan_runs(params, part.dataset, part.setting, part.method, part.pairs)
     train_all(runs, params.cluster)
     for run in runs:

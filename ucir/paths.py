@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,6 +35,31 @@ def check_writable(folder: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise UserError(f"{folder}: cannot be written to ({error.strerror})") from None
+
+
+def unshare(*places: Path) -> None:
+    """Give files that DVC's cache has as well, by a link, a copy of their own, before they are written to.
+
+    DVC does so itself before a stage; a stage by hand would write into the cache.
+
+    Args:
+        places: files, and folders with all that is in them; what is not there needs nothing.
+    """
+    for place in places:
+        for file in [place] if place.is_file() else sorted(place.rglob("*")):
+            if file.is_file() and (file.is_symlink() or file.stat().st_nlink > 1):
+                copy = file.with_name(f"{file.name}.{os.getpid()}.unfinished")
+                shutil.copyfile(file, copy)
+                copy.replace(file)
+
+
+def link_or_copy(file: Path, to: Path) -> None:
+    """The same file in another place, which takes no space where the file system can do that."""
+    to.unlink(missing_ok=True)
+    try:
+        os.link(file, to)
+    except OSError:
+        shutil.copyfile(file, to)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -82,6 +83,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> Pa
     shutil.copyfile(empty_store, folder / "mlflow.db")
     git(folder, "init", "-q")
     run_python("-m", "dvc", "init", "-q", cwd=folder)
+    shutil.copyfile(ROOT / ".dvc/config", folder / ".dvc/config")
     run_python("-m", "dvc", "remote", "add", "-d", "store", str(folder.parent / "store"), cwd=folder)
     commit(folder)
     return folder
@@ -169,8 +171,8 @@ def test_the_report_stands_and_shows_every_part(workspace: Path, killed: Killed)
         "http://creativecommons.org", ""
     ).replace("https://matplotlib.org", ""), "the page must need nothing else"
     lines = (workspace / "reports/results.csv").read_text().splitlines()
-    # (untrained + pretrained + ucdir last + ucdir best) x (2 directions + their mean) x 10 metrics
-    assert len(lines) == 1 + 4 * 3 * 10
+    # (untrained + pretrained + ucdir last + ucdir best) x (2 directions + their mean) x 11 metrics
+    assert len(lines) == 1 + 4 * 3 * 11
     assert "**shapes, closed: P@2" in (workspace / "reports/results.md").read_text()
 
 
@@ -184,6 +186,26 @@ def test_prepare_keeps_what_it_has_decoded(workspace: Path, killed: Killed) -> N
     new.unlink()
     assert stages_run(dvc(workspace, "repro", "--single-item", "prepare@shapes")) == ["prepare@shapes"]
     assert not kept.exists()
+
+
+def test_the_cache_takes_no_space_and_a_stage_by_hand_does_not_write_into_it(
+    workspace: Path, killed: Killed
+) -> None:
+    (weights,) = workspace.glob("results/shapes/closed/ucdir/train/*/last.pt")
+    for file in (weights, *workspace.glob("data/start/shapes/*.pt"), workspace / "reports/report.html"):
+        assert file.stat().st_nlink > 1
+    assert any(weights.samefile(file) for file in workspace.glob("runs/*/last.pt"))
+    stages = (
+        ("pipeline.train", "shapes-closed-ucdir"),
+        ("pipeline.evaluate", "shapes-closed-ucdir"),
+    )
+    for module, *item in stages:
+        run_python("-m", module, *item, cwd=workspace)
+    cached = [file for file in workspace.glob(".dvc/cache/files/md5/*/*") if file.suffix != ".dir"]
+    assert len(cached) > 20
+    for file in cached:
+        assert hashlib.md5(file.read_bytes()).hexdigest() == file.parent.name + file.name
+    assert stages_run(dvc(workspace, "repro")) == []
 
 
 def test_dvcs_own_commands_know_the_scores(workspace: Path, killed: Killed) -> None:

@@ -336,6 +336,6 @@ def describe_adaptation(params: Params, adaptation: Adaptation) -> str:
         f"trained: {part[block.start.trained]}, by {adaptation.method}, {wanted.epochs} epochs",
         f"time: about {clock(sum(seconds.values()))} on {device} ({steps})",
         f"memory: about {(BASE_MEMORY + features / views * 4) / 2**30:.1f} GiB; "
-        f"disk: {2 * (pack + features) / 2**30:.2f} GiB with the copies in DVC's cache",
+        f"disk: {(pack + features) / 2**30:.2f} GiB",
     ]
     return "\n".join(lines)

@@ -312,7 +312,7 @@ def describe_runs(params: Params, plan: StudyPlan) -> str:
             lines.append(f"    {method:<16}{len(trainings):>5} runs, {done} done")
     lines.append(f"in all: {len(plan.once)} different runs, {len(plan.once) - len(plan.left)} done")
     disk = f"{_disk(params, plan.once) / 2**30:.1f} GiB"
-    lines.append(f"disk: about {disk}, with the copies in DVC's cache")
+    lines.append(f"disk: about {disk}; DVC's cache, on the same file system, takes none (links)")
     return "\n".join(lines)
 
 
@@ -442,7 +442,7 @@ def _hours(seconds: float) -> str:
 
 
 def _disk(params: Params, built: list[PlannedTraining]) -> float:
-    """Bytes: packs and weights twice (DVC keeps a copy), features of the last epoch twice."""
+    """Bytes of packs, two checkpoints of each run, and features of the last epoch; DVC's cache links them."""
     total = 0.0
     for dataset in {t.dataset for t in built}:
         block = params.datasets[dataset]
@@ -453,9 +453,9 @@ def _disk(params: Params, built: list[PlannedTraining]) -> float:
             for t in trainings
             for domain, count in zip(t.pair, _counts(params, t) or (0, 0), strict=True)
         }
-        total += 2 * sum(domains.values()) * 3 * block.pack.side**2
+        total += sum(domains.values()) * 3 * block.pack.side**2
         features = (
             sum(sum(_counts(params, t) or (0, 0)) for t in trainings) * 2 * block.start.encoder.feature_dim
         )
-        total += 6 * len(trainings) * weights + 2 * features
+        total += 2 * len(trainings) * weights + features
     return total

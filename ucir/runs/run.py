@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -39,7 +38,7 @@ from ucir.models.embedding import Embedder
 from ucir.models.encoder import Encoder, new_encoder
 from ucir.models.model import Model
 from ucir.models.trunk import trunk_module
-from ucir.paths import FEATURES, PACKS, RUNS, STARTS, check_writable
+from ucir.paths import FEATURES, PACKS, RUNS, STARTS, check_writable, link_or_copy
 from ucir.retrieval.evaluation import CHECKPOINTS
 from ucir.runs.dependencies import EMBEDDING, START, code_version, training_modules
 from ucir.runs.params import method_params
@@ -419,7 +418,7 @@ def plan_runs(
 
 
 def materialise(run: PairRun, out: Path) -> None:
-    """Copy what later stages need of a finished run from its folder to ``out/<slug>/``.
+    """What later stages need of a finished run, from its folder to ``out/<slug>/``.
 
     ``run.json`` is its ``done.json`` with the setting and the pair that it is scored in here.
     """
@@ -427,7 +426,7 @@ def materialise(run: PairRun, out: Path) -> None:
     target.mkdir(parents=True, exist_ok=True)
     for name in CHECKPOINTS.values():
         if (run.folder / name).exists():  # without labels there is no best epoch
-            shutil.copyfile(run.folder / name, target / name)
+            link_or_copy(run.folder / name, target / name)
     done = json.loads((run.folder / "done.json").read_text("utf-8"))
     content = {**done, **run.tags(), "label_spaces": asdict(run.spaces)}
     (target / "run.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
