@@ -51,6 +51,16 @@ def mixed_contrast(
     return -torch.logsumexp(log_p_BM + share_BM.log(), dim=1).mean()
 
 
+def target_distance(q_BD: Tensor, target_BD: Tensor) -> Tensor:
+    """Mean over i of 1 - q_i t_i: how far features are from where they are to go.
+
+    Args:
+        q_BD: unit features, with gradient.
+        target_BD: unit targets, constant.
+    """
+    return 1 - (full_precision(q_BD) * target_BD).sum(dim=1).mean()
+
+
 def view_contrast(first_BD: Tensor, second_BD: Tensor, domain_B: Tensor, temperature: float) -> Tensor:
     """In-batch contrast of two views, for the label-free start: NT-Xent (Chen et al., ICML 2020, eq. 1).
 

@@ -7,6 +7,7 @@ from typing import Any
 from ucir.methods.base import Method
 from ucir.methods.cds import Cds
 from ucir.methods.coda import Coda
+from ucir.methods.consensus import Consensus
 from ucir.methods.darl import Darl
 from ucir.methods.dgdir import Dgdir
 from ucir.methods.dn2a import Dn2a
@@ -27,6 +28,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "protoot-no-neighbour": ("protoot", {"neighbour_weight": 0.0}),
     "protoot-no-push": ("protoot", {"push": False}),
     "protoot-kmeans": ("protoot", {"assignment": "kmeans"}),
+    "consensus-no-graph": ("consensus", {"diffusion": 0}),
+    "consensus-no-alignment": ("consensus", {"alignment": False}),
     "uem-no-merging": ("uem", {"merging": False}),
     "uem-no-sel": ("uem", {"semantic_weight": 0.0}),
     "uem-dann": ("uem", {"structure_weight": 0.0}),
@@ -46,6 +49,7 @@ _BLOCKS: dict[str, type[Method[Any]]] = {
     "dgdir": Dgdir,
     "darl": Darl,
     "dn2a": Dn2a,
+    "consensus": Consensus,
     "uem": Uem,
 }
 METHODS = {**_BLOCKS, **{name: _BLOCKS[block] for name, (block, _) in VARIANTS.items()}}

@@ -343,16 +343,49 @@ def match_prototypes(given_KD: Tensor, other_LD: Tensor) -> Tensor:
     Returns:
         (K,) int64.
     """
-    ot = _pot()
-    one_KD, other = given_KD.double().cpu(), other_LD.double().cpu()
-    cost = torch.cdist(one_KD, other).square()
-    mass = [torch.full((len(x),), 1 / len(x), dtype=torch.float64) for x in (one_KD, other)]
+    mass_K, mass_L = (torch.ones(len(x)) for x in (given_KD, other_LD))
     # which row gets most is settled long before the marginals are exact
-    plan = ot.bregman.sinkhorn_log(
-        *mass, cost, MATCH_REGULARISATION, numItermax=200, stopThr=1e-6, warn=False
+    plan_KL = prototype_plan(given_KD, other_LD, mass_K, mass_L, MATCH_REGULARISATION, iterations=200)
+    return plan_KL.argmax(dim=1)
+
+
+@torch.no_grad()
+def prototype_plan(
+    given_KD: Tensor,
+    other_LD: Tensor,
+    mass_K: Tensor,
+    mass_L: Tensor,
+    regularisation: float,
+    iterations: int = 2000,
+) -> Tensor:
+    """Entropic plan between two domains' prototypes, by POT in float64 and log domain.
+
+    Args:
+        given_KD, other_LD: unit prototypes; the cost is squared Euclid, 2 (1 - cosine).
+        mass_K, mass_L: of the prototypes, such as sizes of clusters; they are made to sum to 1, and one of 0
+            gets next to nothing.
+        regularisation: eps > 0.
+        iterations: at most; it ends where the marginals hold to 1e-6.
+
+    Returns:
+        (K, L) float32 on the prototypes' device, sum 1.
+
+    Raises:
+        TransportError: the plan is not finite.
+    """
+    given, other = given_KD.double().cpu(), other_LD.double().cpu()
+    shares = [mass.double().cpu().clamp(min=1e-9) for mass in (mass_K, mass_L)]
+    plan_KL: Tensor = _pot().bregman.sinkhorn_log(
+        *(share / share.sum() for share in shares),
+        torch.cdist(given, other).square(),
+        regularisation,
+        numItermax=iterations,
+        stopThr=1e-6,
+        warn=False,
     )
-    match: Tensor = plan.argmax(dim=1).to(given_KD.device)
-    return match
+    if not plan_KL.isfinite().all():
+        raise TransportError(f"plan between prototypes at regularisation {regularisation:g}: not finite")
+    return plan_KL.float().to(given_KD.device)
 
 
 def _pot() -> Any:
