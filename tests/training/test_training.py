@@ -36,7 +36,9 @@ def start(tmp_path: Path) -> Path:
     return tmp_path / "start.pt"
 
 
-@pytest.mark.parametrize("name", ["ucdir", "pcs", "protonce", "id", "protoot", "uem", "coda", "dgdir"])
+@pytest.mark.parametrize(
+    "name", ["ucdir", "pcs", "protonce", "id", "protoot", "uem", "coda", "dgdir", "darl", "dn2a", "consensus"]
+)
 def test_a_run_killed_at_any_time_and_resumed_ends_as_an_undisturbed_one(
     pack: Path, start: Path, tmp_path: Path, name: str
 ) -> None:

@@ -65,8 +65,12 @@ class Consensus(ClusteringMethod[ConsensusParams]):
 
     params_type = ConsensusParams
 
-    def start(self, features: tuple[Features, Features]) -> None:
+    def __init__(self, params: ConsensusParams, seed: int) -> None:
+        super().__init__(params, seed)
         self.figures: dict[str, float] = {}
+        """Of the clusters, until the epoch after them has logged them."""
+
+    def start(self, features: tuple[Features, Features]) -> None:
         first, second = self.targets(features)
         self.banks = (Bank(first), Bank(second))
 
@@ -74,7 +78,7 @@ class Consensus(ClusteringMethod[ConsensusParams]):
         every = self.params.renew
         if every and epoch and epoch % every == 0:
             self.start(features)
-        figures = self.figures
+        figures, self.figures = self.figures, {}
         for side, x, bank in zip("ab", map(features_of, features), self.banks, strict=True):
             away = x.total((1 - (x.own_ND * bank.own_ND).sum(dim=1)).sum()) / len(x)
             figures[f"targets/distance_{side}"] = float(away)
