@@ -88,7 +88,7 @@ def adapt(
     name: Annotated[
         str | None, typer.Option(help="Of the model. Default: the names of the two folders.")
     ] = None,
-    method: Annotated[str | None, typer.Option(help="Default: protoot.")] = None,
+    method: Annotated[str | None, typer.Option(help="Default: consensus.")] = None,
     trunk: Annotated[
         str | None,
         typer.Option(

@@ -42,7 +42,7 @@ def command(project: Path, store: str, monkeypatch: pytest.MonkeyPatch) -> Comma
     """The command on a project whose settings are small, with the stages run in this process."""
     params = tiny_params("images")
     params["datasets"]["pacs"] = params["datasets"]["shapes"]
-    params["methods"]["protoot"] = {"pacs": {"epochs": 2, "clusters": 3}}
+    params["methods"]["consensus"] = {"pacs": {"epochs": 2, "clusters": 3}}
     params["methods"]["ucdir"]["pacs"] = {"epochs": 2}
     write_params(project, params)
 
@@ -83,7 +83,7 @@ def test_two_folders_become_a_model_in_one_file(
     assert model.facts["weights"]["licence"] == "apache-2.0"
     picture = np.asarray(Image.open(photos / "circle0.png"))
     (features,) = model.features([picture], domain="photos")
-    results = Path("results/my_sketches_photos/closed/protoot/evaluate/my_sketches-photos-s0.npz")
+    results = Path("results/my_sketches_photos/closed/consensus/evaluate/my_sketches-photos-s0.npz")
     stored = load_features(results)["photos"]
     assert (features.numpy() @ stored.float().numpy().T).max() > 0.999
     assert {name: tuple(x.shape) for name, x in model.samples.items()} == {

@@ -86,7 +86,9 @@ def test_an_edit_starts_what_runs_through_it_and_nothing_else(
 ) -> None:
     changed = _changed(copy, file, old, new)
     if stages is None:  # transport serves these trainings, and one criterion of every sweep
-        stages = {f"train-{block}" for block in ("protoot", "ucdir-ot")} | {f"tune-{b}" for b in BLOCKS}
+        stages = {f"train-{block}" for block in ("protoot", "ucdir-ot", "consensus")} | {
+            f"tune-{b}" for b in BLOCKS
+        }
     assert changed == stages
 
 

@@ -162,7 +162,7 @@ def plan_adaptation(first: Path, second: Path, name: str | None, options: Option
             )
     if there and (before := _as_before(name, options)):
         return Adaptation(name, folders, counts, *before)
-    method = options.method or "protoot"
+    method = options.method or "consensus"
     if method not in METHODS or TEMPLATE not in params.methods.get(params_block(method), {}):
         usable = [m for m in METHODS if TEMPLATE in params.methods.get(params_block(m), {})]
         raise UserError(f"--method {method!r}: no such method here; {nearest(method, usable)}")
