@@ -13,6 +13,7 @@ from torch.nn.functional import normalize
 
 from tests.losses.reference import agree, dot, mean, unit
 from tests.steps import N, batch, features, make
+from ucir.errors import UserError
 from ucir.losses.instance import target_distance
 from ucir.memory import Features
 from ucir.methods.consensus import Consensus, ConsensusParams
@@ -158,6 +159,8 @@ def test_losses_and_renewal() -> None:
 
 
 def test_params() -> None:
+    with pytest.raises(UserError, match="neighbours = 40 of a domain's 40 pictures: set fewer"):
+        make("consensus", neighbours=N)
     with pytest.raises(ValueError, match="give one number"):
         ConsensusParams(clusters=(3, 4))
     assert (ConsensusParams().diffusion, ConsensusParams().clusters) == (4, "elbow")

@@ -159,3 +159,13 @@ def test_the_plane_holds_every_point_and_pictures_where_there_is_room() -> None:
     assert {p.domain for p in plot.pictures} == {0, 1}
     apart = np.abs(at[:, None] - at[None]).max(axis=2) + 2 * ROOM * np.eye(len(at))
     assert apart.min() >= ROOM - 1e-6
+
+
+def test_pictures_that_are_all_the_same_lie_on_one_point() -> None:
+    """t-SNE would divide by their spread, and bring the process down."""
+    row = normalize(torch.ones(1, 6), dim=1)
+    features = {d: row.expand(20, 6).contiguous() for d in "ab"}
+    labels = {d: ["x"] * 20 for d in "ab"}
+    plot = embedding("set", features, {d: painted(d, 20, 0) for d in "ab"}, labels, Thumbnails())
+    places = set(re.findall(r"M(\d+) (\d+)h0", "".join(path for _, _, path in plot.paths)))
+    assert places == {(str(WIDTH // 2), str(WIDTH // 2))}

@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ucir.config.base import Count, Positive
+from ucir.errors import UserError
 from ucir.losses.instance import target_distance
 from ucir.memory import Bank, Features, features_of
 from ucir.methods.base import ClusteredParams, ClusteringMethod, Epoch, Term, cluster_figures, several
@@ -104,6 +105,11 @@ class Consensus(ClusteringMethod[ConsensusParams]):
 
     def _agreed(self, x_ND: Tensor) -> Tensor:
         p = self.params
+        if p.neighbours and p.neighbours >= len(x_ND):
+            raise UserError(
+                f"consensus: neighbours = {p.neighbours} of a domain's {len(x_ND)} pictures: set fewer, or leave "
+                "it out for half the square root of the pictures"
+            )
         if p.diffusion:
             neighbours = p.neighbours or max(2, round(math.sqrt(len(x_ND)) / 2))
             x_ND = diffused(x_ND, reciprocal_graph(x_ND, neighbours), p.diffusion)

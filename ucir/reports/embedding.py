@@ -17,6 +17,8 @@ PICTURED = 90
 """Points of a domain, the same for every method, that are pictures where there is room."""
 WIDTH = 1000
 """Of the plane."""
+SAME = 1e-6
+"""Features this close are equal."""
 ROOM = 65
 """Between pictures."""
 COLOURS = (
@@ -101,6 +103,8 @@ def _flattened(points_ND: np.ndarray, seed: int) -> np.ndarray:
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE
 
+    if np.ptp(points_ND, axis=0).max() < SAME:  # t-SNE would divide by their spread, and crash
+        return np.full((len(points_ND), 2), WIDTH // 2, np.int64)
     points_ND = PCA(min(50, *points_ND.shape), random_state=seed).fit_transform(points_ND)
     perplexity = min(30, (len(points_ND) - 1) / 3)
     flat_N2 = TSNE(2, perplexity=perplexity, init="pca", random_state=seed).fit_transform(points_ND)

@@ -47,7 +47,7 @@ FEWEST = 8
 """Pictures of a folder: fewer cannot be clustered."""
 BAD_SHARE = 0.2
 """What is bad in people's folders is left out by name; benchmarks are stricter."""
-OVERHEAD = 25.0
+OVERHEAD = 90.0
 """Seconds in which the stages of DVC start."""
 BASE_MEMORY = 1.2 * 2**30
 """Bytes of a process that trains a small head."""
@@ -165,6 +165,11 @@ def plan_adaptation(first: Path, second: Path, name: str | None, options: Option
     method = options.method or "consensus"
     if method not in METHODS or TEMPLATE not in params.methods.get(params_block(method), {}):
         usable = [m for m in METHODS if TEMPLATE in params.methods.get(params_block(m), {})]
+        if method in METHODS:
+            raise UserError(
+                f"--method {method}: no settings under methods.{params_block(method)}.{TEMPLATE} of "
+                f"{PARAMS_FILE}, which two folders take; there are some for {', '.join(usable)}"
+            )
         raise UserError(f"--method {method!r}: no such method here; {nearest(method, usable)}")
     dataset = _dataset_block(name, folders, options)
     settings = dict(params.methods[params_block(method)][TEMPLATE])
