@@ -40,6 +40,10 @@ def terms_at(name: str, epoch: int, **changes: Any) -> dict[str, tuple[float, Te
 
 IW = {"instance_a", "instance_b"}
 CW = {"cluster_a", "cluster_b"}
+BRAD = {f"{n}_{s}" for n in ("picture_to_edges", "edges_to_picture") for s in "ab"} | {
+    "adversary_pooled",
+    "adversary_grid",
+}
 DGDIR = {f"{n}_{s}" for n in ("phase", "mixed", "phase_to_mixed", "mixed_to_phase") for s in "ab"}
 
 
@@ -53,6 +57,7 @@ DGDIR = {f"{n}_{s}" for n in ("phase", "mixed", "phase_to_mixed", "mixed_to_phas
         ("coda", {f"{n}_{s}" for n in ("self_matching", "alignment") for s in "ab"}, None),
         ("dgdir", DGDIR, DGDIR | CW),
         ("darl", IW | {"classifier_a", "classifier_b"}, None),
+        ("brad", BRAD, None),
         ("dn2a", IW | {f"{n}_domain_{s}" for n in ("in", "cross") for s in "ab"}, None),
         ("ucdir-v1", IW, IW),
         ("ucdir-v2", IW, IW | CW),

@@ -26,11 +26,46 @@ from ucir.models.checkpoints import (
 )
 from ucir.models.encoder import Encoder, key_encoder_of, new_encoder, update_key_encoder
 from ucir.models.norm import GroupedBatchNorm2d
-from ucir.models.trunk import check_trunk
+from ucir.models.trunk import StoredTrunk, check_trunk
 from ucir.models.trunks.torchvision import NAMES
 
 TINY = EncoderParams(trunk={"convnet": {"width": 4}}, feature_dim=8)
 IMAGES = torch.randn(6, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    ("trunk", "side", "positions"),
+    [
+        ({"convnet": {"width": 4}}, 16, 2 * 2),
+        ({"torchvision": "resnet18"}, 32, 1),
+        ({"torchvision": "resnet18"}, 64, 2 * 2),
+        ({"timm": "tf_efficientnet_lite0"}, 64, 2 * 2),
+        ({"timm": "vit_pwee_patch16_reg1_gap_256"}, 64, 4 * 4),
+        ({"timm": "swin_tiny_patch4_window7_224"}, 224, 7 * 7),
+    ],
+)
+def test_features_at_positions_are_what_is_pooled(trunk: dict[str, Any], side: int, positions: int) -> None:
+    encoder = new_encoder(EncoderParams(trunk=trunk, feature_dim=8), 0).eval()
+    x = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
+    out, pooled, grid = encoder(x, "grid")
+    assert torch.equal(torch.cat([out, pooled], dim=1), encoder(x, "both"))
+    assert grid.shape == (2, positions, encoder.pooled_dim)
+    assert torch.allclose(grid.norm(dim=2), torch.ones(2, positions), atol=1e-5)
+    before, raw = encoder.trunk.grid(x)
+    if "vit" not in str(trunk):  # which normalises after pooling
+        assert torch.allclose(raw.mean(dim=1), before, atol=1e-4)
+    assert before.shape[1] == encoder.pooled_dim
+
+
+def test_a_trunk_without_features_at_positions_says_so() -> None:
+    for trunk, fault in (
+        ({"timm": "mobilenetv3_small_050"}, "MobileNetV3 has 288 features at a position and 1024 pooled"),
+        (None, "Identity has no features at positions"),
+    ):
+        given = {"trunk": StoredTrunk(8)} if trunk is None else {}
+        encoder = new_encoder(EncoderParams(trunk=trunk or {"convnet": {"width": 4}}), 0, **given).eval()
+        with pytest.raises(UserError, match=fault):
+            encoder(torch.randn(2, 3, 64, 64), "grid")
 
 
 @pytest.mark.parametrize(

@@ -218,9 +218,10 @@ def test_methods_that_need_pixels_say_so(project: Path, store: str, monkeypatch:
     choose(project, "test_resnet")
     stage("pretrain", monkeypatch)
     stage("embed", monkeypatch)
-    params = load_params(overrides=["methods.dgdir.shapes={epochs: 2, batch_size: 8, clusters: 3}"])
-    with pytest.raises(UserError, match=r"set start\.trained of the data set to last or all"):
-        train_all(plan_runs(params, "shapes", "closed", "dgdir"), params.cluster)
+    for name, more in (("dgdir", "clusters: 3"), ("brad", "lr: 0.1")):
+        params = load_params(overrides=[f"methods.{name}.shapes={{epochs: 2, batch_size: 8, {more}}}"])
+        with pytest.raises(UserError, match=rf"{name} .*set start\.trained of the data set to last or all"):
+            train_all(plan_runs(params, "shapes", "closed", name), params.cluster)
 
 
 @pytest.mark.parametrize("trained", ["last", "all"])

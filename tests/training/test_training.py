@@ -21,7 +21,7 @@ from ucir.data.pack import open_domain
 from ucir.data.prepare import write_pack
 from ucir.errors import UserError
 from ucir.methods.base import Term
-from ucir.methods.registry import METHODS
+from ucir.methods.registry import METHODS, VARIANTS
 from ucir.models.checkpoints import load_state, save_encoder
 from ucir.models.encoder import new_encoder
 from ucir.runs.run import PRETRAIN
@@ -36,9 +36,7 @@ def start(tmp_path: Path) -> Path:
     return tmp_path / "start.pt"
 
 
-@pytest.mark.parametrize(
-    "name", ["ucdir", "pcs", "protonce", "id", "protoot", "uem", "coda", "dgdir", "darl", "dn2a", "consensus"]
-)
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in VARIANTS])
 def test_a_run_killed_at_any_time_and_resumed_ends_as_an_undisturbed_one(
     pack: Path, start: Path, tmp_path: Path, name: str
 ) -> None:

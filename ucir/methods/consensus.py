@@ -107,8 +107,8 @@ class Consensus(ClusteringMethod[ConsensusParams]):
         p = self.params
         if p.neighbours and p.neighbours >= len(x_ND):
             raise UserError(
-                f"consensus: neighbours = {p.neighbours} of a domain's {len(x_ND)} pictures: set fewer, or leave "
-                "it out for half the square root of the pictures"
+                f"consensus: neighbours = {p.neighbours} of a domain's {len(x_ND)} pictures: set fewer, or "
+                "leave it out for half the square root of the pictures"
             )
         if p.diffusion:
             neighbours = p.neighbours or max(2, round(math.sqrt(len(x_ND)) / 2))

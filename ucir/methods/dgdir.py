@@ -18,8 +18,7 @@ from torch import Tensor
 from ucir.config.base import Positive, Share
 from ucir.data.augment import ViewDraw, whole_views
 from ucir.data.spectrum import draw_spectrum, mixed_views, phase_views
-from ucir.data.views import PictureViews, Views
-from ucir.errors import UserError
+from ucir.data.views import PictureViews
 from ucir.losses.instance import instance_contrast
 from ucir.losses.prototype import prototype_contrast
 from ucir.memory import Bank, Features, JointFeatures
@@ -73,16 +72,9 @@ class SpectralStep(Step):
     """Every view twice: a batch is the phase views of both domains, then their mixed views."""
 
     views_per_image = 2
+    needs_pixels = "dgdir mixes the spectra of pictures"
     method: Dgdir
     views: PictureViews
-
-    def __init__(self, method: Dgdir, views: Views, query: Encoder, device: torch.device) -> None:
-        if not isinstance(views, PictureViews):
-            raise UserError(
-                "dgdir mixes the spectra of pictures, which stored features do not hold: set start.trained "
-                "of the data set to last or all"
-            )
-        super().__init__(method, views, query, device)
 
     def features(self, encoder: Encoder | None = None) -> tuple[Features, ...]:
         """As of :class:`Step`; the method is shown those of the phase views, by the query encoder, too."""

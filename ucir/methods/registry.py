@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ucir.methods.base import Method
+from ucir.methods.brad import Brad
 from ucir.methods.cds import Cds
 from ucir.methods.coda import Coda
 from ucir.methods.consensus import Consensus
@@ -49,6 +50,7 @@ _BLOCKS: dict[str, type[Method[Any]]] = {
     "dgdir": Dgdir,
     "darl": Darl,
     "dn2a": Dn2a,
+    "brad": Brad,
     "consensus": Consensus,
     "uem": Uem,
 }

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from ucir.data.batches import seeded
-from ucir.data.views import Views
+from ucir.data.views import PictureViews, Views
 from ucir.distributed import gather_rows, own_rows, world_size
+from ucir.errors import UserError
 from ucir.memory import Features
 from ucir.models.encoder import Encoder, key_encoder_of, update_key_encoder
 from ucir.models.features import extract_features
@@ -85,10 +86,15 @@ class Step:
         views: of the domains' pictures.
         query: the encoder that is trained, on ``device``.
         device: where this worker computes.
+
+    Raises:
+        UserError: the method needs pixels, and the views are stored features.
     """
 
     views_per_image = 1
     """Views that the query encoder sees of each picture of a batch."""
+    needs_pixels = ""
+    """Which method does what with pictures, where stored features will not do."""
 
     def __init__(
         self,
@@ -97,6 +103,11 @@ class Step:
         query: Encoder,
         device: torch.device,
     ) -> None:
+        if self.needs_pixels and not isinstance(views, PictureViews):
+            raise UserError(
+                f"{self.needs_pixels}, which stored features do not hold: set start.trained of the data set "
+                "to last or all"
+            )
         self.method, self.views, self.device = method, views, device
         keyed = method.keyed
         key = key_encoder_of(query, keyed.key_norm_groups) if keyed else None
@@ -152,7 +163,7 @@ class Step:
         domain_B = torch.cat([torch.full_like(slot, number) for number, slot in enumerate(slots)])
         slot_B = torch.cat(slots)
         query_draw = self.draw_query(domain_B, slot_B, generator)
-        key_draw = self.views.draw(domain_B, slot_B, generator)
+        key_draw = self.draw(domain_B, slot_B, generator)
         count = self.views_per_image * len(slot_B)
         shuffle = torch.randperm(count, generator=generator)
         rows = torch.arange(count)[own_rows(count)]
@@ -163,9 +174,13 @@ class Step:
         images = len(slot_B)
         return Rendered(slots, query, domain_B[rows % images], key, domain_B[key_rows % images], shuffle)
 
-    def draw_query(self, domain_B: Tensor, slot_B: Tensor, generator: torch.Generator) -> Any:
-        """The random numbers of the query encoder's views."""
+    def draw(self, domain_B: Tensor, slot_B: Tensor, generator: torch.Generator) -> Any:
+        """The random numbers of an encoder's views."""
         return self.views.draw(domain_B, slot_B, generator)
+
+    def draw_query(self, domain_B: Tensor, slot_B: Tensor, generator: torch.Generator) -> Any:
+        """The same, of the query encoder's."""
+        return self.draw(domain_B, slot_B, generator)
 
     def rendered(
         self, domain_B: Tensor, slot_B: Tensor, draw: Any, rows: Tensor, generator: torch.Generator

@@ -39,22 +39,28 @@ class Encoder(nn.Module):
         self.head = HEADS[params.head](self.trunk.pooled_dim, params.feature_dim)
 
     def forward(
-        self, x: Tensor, pooled: bool | Literal["both"] = False, domain_B: Tensor | None = None
-    ) -> Tensor:
+        self, x: Tensor, pooled: bool | Literal["both", "grid"] = False, domain_B: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
         """Normalised images (B, 3, s, s) to unit features (B, D), float32.
 
         Args:
             x: the images; pooled features (B, P) where the trunk is a :class:`StoredTrunk`.
-            pooled: those before the head (2048 of a ResNet-50); ``both``: the head's and these side by side.
+            pooled: those before the head (2048 of a ResNet-50); ``both``: the head's and these side by side;
+                ``grid``: the head's, these, and those at L positions that they are pooled from (B, L, P).
             domain_B: 0 or 1, which of the training's domains each image is of, int64; None: not known.
+
+        Raises:
+            UserError: ``grid``, and the trunk has no features at positions.
         """
         half = self.params.precision == "bfloat16"
         with torch.autocast(x.device.type, torch.bfloat16, enabled=half):
-            before = self.trunk(x)
+            before, grid = self.trunk.grid(x) if pooled == "grid" else (self.trunk(x), None)
             out = None if pooled is True else self.head(before, domain_B)
         if out is None:
             return F.normalize(before.float(), dim=1)
         out = F.normalize(out.float(), dim=1)
+        if grid is not None:
+            return out, F.normalize(before.float(), dim=1), F.normalize(grid.float(), dim=2)
         return torch.cat([out, F.normalize(before.float(), dim=1)], dim=1) if pooled else out
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from functools import partial
 from importlib import import_module
 from pkgutil import iter_modules
@@ -25,6 +26,8 @@ class Trunk(nn.Module):
         form: of the pictures that it takes.
         stages: name of each of the network's parameters to the number of its stage, from the input on.
         layer_decay: factor of the learning rate from one stage to the one before; transformers want it.
+        at_positions: ``net`` and pictures to what ``net`` gives of them and the features at each position
+            that this is pooled from, (B, P, h, w) or (B, L, P); None: it has none.
     """
 
     def __init__(
@@ -34,6 +37,7 @@ class Trunk(nn.Module):
         form: InputFormat,
         stages: dict[str, int] | None = None,
         layer_decay: float = 1.0,
+        at_positions: Callable[[Any, Tensor], tuple[Tensor, Tensor]] | None = None,
     ) -> None:
         super().__init__()
         self.net = net
@@ -41,10 +45,28 @@ class Trunk(nn.Module):
         self.form = form
         self.stages = stages or {}
         self.layer_decay = layer_decay
+        self.at_positions = at_positions
         self.trained = "all"
 
     def forward(self, x: Tensor) -> Tensor:
         return cast(Tensor, self.net(x))
+
+    def grid(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Pooled features (B, P), and those at L positions that they are pooled from (B, L, P).
+
+        Raises:
+            UserError: the network has none, or of another length.
+        """
+        if self.at_positions is None:
+            raise UserError(f"{type(self.net).__name__} has no features at positions; take another trunk")
+        pooled_BP, grid = self.at_positions(self.net, x)
+        grid_BLP = grid.flatten(2).transpose(1, 2) if grid.ndim == 4 else grid
+        if grid_BLP.shape[2] != self.pooled_dim:
+            raise UserError(
+                f"{type(self.net).__name__} has {grid_BLP.shape[2]} features at a position and "
+                f"{self.pooled_dim} pooled ones; take a trunk that has equally many"
+            )
+        return pooled_BP, grid_BLP
 
     def train_only(self, part: Literal["all", "last", "head"]) -> None:
         """Freeze what is not trained, with its batch statistics.

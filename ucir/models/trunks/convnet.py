@@ -32,7 +32,13 @@ def build(options: Options, norm: partial[GroupedBatchNorm2d]) -> Trunk:
     net.fc = nn.Identity()
     # "blocks.<n>.…": four modules a block
     stages = {name: int(name.split(".")[1]) // 4 for name, _ in net.named_parameters()}
-    return Trunk(net, 8 * options.width, InputFormat(side=64), stages)
+    return Trunk(net, 8 * options.width, InputFormat(side=64), stages, at_positions=at_positions)
+
+
+def at_positions(net: ConvNet, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Pooled features, and (B, P, h, w)."""
+    grid = net.blocks(x)
+    return grid.mean(dim=(2, 3)), grid
 
 
 class ConvNet(nn.Module):

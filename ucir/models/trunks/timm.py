@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 from pydantic import model_validator
+from torch import Tensor
 
 from ucir.config.base import PARAMS_FILE, Block, checked
 from ucir.data.augment import InputFormat
@@ -92,4 +93,14 @@ def build(options: Options, norm: partial[GroupedBatchNorm2d]) -> Trunk:
     stages = {name: number for number, names in groups.items() for name in names}
     has_batch_norm = any(isinstance(module, GroupedBatchNorm2d) for module in net.modules())
     is_transformer = hasattr(net, "blocks") and not has_batch_norm
-    return Trunk(net, net.num_features, form, stages, LAYER_DECAY if is_transformer else 1.0)
+    layer_decay = LAYER_DECAY if is_transformer else 1.0
+    return Trunk(net, net.head_hidden_size, form, stages, layer_decay, at_positions)
+
+
+def at_positions(net: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Pooled features, and (B, P, h, w), or tokens (B, L, P) without the class token and registers."""
+    grid = net.forward_features(x)
+    pooled_BP = net.forward_head(grid)
+    if grid.ndim == 3:
+        return pooled_BP, grid[:, getattr(net, "num_prefix_tokens", 0) :]
+    return pooled_BP, grid.permute(0, 3, 1, 2) if getattr(net, "output_fmt", "") == "NHWC" else grid

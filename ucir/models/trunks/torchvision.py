@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ucir.data.augment import InputFormat
 from ucir.errors import UserError, nearest
@@ -44,4 +44,14 @@ def build(name: str, norm: partial[GroupedBatchNorm2d]) -> Trunk:
     net.fc = nn.Identity()
     names = [name for name, _ in net.named_parameters()]
     stages = {name: int(name[5]) if name.startswith("layer") else 0 for name in names}
-    return Trunk(net, pooled_dim, InputFormat(side=224), stages)
+    return Trunk(net, pooled_dim, InputFormat(side=224), stages, at_positions=at_positions)
+
+
+def at_positions(net: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Pooled features, and (B, P, h, w)."""
+    children = dict(net.named_children())
+    for name, part in children.items():
+        if name == "avgpool":
+            break
+        x = part(x)
+    return children["avgpool"](x).flatten(1), x
