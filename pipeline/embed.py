@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-
 from ucir.cluster.launch import embed_on_cluster
 from ucir.data.feature_pack import FeaturePackInfo
 from ucir.devices import choose_device
 from ucir.errors import run_main, stage_item
 from ucir.models.embedding import embed, embed_here
-from ucir.paths import FEATURES, check_writable, unshare
+from ucir.paths import FEATURES, check_writable, file_sha256, unshare
 from ucir.progress import Progress
 from ucir.runs.run import embedder_of, embedding_key
 from ucir.runs.study import load_study
@@ -27,7 +25,7 @@ def main() -> None:
         print(f"embed: nothing to do, as the trunk is trained (datasets.{dataset}.start.trained)")
         return
     embedder = embedder_of(block, dataset, choose_device(params.cluster))
-    digest = hashlib.sha256(embedder.start.read_bytes()).hexdigest()
+    digest = file_sha256(embedder.start)
     compute = embed_on_cluster(params.cluster) if params.cluster.num_workers else embed_here
     with Progress("embed", 0, "picture") as progress:
         info = embed(embedder, out, embedding_key(block, digest), compute, progress.reach)

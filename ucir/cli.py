@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -107,9 +109,9 @@ def adapt(
         typer.Option(help="head (default; minutes on a CPU), last (the network's last stage, too), or all."),
     ] = None,
     clusters: Annotated[
-        int | None, typer.Option(help="A guess at the number of kinds. Default: looked for.")
+        int | None, typer.Option(min=2, help="A guess at the number of kinds. Default: looked for.")
     ] = None,
-    epochs: Annotated[int | None, typer.Option(help="Default: those of the study `pacs`.")] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Default: those of the study `pacs`.")] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only tell what would be done, and how long it takes.")
     ] = False,
@@ -140,6 +142,8 @@ def adapt(
     activate(Path(PARAMS_FILE), adaptation.name, adaptation.blocks)
     from dvc.cli import main as dvc
 
+    # the stages' `python` is this one, also where its folder is not on the path
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     if status := dvc(["repro"]):
         typer.echo("not finished: what is done is kept, the same command goes on from there", err=True)
         raise typer.Exit(status)

@@ -31,7 +31,7 @@ from ucir.models.checkpoints import load_encoder, load_state, save_encoder
 from ucir.models.encoder import Encoder, new_encoder
 from ucir.models.pretrained import EMBEDDED, EMBEDDED_SIDE, EMBEDDED_TRUNK, load_weights
 from ucir.models.trunk import StoredTrunk
-from ucir.paths import MODELS
+from ucir.paths import MODELS, file_sha256
 
 FORMAT = 1
 BATCH = 64
@@ -246,6 +246,6 @@ def _trunk_path(path: Path, trunk_file: dict[str, str]) -> Path:
     remedy = "load it in its project's folder, where `uv run dvc repro pretrain` makes that file"
     if not file.exists():
         raise UserError(f"{path}: holds a head for the trunk in {file}, which is not there: {remedy}")
-    if hashlib.sha256(file.read_bytes()).hexdigest() != trunk_file["sha256"]:
+    if file_sha256(file) != trunk_file["sha256"]:
         raise UserError(f"{path}: was trained on other weights than {file} holds now: {remedy}")
     return file

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from ucir.data.fetch import verify
 from ucir.errors import UserError, nearest
 from ucir.models.checkpoints import load_tensors
 from ucir.models.trunk import Trunk
+from ucir.paths import file_sha256
 
 EMBEDDED, HUB = "embedded", "hub"
 EMBEDDED_TRUNK = "tf_efficientnet_lite0"
@@ -76,7 +76,7 @@ def load_weights(trunk: Trunk, name: str, weights: str, digest: str | None = Non
     verify(file, digest)
     state = _tensors(file)
     _fill(trunk.net, _in_order(trunk.net, state) if weights == EMBEDDED else state, file)
-    return Origin(source, hashlib.sha256(file.read_bytes()).hexdigest(), licence, note)
+    return Origin(source, file_sha256(file), licence, note)
 
 
 def check_weights(weights: str) -> None:

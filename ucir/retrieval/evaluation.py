@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -30,7 +29,7 @@ from ucir.models.encoder import new_encoder
 from ucir.models.features import extract_features
 from ucir.models.head import ResidualHead
 from ucir.models.trunk import StoredTrunk
-from ucir.paths import FEATURES, PACKS, STARTS
+from ucir.paths import FEATURES, PACKS, STARTS, file_sha256
 from ucir.prototypes.clustering import kmeans
 from ucir.retrieval.gate import GateChoice, calibrated_limit, fit_gate, nearest_distances
 from ucir.retrieval.metrics import Decisions, metric_values
@@ -227,7 +226,7 @@ def evaluate_start(params: Params, key: str, gate: GateChoice, results: Path) ->
     for row in start_rows(block.start):
         checkpoint = STARTS / part.dataset / ("untrained.pt" if row == UNTRAINED else "start.pt")
         of_all = _start_features(checkpoint, block, part.dataset, every, device)
-        run_key = hashlib.sha256(checkpoint.read_bytes()).hexdigest()[:12]
+        run_key = file_sha256(checkpoint)[:12]
         tracker = _tracker(part.dataset, part.setting, row, block)
         scores: list[DirectionScore] = []
         for pair in pairs:

@@ -24,6 +24,7 @@ from typing import Any, Literal
 
 import torch
 
+from ucir.config.base import PARAMS_FILE
 from ucir.config.data import DatasetParams, PackParams, ViewParams
 from ucir.config.load import Params
 from ucir.config.model import EncoderParams
@@ -32,13 +33,13 @@ from ucir.data.pack import DomainImages, Picture, open_domain, read_index, read_
 from ucir.data.splits import LabelSpaces, both_ways, directions, label_spaces, training_order, trainings
 from ucir.errors import UserError, nearest
 from ucir.methods.base import MethodParams
-from ucir.methods.registry import METHODS
+from ucir.methods.registry import METHODS, params_block
 from ucir.models.checkpoints import load_encoder, load_state
 from ucir.models.embedding import Embedder
 from ucir.models.encoder import Encoder, new_encoder
 from ucir.models.model import Model
 from ucir.models.trunk import trunk_module
-from ucir.paths import FEATURES, PACKS, RUNS, STARTS, check_writable, link_or_copy
+from ucir.paths import FEATURES, PACKS, RUNS, STARTS, check_writable, file_sha256, link_or_copy
 from ucir.retrieval.evaluation import CHECKPOINTS
 from ucir.runs.dependencies import EMBEDDING, START, code_version, training_modules
 from ucir.runs.params import method_params
@@ -366,7 +367,7 @@ def plan_runs(
     start = start_file(dataset)
     load_encoder(new_encoder(block.start.encoder, 0), start)
     check_writable(RUNS)
-    start_digest = hashlib.sha256(start.read_bytes()).hexdigest()
+    start_digest = file_sha256(start)
     features = _features_key(block, dataset, start_digest) if block.start.trained == "head" else ""
     shared = {
         "method": method,
@@ -388,7 +389,8 @@ def plan_runs(
             for role, domain in enumerate(pair)
         ]
         counts = (len(kept[0]), len(kept[1]))
-        _check_sizes(wanted, setting, pair, counts)
+        where = f"{PARAMS_FILE}: methods.{params_block(method)}.{dataset}"
+        _check_sizes(wanted, where, setting, pair, counts)
         for seed in params.study.seeds if seeds is None else seeds:
             order = pair[:: training_order(setting)]
             slots = dict(zip(pair, kept, strict=True))
@@ -432,19 +434,21 @@ def materialise(run: PairRun, out: Path) -> None:
     (target / "run.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-def _check_sizes(params: MethodParams, setting: str, pair: tuple[str, str], counts: tuple[int, ...]) -> None:
+def _check_sizes(
+    params: MethodParams, where: str, setting: str, pair: tuple[str, str], counts: tuple[int, ...]
+) -> None:
     left = "" if setting == "closed" else f" that the setting {setting!r} leaves"
     for domain, count in zip(pair, counts, strict=True):
         if params.most_clusters > count:
             raise UserError(
-                f"clusters = {params.most_clusters} exceeds the {count} images of domain "
-                f"{domain}{left}: set fewer clusters in params.yaml"
+                f"{where}: clusters = {params.most_clusters} exceeds the {count} images of domain "
+                f"{domain}{left}: set fewer"
             )
     larger = max(counts)
     if params.batch_size > larger:
         raise UserError(
-            f"batch_size = {params.batch_size} exceeds the {larger} images of the larger domain of "
-            f"{'-'.join(pair)}{left}: set a smaller batch_size in params.yaml"
+            f"{where}: batch_size = {params.batch_size} exceeds the {larger} images of the larger domain of "
+            f"{'-'.join(pair)}{left}: set a smaller one"
         )
 
 
