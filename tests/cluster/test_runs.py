@@ -272,6 +272,19 @@ def test_a_full_disk_costs_nothing_but_the_epoch(
     assert all(run.done for run in runs)
 
 
+def test_curves_may_be_of_some_queries_and_the_last_epoch_is_of_all(prepared: Path) -> None:
+    (run,) = plan()[:1]
+    train_all([run], ClusterParams())
+    (few,) = plan(datasets__shapes__evaluate__curve_queries=1)[:1]
+    assert few.key == run.key, "it changes no training"
+    few = PairRun(**{**few.__dict__, "folder": prepared / "runs/few"})
+    train_all([few], ClusterParams())
+    every, some = ([entry["val/P_at_2"] for entry in r.history()] for r in (run, few))
+    assert some[-1] == every[-1]
+    assert some[:-1] != every[:-1]
+    assert {value % 25 for value in some[:-1]} == {0}, "one query of each direction and two places"
+
+
 @pytest.mark.parametrize("why", ["a long epoch", "a machine leaves"])
 def test_a_state_is_kept_in_the_middle_of_an_epoch(
     prepared: Path, monkeypatch: pytest.MonkeyPatch, why: str

@@ -80,6 +80,9 @@ class EvaluateParams(Block):
 
     cutoffs: Annotated[tuple[Count, ...], Field(min_length=1)] = (50, 100, 200)
     """The K of P@K; the first one selects the best epoch, as in the papers."""
+    curve_queries: Count | None = None
+    """Queries of a direction, evenly spread over the domain, that a training's curves are made of, and with
+    them the choice of the best epoch; the last epoch's and all final scores are of all. None: all, always."""
     features: Literal["head", "pooled"] = "head"
     """What final scores are taken from: the head's output, as in the papers, or what goes into it."""
     grid_queries: Count = 8

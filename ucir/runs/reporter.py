@@ -11,6 +11,7 @@ from threading import Event
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from ucir.distributed import any_worker
@@ -88,15 +89,15 @@ class RunReporter:
         if not self.writes:
             return
         entry = {"epoch": float(report.epoch), **report.metrics}
+        last = report.epoch + 1 == self.run.params.epochs
         if isinstance(self.run, PairRun):
             first, second = features
             entry |= {f"quality/{name}": value for name, value in criteria(first, second).items()}
-            entry |= self._scores(self.run, first, second)
+            entry |= self._scores(self.run, None if last else self.run.curve_queries, first, second)
             selector = f"val/{precision_name(self.run.cutoffs[0])}"
             if selector in entry and all(entry[selector] > earlier[selector] for earlier in self.history):
                 self._save(report, BEST, entry)
         self.history.append(entry)
-        last = report.epoch + 1 == self.run.params.epochs
         state = self.run.folder / "state.pt"
         if not last:
             save_atomically({**report.state, "history": self.history}, state)
@@ -122,8 +123,9 @@ class RunReporter:
             text = json.dumps(_plain(details), indent=1, allow_nan=False)
             (self.run.folder / "fault.json").write_text(text + "\n", encoding="utf-8")
 
-    def _scores(self, run: PairRun, *features_ND: Tensor) -> dict[str, float]:
-        """P@K and mAP, mean of both directions: a curve to look at, and the choice of the best epoch.
+    def _scores(self, run: PairRun, most: int | None, *features_ND: Tensor) -> dict[str, float]:
+        """P@K and mAP of at most so many queries, mean of both directions: a curve to look at, and the choice
+        of the best epoch.
 
         Nothing for pictures without labels.
         """
@@ -132,10 +134,15 @@ class RunReporter:
         if not all(any(labels) for labels in self.labels.values()):
             return {}
         features = dict(zip(self.labels, features_ND, strict=True))
-        each = [
-            metric_values(rank(features[q], features[g], self.labels[q], self.labels[g]), run.cutoffs)
-            for q, g in (run.pair, run.pair[::-1])
-        ]
+        each = []
+        for q, g in (run.pair, run.pair[::-1]):
+            count = len(features[q])
+            # slots are in the order of content hashes, which is no order
+            few = min(count, most or count)
+            slots = torch.arange(few) * count // few
+            query_labels = [self.labels[q][slot] for slot in slots.tolist()]
+            ranking = rank(features[q][slots], features[g], query_labels, self.labels[g])
+            each.append(metric_values(ranking, run.cutoffs))
         return {f"val/{name}": float(np.mean([s[name] for s in each])) for name in each[0]}
 
 

@@ -144,6 +144,8 @@ class PairRun(Run):
     pair: tuple[str, str]
     """Query and gallery; where one training serves both directions both are both."""
     cutoffs: tuple[int, ...]
+    curve_queries: int | None
+    """Queries of a direction in an epoch's scores; None: all."""
     spaces: LabelSpaces
     counts: tuple[int, int]
     """Pictures of the two domains."""
@@ -408,6 +410,7 @@ def plan_runs(
                     setting=setting,
                     pair=pair,
                     cutoffs=block.evaluate.cutoffs,
+                    curve_queries=block.evaluate.curve_queries,
                     spaces=spaces,
                     counts=counts,
                     start=start,
