@@ -36,6 +36,17 @@ def test_a_pair_merges_only_below_the_least_distance_within_a_domain(gap: float)
     assert unify(one, other, ZERO, ZERO).merged_K.tolist() == [gap < 1, False]
 
 
+def test_a_limit_of_its_own_lets_a_pair_merge_beside_clusters_that_lie_close() -> None:
+    one = torch.tensor([[0.0, 0.0], [50.0, 0.0], [50.0, 1.0]])
+    other = torch.tensor([[0.0, 3.0], [50.0, 0.4], [80.0, 0.0]])
+    assert unify(one, other, ZERO, ZERO).merged_K.tolist() == [False, True, False]
+    first, second = unify(one, other, ZERO, ZERO, limit="pair"), unify(other, one, ZERO, ZERO, limit="pair")
+    assert first.merged_K.tolist() == [True, True, False]
+    assert second.merged_K.tolist() == [True, True, False]
+    near = torch.tensor([[0.0, 3.0], [0.0, 5.0]])  # 2 from another of its own domain
+    assert not unify(one, near, ZERO, ZERO, limit="pair").merged_K[0]
+
+
 def test_degenerate_structures() -> None:
     points = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
     same = unify(points, points, ZERO, ZERO)  # everything merges

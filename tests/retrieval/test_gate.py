@@ -43,6 +43,20 @@ def test_uems_rule_merges_disjoint_classes_that_lie_alike() -> None:
     assert structure.merged_K.all()
 
 
+def test_a_limit_of_a_pair_rejects_fewer_where_two_clusters_of_a_domain_lie_close() -> None:
+    query, _ = domain([0, 1, 2], 30, seed=1, spread=0.01)
+    gallery, _ = domain([0, 1, 2], 30, seed=2, spread=0.01)
+    for x, class_number in ((query, 2), (gallery, 2)):  # one class lies in two clusters
+        half = slice(30 * class_number, 30 * class_number + 15)
+        x[half] = normalize(x[half] + 0.1 * CENTRES[7], dim=1)
+    gallery[:30] = normalize(gallery[:30] + 0.3 * CENTRES[6], dim=1)  # another looks otherwise here
+    rejected = [
+        float((fit_gate("merged", query, gallery, 4, 0, limit).scores(query, gallery) > 0).float().mean())
+        for limit in ("domain", "pair")
+    ]
+    assert rejected[1] < rejected[0]
+
+
 @pytest.mark.parametrize("kind", ["merged", "spread"])
 def test_private_queries_alone_are_rejected(kind: str) -> None:
     query, labels = domain([0, 1, 2, 3, 4, 5], 40, seed=1)

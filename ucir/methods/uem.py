@@ -56,7 +56,7 @@ from ucir.methods.base import (
 from ucir.methods.step import DomainBatch, Rendered, Step
 from ucir.models.encoder import Encoder
 from ucir.prototypes.clustering import Clusters
-from ucir.prototypes.merging import Structure, centres, unify_domains
+from ucir.prototypes.merging import MergingLimit, Structure, centres, unify_domains
 
 
 class UemParams(SingleEncoderParams, ClusteredParams):
@@ -78,6 +78,9 @@ class UemParams(SingleEncoderParams, ClusteredParams):
     instance_negatives: Literal["batch", "bank"] = "batch"
     reduction: Literal["mean", "sum"] = "mean"
     merging: bool = True
+    merging_limit: MergingLimit = "domain"
+    """What a pair that merges must be nearer than: any two prototypes of one domain (eq. 9), or each of the
+    two to others of its own domain. Of the gate, too."""
     semantic_weight: Weight = 1.0
     """Of the semantic-enhanced loss."""
     structure_weight: Weight = 1.0
@@ -159,7 +162,7 @@ class Uem(SingleEncoder[UemParams], ClusteringMethod[UemParams]):
         both = [centres(x, c) for x, c in zip(self.banks, one, strict=True)]
         self.centres = [centre_KD for centre_KD, _ in both]
         self.labels = [label_N for _, label_N in both]
-        self.structures = unify_domains(self.banks, one, self.params.merging)
+        self.structures = unify_domains(self.banks, one, self.params.merging, self.params.merging_limit)
         figures = cluster_figures(clusterings)
         figures["prototypes/merged"] = float(self.structures[0].merged_K.sum())
         if epoch < self.border:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ucir.memory import Features, features_of
 from ucir.prototypes.clustering import Clusters, raw_centroids
+
+MergingLimit = Literal["domain", "pair"]
+"""What a pair of prototypes must be nearer than: any two of one domain (eq. 9), or, ours, each of the two to
+any other of its own domain. One pair of clusters that lie close keeps all others from merging in eq. 9."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,7 @@ def unify(
     own_mean_D: Tensor,
     other_mean_D: Tensor,
     merging: bool = True,
+    limit: MergingLimit = "domain",
 ) -> Structure:
     """The other domain's prototypes moved by the difference of the means, and merged where they fit.
 
@@ -43,6 +49,7 @@ def unify(
         own_KD, other_LD: cluster means of the two domains.
         own_mean_D, other_mean_D: means of their banks.
         merging: without, every prototype stays on its own (an ablation).
+        limit: of the distance of a pair that merges.
     """
     from scipy.optimize import linear_sum_assignment  # type: ignore[import-untyped]
 
@@ -50,9 +57,12 @@ def unify(
     partner_L = torch.full((len(other_LD),), -1, dtype=torch.int64, device=own_KD.device)
     if merging:
         distance_KL = torch.cdist(own_KD, moved_LD)
-        limit = min(_least_distance(own_KD), _least_distance(other_LD))
+        own_K, other_L = _least_distances(own_KD), _least_distances(other_LD)
+        if limit == "domain":
+            least = torch.minimum(own_K.min(), other_L.min())
+            own_K, other_L = least.expand_as(own_K), least.expand_as(other_L)
         for k, j in zip(*linear_sum_assignment(distance_KL.double().cpu().numpy()), strict=True):
-            if float(distance_KL[k, j]) < limit:
+            if float(distance_KL[k, j]) < min(float(own_K[k]), float(other_L[j])):
                 partner_L[j] = int(k)
     single_L = partner_L < 0
     prototype_KD = own_KD.clone()
@@ -71,11 +81,15 @@ def unify_domains(
     features: tuple[Tensor | Features, Tensor | Features],
     clusters: tuple[Clusters, Clusters],
     merging: bool = True,
+    limit: MergingLimit = "domain",
 ) -> tuple[Structure, Structure]:
     """Both domains' structures, of the centres that :func:`centres` finds."""
     one_KD, other_KD = (centres(x, c)[0] for x, c in zip(features, clusters, strict=True))
     first, second = (features_of(x).mean() for x in features)
-    return unify(one_KD, other_KD, first, second, merging), unify(other_KD, one_KD, second, first, merging)
+    return (
+        unify(one_KD, other_KD, first, second, merging, limit),
+        unify(other_KD, one_KD, second, first, merging, limit),
+    )
 
 
 def centres(features: Tensor | Features, clusters: Clusters) -> tuple[Tensor, Tensor]:
@@ -85,6 +99,8 @@ def centres(features: Tensor | Features, clusters: Clusters) -> tuple[Tensor, Te
     return raw_centroids(features, clusters)[there_K], number_K[clusters.label_N]
 
 
-def _least_distance(x_KD: Tensor) -> float:
-    """Between two different rows; infinite for one row."""
-    return float(torch.pdist(x_KD).min()) if len(x_KD) > 1 else float("inf")
+def _least_distances(x_KD: Tensor) -> Tensor:
+    """Of each row to a different one, (K,); infinite for a single row."""
+    distance_KK = torch.cdist(x_KD, x_KD, compute_mode="donot_use_mm_for_euclid_dist")
+    distance_KK.fill_diagonal_(float("inf"))
+    return distance_KK.amin(dim=1)

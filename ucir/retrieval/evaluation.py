@@ -99,7 +99,8 @@ def score_direction(
     if not any(labels[query]) or not any(labels[gallery]):
         return []
     ranking = rank(features[query], features[gallery], labels[query], labels[gallery])
-    fitted = fit_gate(gate.kind, features[query], features[gallery], gate.clusters, seed)
+    domains = features[query], features[gallery]
+    fitted = fit_gate(gate.kind, *domains, gate.clusters, seed, gate.merging_limit)
     beyond_Q = fitted.scores(features[query], features[gallery]).numpy()
     nearest_Q = nearest_distances(features[query], features[gallery])
     calibrated_Q = (nearest_Q - calibrated_limit(nearest_Q)).numpy()

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ucir.losses.universal import product_dissimilarity
 from ucir.prototypes.clustering import choose_clusters, kmeans
-from ucir.prototypes.merging import centres, unify_domains
+from ucir.prototypes.merging import MergingLimit, centres, unify_domains
 
 CHUNK = 1024
 FALSE_REJECTIONS = 0.05
@@ -40,11 +40,18 @@ class GateChoice:
 
     kind: str
     clusters: int | str
+    merging_limit: MergingLimit = "domain"
 
     @classmethod
-    def of(cls, block: str | None, clusters: int | str | tuple[int, ...]) -> GateChoice:
+    def of(
+        cls,
+        block: str | None,
+        clusters: int | str | tuple[int, ...],
+        merging_limit: MergingLimit = "domain",
+    ) -> GateChoice:
         """That of a method's block (None: of the start), with its K, or the first of several."""
-        return cls(GATES.get(block or "", "spread"), clusters[0] if isinstance(clusters, tuple) else clusters)
+        k = clusters[0] if isinstance(clusters, tuple) else clusters
+        return cls(GATES.get(block or "", "spread"), k, merging_limit)
 
 
 @dataclass(frozen=True)
@@ -67,7 +74,12 @@ class Gate:
 
 
 def fit_gate(
-    kind: str, query_QD: Tensor, gallery_GD: Tensor, clusters: int | str = "elbow", seed: int = 0
+    kind: str,
+    query_QD: Tensor,
+    gallery_GD: Tensor,
+    clusters: int | str = "elbow",
+    seed: int = 0,
+    merging_limit: MergingLimit = "domain",
 ) -> Gate:
     """Learn a gate from the features of both domains.
 
@@ -77,6 +89,7 @@ def fit_gate(
         clusters: of each domain, at most as many as images; or how to choose them, see
             :func:`ucir.prototypes.clustering.choose_clusters`.
         seed: of K-means.
+        merging_limit: of ``merged``.
     """
     clusterings = []
     for x in (query_QD, gallery_GD):
@@ -89,7 +102,9 @@ def fit_gate(
             members = query_QD[label_Q == k]
             limits[k] = _largest(kind, members, members)
         return Gate(kind, centre_KD, limits)
-    own_structure, other_structure = unify_domains((query_QD, gallery_GD), (clusterings[0], clusterings[1]))
+    own_structure, other_structure = unify_domains(
+        (query_QD, gallery_GD), (clusterings[0], clusterings[1]), limit=merging_limit
+    )
     _, label_G = centres(gallery_GD, clusterings[1])
     # a merged prototype of the gallery's structure is that of the query's cluster which it merged with
     for k in own_structure.merged_K.nonzero().flatten().tolist():

@@ -7,6 +7,7 @@ from ucir.config.load import Params
 from ucir.errors import UserError, nearest
 from ucir.methods.base import MethodParams
 from ucir.methods.registry import METHODS, VARIANTS, params_block
+from ucir.prototypes.merging import MergingLimit
 from ucir.retrieval.gate import GateChoice
 
 
@@ -52,5 +53,8 @@ def gate_choice(params: Params, dataset: str, method: str | None) -> GateChoice:
     Who has no K takes the number of classes, as the papers' baselines are given it, or looks for one.
     """
     known: int | str = params.datasets[dataset].entry.classes or "elbow"
-    clusters = known if method is None else getattr(method_params(params, method, dataset), "clusters", known)
-    return GateChoice.of(params_block(method) if method else None, clusters)
+    if method is None:
+        return GateChoice.of(None, known)
+    given = method_params(params, method, dataset)
+    limit: MergingLimit = getattr(given, "merging_limit", "domain")
+    return GateChoice.of(params_block(method), getattr(given, "clusters", known), limit)
