@@ -1,24 +1,34 @@
-"""Which epoch, and which method, would a criterion choose? Measured on the active study's finished trainings.
+"""Which epoch, and which method, would a criterion choose? Measured on finished trainings of studies.
 
-    uv run python -m tests.benchmarks.epochs
+    uv run python -m tests.benchmarks.epochs [STUDY ...]     (default: the active one)
 
-For each criterion that sees no labels: Spearman's rho with P@K over the epochs of a training, and what the
-epoch that it picks has more than the last one, in points of P@K; means over pairs and seeds, by method. The
-last rows are of the epoch that labels would pick. Then the same over the methods of a pair, in their last
-epoch: rho, and what the chosen method has less than the best. Labels are read for these tables alone.
+For each criterion that sees no labels, and for two ways to join them all (the mean and the least of the
+ranks that they give): Spearman's rho with P@K over the epochs of a training, and what the epoch that it picks
+has more than the last one, in points of P@K; means over pairs and seeds, by method. Then the same over the
+methods of a pair, in their last epoch: rho, and what the chosen method has less than the best, by data set,
+with a 90 % interval (bootstrap over pairs and seeds); and what the criterion that is best on all other data
+sets loses on each. Labels are read for these tables alone.
 """
 
 from __future__ import annotations
 
+import sys
 from collections import defaultdict
+from typing import Any
 
 import numpy as np
-from scipy.stats import spearmanr
+from scipy.stats import rankdata, spearmanr
 
 from ucir.config.load import load_params
 from ucir.retrieval.criteria import CRITERIA
 from ucir.retrieval.metrics import precision_name
 from ucir.runs.run import plan_runs
+from ucir.runs.study import study_runs
+
+JOINED: dict[str, Any] = {"mean rank": np.mean, "worst rank": np.min}
+NAMES = [*CRITERIA, *JOINED]
+LABELS = "labels"
+RESAMPLES = 2000
 
 Figures = dict[str, list[tuple[float, float]]]
 
@@ -26,9 +36,11 @@ Figures = dict[str, list[tuple[float, float]]]
 def choices(entries: list[dict[str, float]], metric: str) -> dict[str, tuple[float, float]]:
     """Rho with the metric over these entries of histories, and the metric of the chosen one, by criterion."""
     truth = np.array([entry[metric] for entry in entries])
-    found = {"labels": (1.0, float(truth.max()))}
-    for name in CRITERIA:
-        values = np.array([entry[f"quality/{name}"] for entry in entries])
+    scores = {name: np.array([entry[f"quality/{name}"] for entry in entries]) for name in CRITERIA}
+    ranks = np.stack([rankdata(values) for values in scores.values()])
+    scores |= {name: join(ranks, axis=0) for name, join in JOINED.items()}
+    found = {LABELS: (1.0, float(truth.max()))}
+    for name, values in scores.items():
         rho = float(spearmanr(values, truth).statistic) if np.ptp(values) and np.ptp(truth) else 0.0
         found[name] = (rho, float(truth[values.argmax()]))
     return found
@@ -36,39 +48,62 @@ def choices(entries: list[dict[str, float]], metric: str) -> dict[str, tuple[flo
 
 def main() -> None:
     params = load_params()
-    names = [*CRITERIA, "labels"]
     by_method: dict[str, Figures] = {}
-    by_pair: dict[str, list[dict[str, float]]] = defaultdict(list)
-    for part in params.study.runs.values():
-        metric = f"val/{precision_name(params.datasets[part.dataset].evaluate.cutoffs[0])}"
-        for run in plan_runs(params, part.dataset, part.setting, part.method, part.pairs):
-            if run.done and metric in run.history()[-1]:
-                last = run.history()[-1]
-                figures = by_method.setdefault(f"{part.dataset} {part.method}", defaultdict(list))
-                for name, (rho, chosen) in choices(run.history(), metric).items():
-                    figures[name].append((rho, chosen - last[metric]))
-                by_pair[f"{part.dataset} {part.setting} {'-'.join(run.pair)} s{run.seed}"].append(
-                    {**last, "value": last[metric]}
-                )
+    by_pair: dict[tuple[str, str], list[dict[str, float]]] = defaultdict(list)
+    for study in sys.argv[1:] or [params.study.name]:
+        seeds = params.studies[study].seeds
+        for _, part in study_runs(params, study):
+            dataset = part["dataset"]
+            metric = f"val/{precision_name(params.datasets[dataset].evaluate.cutoffs[0])}"
+            pairs = part.get("pairs")
+            for run in plan_runs(params, dataset, part["setting"], part["method"], pairs, seeds):
+                if run.done and metric in run.history()[-1]:
+                    last = run.history()[-1]
+                    figures = by_method.setdefault(f"{dataset} {part['method']}", defaultdict(list))
+                    for name, (rho, chosen) in choices(run.history(), metric).items():
+                        figures[name].append((rho, chosen - last[metric]))
+                    pair = f"{part['setting']} {'-'.join(run.pair)} s{run.seed}"
+                    by_pair[dataset, pair].append({**last, "value": last[metric]})
     print("rho over epochs / points that its epoch has more than the last one")
-    show(names, by_method)
-    print("\nrho over methods / points that its method has less than the best")
-    chosen_methods: dict[str, Figures] = {}
-    for pair, entries in by_pair.items():
+    show({row: {n: mean(kept[n]) for n in (*NAMES, LABELS)} for row, kept in by_method.items()})
+
+    chosen_methods: dict[str, Figures] = defaultdict(lambda: defaultdict(list))
+    for (dataset, _), entries in by_pair.items():
         if len(entries) > 2:
             found = choices(entries, "value")
-            best = found["labels"][1]
-            chosen_methods[pair] = {name: [(rho, best - chosen)] for name, (rho, chosen) in found.items()}
-    show(names, chosen_methods)
+            best = found[LABELS][1]
+            for name in NAMES:
+                chosen_methods[dataset][name].append((found[name][0], best - found[name][1]))
+    print("\nrho over methods / points that its method has less than the best, and their 90 % interval")
+    lost = {dataset: {n: mean(kept[n]) for n in NAMES} for dataset, kept in chosen_methods.items()}
+    show(lost)
+    for dataset, kept in chosen_methods.items():
+        print(f"{dataset + ', interval':<24}" + "".join(f"{interval(kept[n]):>14}" for n in NAMES))
+    for dataset in lost:
+        others = [figures for other, figures in lost.items() if other != dataset]
+        if others:
+            picked = min(NAMES, key=lambda name: float(np.mean([figures[name][1] for figures in others])))
+            print(f"{dataset}: {picked}, the best elsewhere, loses {lost[dataset][picked][1]:.1f} points")
 
 
-def show(names: list[str], rows: dict[str, Figures]) -> None:
-    print(f"{'':<40}" + "".join(f"{name[:13]:>15}" for name in names))
-    cells = {row: [np.mean(kept[name], axis=0) for name in names] for row, kept in rows.items()}
-    if cells:
-        cells["mean"] = list(np.mean(list(cells.values()), axis=0))
+def mean(values: list[tuple[float, float]]) -> tuple[float, float]:
+    rho, points = np.mean(values, axis=0)
+    return float(rho), float(points)
+
+
+def interval(values: list[tuple[float, float]]) -> str:
+    points = np.array([value for _, value in values])
+    drawn = np.random.default_rng(0).integers(len(points), size=(RESAMPLES, len(points)))
+    low, high = np.quantile(points[drawn].mean(axis=1), (0.05, 0.95))
+    return f"{low:.1f} to {high:.1f}"
+
+
+def show(rows: dict[str, dict[str, tuple[float, float]]]) -> None:
+    names = list(next(iter(rows.values()), {}))
+    print(f"{'':<24}" + "".join(f"{name[:13]:>14}" for name in names))
+    cells = rows | ({"mean": {n: mean([row[n] for row in rows.values()]) for n in names}} if rows else {})
     for row, values in cells.items():
-        print(f"{row:<40}" + "".join(f"{rho:>8.2f} /{points:>5.1f}" for rho, points in values))
+        print(f"{row:<24}" + "".join(f"{rho:>7.2f} /{points:>5.1f}" for rho, points in values.values()))
 
 
 if __name__ == "__main__":
