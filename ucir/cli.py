@@ -320,7 +320,7 @@ def tune(
           grace: 4                  # epochs that every trial has
           epochs: 10                # of a trial, instead of the method's
           pairs: [printed-street]   # instead of the data set's
-          objective: mixing         # or another criterion, or oracle
+          objective: transport      # or another criterion, or oracle
           scope: shared             # or per_pair
           space:
             temperature: {loguniform: [0.05, 0.5]}
@@ -328,7 +328,7 @@ def tune(
             batch_size: {integer: [32, 64]}
             clusters: [10, 20, 40]
 
-    Criteria: mixing, mutual_neighbours, transport, rank, cluster_cycle, silhouette, stability, density.
+    Criteria: transport, mixing, mutual_neighbours, rank, cluster_cycle, silhouette, stability, density.
 
     A trial trains all pairs with one candidate; its score is the mean of the objective over them. The
     objective needs no labels unless it is `oracle` (P@K). The same command goes on where a killed one

@@ -104,7 +104,7 @@ def test_a_trial_reports_the_mean_over_pairs_and_is_an_ordinary_training(prepare
         for name in CRITERIA:
             mean = sum(run.history()[epoch][f"quality/{name}"] for run in runs) / len(runs)
             assert entry[f"scores_{name}"] == pytest.approx(mean)
-        assert entry["score"] == entry["scores_mixing"]
+        assert entry["score"] == entry["scores_transport"]
         oracle = sum(run.history()[epoch]["val/P_at_2"] for run in runs) / len(runs)
         assert entry["scores_oracle"] == pytest.approx(oracle)
     overridden = load_params(overrides=["methods.ucdir.shapes.temperature=0.3"])

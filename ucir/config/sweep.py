@@ -66,7 +66,7 @@ class SweepParams(SettingParams):
     """Epochs that every trial has."""
     reduction: Annotated[int, Field(ge=2)] = 3
     """asha: one in so many goes on at each rung."""
-    objective: str = "mixing"
+    objective: str = "transport"
     """A label-free criterion of :mod:`ucir.retrieval.criteria`, or ``oracle``: P@K, which reads labels."""
     scope: Literal["shared", "per_pair"] = "shared"
     """One setting for all pairs, scored by the mean over them; or a search for each."""
