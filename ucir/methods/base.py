@@ -174,7 +174,10 @@ class Method(ABC, Generic[P]):
         return PairBatches(first, second, self.params.batch_size, self.seed)
 
     def build(self, encoder: Encoder) -> nn.ModuleDict:
-        """Once, before :meth:`optimizer`: what it trains beside the encoder, on the encoder's device."""
+        """Once, before :meth:`optimizer`: what it trains beside the encoder, on the encoder's device.
+
+        Its parameters are trained where :meth:`parameter_groups` names them.
+        """
         return nn.ModuleDict()
 
     @abstractmethod
@@ -206,12 +209,15 @@ class Method(ABC, Generic[P]):
         for name, value in state.items():
             setattr(self, name, _taken_up(value))
 
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Of what :meth:`build` made, which every worker trains alike, for :meth:`optimizer`."""
+        return []
+
     def optimizer(self, encoder: Encoder) -> torch.optim.Optimizer:
         """SGD, as UCDIR trains. A group's ``lr_scale`` multiplies :meth:`lr_at`."""
         p = self.params
-        return torch.optim.SGD(
-            encoder.parameter_groups(), p.lr, momentum=p.momentum, weight_decay=p.weight_decay
-        )
+        groups = [*encoder.parameter_groups(), *self.parameter_groups()]
+        return torch.optim.SGD(groups, p.lr, momentum=p.momentum, weight_decay=p.weight_decay)
 
     def set_rates(self, optimizer: torch.optim.Optimizer, epoch: int, steps: int) -> None:
         """Before each step. Arguments as of :meth:`lr_at`."""

@@ -198,11 +198,5 @@ class Brad(BankMethod[BradParams]):
             self.discriminator = nn.Sequential(*layers, nn.Linear(width, 2)).to(encoder.device)
         return nn.ModuleDict({"discriminator": self.discriminator})
 
-    def optimizer(self, encoder: Encoder) -> torch.optim.Optimizer:
-        """SGD over the encoder and the discriminator, which every worker trains alike."""
-        p = self.params
-        groups: list[dict[str, Any]] = [
-            *encoder.parameter_groups(),
-            {"params": list(self.discriminator.parameters()), "lr_scale": 1.0},
-        ]
-        return torch.optim.SGD(groups, p.lr, momentum=p.momentum, weight_decay=p.weight_decay)
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        return [{"params": list(self.discriminator.parameters()), "lr_scale": 1.0}]

@@ -91,18 +91,10 @@ class Coda(SingleEncoder[CodaParams]):
         )
         return nn.ModuleDict({"classifiers": self.classifiers})
 
-    def optimizer(self, encoder: Encoder) -> torch.optim.Optimizer:
-        """SGD over the encoder, and without weight decay over the classifiers."""
-        p = self.params
-        groups: list[dict[str, Any]] = [
-            *encoder.parameter_groups(),
-            {
-                "params": list(self.classifiers.parameters()),
-                "lr_scale": p.classifier_lr / p.lr,
-                "weight_decay": 0.0,
-            },
-        ]
-        return torch.optim.SGD(groups, p.lr, momentum=p.momentum, weight_decay=p.weight_decay)
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Without weight decay."""
+        scale = self.params.classifier_lr / self.params.lr
+        return [{"params": list(self.classifiers.parameters()), "lr_scale": scale, "weight_decay": 0.0}]
 
     def lr_at(self, epoch: int, steps: int) -> float:
         """Constant."""

@@ -68,11 +68,5 @@ class Darl(BankMethod[DarlParams]):
             self.classifier = nn.Linear(encoder.feature_dim, 2).to(encoder.device)
         return nn.ModuleDict({"classifier": self.classifier})
 
-    def optimizer(self, encoder: Encoder) -> torch.optim.Optimizer:
-        """SGD over the encoder and the domain classifier, which every worker trains alike."""
-        p = self.params
-        groups: list[dict[str, Any]] = [
-            *encoder.parameter_groups(),
-            {"params": list(self.classifier.parameters()), "lr_scale": p.classifier_lr},
-        ]
-        return torch.optim.SGD(groups, p.lr, momentum=p.momentum, weight_decay=p.weight_decay)
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        return [{"params": list(self.classifier.parameters()), "lr_scale": self.params.classifier_lr}]

@@ -248,14 +248,8 @@ class Uem(SingleEncoder[UemParams], ClusteringMethod[UemParams]):
             self.discriminator = nn.Sequential(*layers).to(encoder.device)
         return nn.ModuleDict({"discriminator": self.discriminator})
 
-    def optimizer(self, encoder: Encoder) -> torch.optim.Optimizer:
-        """SGD over the encoder and the domain classifier, which every worker trains alike."""
-        p = self.params
-        groups: list[dict[str, Any]] = [
-            *encoder.parameter_groups(),
-            {"params": list(self.discriminator.parameters()), "lr_scale": p.adversary_lr},
-        ]
-        return torch.optim.SGD(groups, p.lr, momentum=p.momentum, weight_decay=p.weight_decay)
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        return [{"params": list(self.discriminator.parameters()), "lr_scale": self.params.adversary_lr}]
 
     def lr_at(self, epoch: int, steps: int) -> float:
         """Half a cosine from ``lr`` to 0, in each phase or over both."""

@@ -46,7 +46,8 @@ def criteria(first_ND: Tensor, second_ND: Tensor) -> dict[str, float]:
     """
     from sklearn.metrics import adjusted_rand_score  # not at the top: seconds, for those who only train
 
-    first, second = (_some(x.detach().float().cpu()) for x in (first_ND, second_ND))
+    rows = (x[spread_rows(len(x), MOST)] for x in (first_ND, second_ND))
+    first, second = (x.detach().float().cpu() for x in rows)
     both = torch.cat([first, second])
     of_first = torch.arange(len(both)) < len(first)
     k = max(2, round(math.sqrt(len(both) / 2)))
@@ -73,9 +74,10 @@ def criteria(first_ND: Tensor, second_ND: Tensor) -> dict[str, float]:
     }
 
 
-def _some(x_ND: Tensor) -> Tensor:
-    """At most ``MOST`` rows, evenly spread: slots are in the order of content hashes, which is no order."""
-    return x_ND[torch.linspace(0, len(x_ND) - 1, min(len(x_ND), MOST)).long()]
+def spread_rows(count: int, most: int) -> Tensor:
+    """At most so many of ``count`` rows, evenly spread, int64: slots are in the order of content hashes,
+    which is no order."""
+    return torch.linspace(0, count - 1, min(count, most)).long()
 
 
 def _transport(first_ND: Tensor, second_MD: Tensor) -> float:

@@ -11,14 +11,13 @@ from threading import Event
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from ucir.distributed import any_worker
 from ucir.models.checkpoints import load_state, save_atomically
 from ucir.models.model import save_model
 from ucir.paths import write_atomically
-from ucir.retrieval.criteria import criteria
+from ucir.retrieval.criteria import criteria, spread_rows
 from ucir.retrieval.evaluation import BEST, CHECKPOINTS, LAST
 from ucir.retrieval.metrics import metric_values, metrics, precision_name
 from ucir.retrieval.ranking import rank
@@ -137,9 +136,7 @@ class RunReporter:
         each = []
         for q, g in (run.pair, run.pair[::-1]):
             count = len(features[q])
-            # slots are in the order of content hashes, which is no order
-            few = min(count, most or count)
-            slots = torch.arange(few) * count // few
+            slots = spread_rows(count, most or count)
             query_labels = [self.labels[q][slot] for slot in slots.tolist()]
             ranking = rank(features[q][slots], features[g], query_labels, self.labels[g])
             each.append(metric_values(ranking, run.cutoffs))
