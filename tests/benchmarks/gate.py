@@ -20,7 +20,7 @@ from ucir.config.load import Params, load_params
 from ucir.methods.registry import params_block
 from ucir.prototypes.merging import MergingLimit
 from ucir.retrieval.evaluation import checkpoint_features, scored_domains
-from ucir.retrieval.gate import GATES, fit_gate
+from ucir.retrieval.gate import GATES, cluster_for_gate, fit_gate
 from ucir.runs.run import PairRun, plan_runs
 
 
@@ -44,7 +44,8 @@ def rejected(
             for rule, clusters in (("elbow", "elbow"), ("classes", len(half))):
                 there = features[gallery][chosen]
                 kind = GATES.get(params_block(run.method), "spread")
-                gate = fit_gate(kind, asked, there, clusters, 0, limit)
+                clusterings = cluster_for_gate(asked, clusters), cluster_for_gate(there, clusters)
+                gate = fit_gate(kind, asked, there, clusterings, limit)
                 share = (gate.scores(asked, there) > 0).float().mean()
                 shares.setdefault((name, rule), []).append(100 * float(share))
     return shares

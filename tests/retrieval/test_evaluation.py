@@ -11,7 +11,7 @@ from torch.nn.functional import normalize
 from ucir.cluster.launch import train_all
 from ucir.config.load import load_params
 from ucir.models.checkpoints import load_state
-from ucir.retrieval.evaluation import cluster_agreement, score_direction
+from ucir.retrieval.evaluation import cluster_agreement, score_directions
 from ucir.retrieval.gate import GateChoice
 from ucir.runs.run import plan_runs
 from ucir.runs.scores import last_scores
@@ -26,7 +26,7 @@ def test_clusters_that_are_the_classes_agree_wholly_and_random_ones_not_at_all()
     assert abs(agreement["ARI"]) < 10
     assert agreement["NMI"] < 15
     features, names = {"x": clear, "y": noise}, {"x": labels, "y": labels}
-    (score,) = score_direction(features, names, ("x", "y"), 0, "last", (5,), GateChoice("spread", 3))
+    (score,) = score_directions(features, names, [("x", "y")], 0, "last", (5,), GateChoice("spread", 3))
     assert score.scores["NMI"] == pytest.approx(100), "of the query domain"
 
 

@@ -10,8 +10,8 @@ from torch.nn.functional import normalize
 
 from ucir.losses.universal import product_dissimilarity
 from ucir.prototypes.clustering import kmeans
-from ucir.prototypes.merging import unify
-from ucir.retrieval.gate import calibrated_limit, fit_gate, nearest_distances
+from ucir.prototypes.merging import MergingLimit, unify
+from ucir.retrieval.gate import Gate, calibrated_limit, cluster_for_gate, fit_gate, nearest_distances
 from ucir.retrieval.metrics import Decisions, metric_values
 from ucir.retrieval.ranking import rank
 
@@ -25,14 +25,21 @@ def domain(classes: list[int], per_class: int, seed: int, spread: float = 0.05) 
     return normalize(CENTRES[number] + noise, dim=1), [str(i) for i in number.tolist()]
 
 
+def fitted(
+    kind: str, query: Tensor, gallery: Tensor, clusters: int | str, limit: MergingLimit = "domain"
+) -> Gate:
+    clusterings = cluster_for_gate(query, clusters), cluster_for_gate(gallery, clusters)
+    return fit_gate(kind, query, gallery, clusterings, limit)
+
+
 @pytest.mark.parametrize("kind", ["merged", "spread"])
 def test_same_classes_are_kept_and_disjoint_ones_rejected(kind: str) -> None:
     query, _ = domain([0, 1, 2, 3], 40, seed=1)
     same, _ = domain([0, 1, 2, 3], 30, seed=2)
     other = normalize(same + 3 * CENTRES[4], dim=1)  # a narrow cone, elsewhere
-    kept = fit_gate(kind, query, same, 4).scores(query, same)
+    kept = fitted(kind, query, same, 4).scores(query, same)
     assert float((kept > 0).float().mean()) < 0.05
-    gone = fit_gate(kind, query, other, 4).scores(query, other)
+    gone = fitted(kind, query, other, 4).scores(query, other)
     assert float((gone > 0).float().mean()) > 0.95
 
 
@@ -51,7 +58,7 @@ def test_a_limit_of_a_pair_rejects_fewer_where_two_clusters_of_a_domain_lie_clos
         x[half] = normalize(x[half] + 0.1 * CENTRES[7], dim=1)
     gallery[:30] = normalize(gallery[:30] + 0.3 * CENTRES[6], dim=1)  # another looks otherwise here
     rejected = [
-        float((fit_gate("merged", query, gallery, 4, 0, limit).scores(query, gallery) > 0).float().mean())
+        float((fitted("merged", query, gallery, 4, limit).scores(query, gallery) > 0).float().mean())
         for limit in ("domain", "pair")
     ]
     assert rejected[1] < rejected[0]
@@ -61,7 +68,7 @@ def test_a_limit_of_a_pair_rejects_fewer_where_two_clusters_of_a_domain_lie_clos
 def test_private_queries_alone_are_rejected(kind: str) -> None:
     query, labels = domain([0, 1, 2, 3, 4, 5], 40, seed=1)
     gallery, gallery_labels = domain([0, 1, 2], 40, seed=2)
-    gate = fit_gate(kind, query, gallery, "elbow")
+    gate = fitted(kind, query, gallery, "elbow")
     ranking = rank(query, gallery, labels, gallery_labels)
     values = metric_values(ranking, (5,), Decisions(gate.scores(query, gallery).numpy()))
     assert values["null_private"] > 90
@@ -74,7 +81,7 @@ def test_the_merged_gates_limit_is_the_widest_pair_of_members() -> None:
     """App. B.1, eqs. 25 and 26, by brute force."""
     query, _ = domain([0, 1], 12, seed=1)
     gallery, _ = domain([0, 1], 9, seed=2)
-    gate = fit_gate("merged", query, gallery, 2)
+    gate = fitted("merged", query, gallery, 2)
     one, other = (
         kmeans(x, 2, iterations=20, restarts=5, seed=0, max_points=2000).label_N for x in (query, gallery)
     )
@@ -116,5 +123,5 @@ def test_degenerate_features_give_a_defined_answer() -> None:
     for kind in ("merged", "spread"):
         for a, b in ((point, point), (point, query), (query, point), (query, query)):
             for k in (1, 2):
-                assert fit_gate(kind, a, b, k).scores(a, b).isfinite().all()
-    assert float((fit_gate("merged", query, query, 2).scores(query, query) > 0).float().mean()) == 0
+                assert fitted(kind, a, b, k).scores(a, b).isfinite().all()
+    assert float((fitted("merged", query, query, 2).scores(query, query) > 0).float().mean()) == 0

@@ -31,7 +31,7 @@ from ucir.models.head import ResidualHead
 from ucir.models.trunk import StoredTrunk
 from ucir.paths import FEATURES, PACKS, STARTS, file_sha256
 from ucir.prototypes.clustering import kmeans
-from ucir.retrieval.gate import GateChoice, calibrated_limit, fit_gate, nearest_distances
+from ucir.retrieval.gate import GateChoice, calibrated_limit, cluster_for_gate, fit_gate, nearest_distances
 from ucir.retrieval.metrics import Decisions, metric_values
 from ucir.retrieval.ranking import rank
 
@@ -81,32 +81,43 @@ def _features(
     return {domain.name: x.own_ND.cpu() for domain, x in zip(domains, features, strict=True)}
 
 
-def score_direction(
+def score_directions(
     features: Mapping[str, Tensor],
     labels: Mapping[str, list[str]],
-    direction: tuple[str, str],
+    directions: Sequence[tuple[str, str]],
     seed: int,
     epoch_choice: str,
     cutoffs: tuple[int, ...],
     gate: GateChoice,
 ) -> list[DirectionScore]:
-    """One direction's scores; nothing when one of the domains has no labels.
+    """Scores of each direction; nothing when one of the domains has no labels.
 
     The gates are fitted to the features alone. NMI and ARI are those of the query domain in as many clusters
     as it has classes, whatever K a method was trained with.
+
+    Args:
+        features, labels: of two domains, by their names.
+        directions: query's domain and gallery's, of these two.
+        seed: of the training and of K-means.
+        epoch_choice: a name of :data:`CHECKPOINTS`.
+        cutoffs: K of P@K.
+        gate: the method's.
     """
-    query, gallery = direction
-    if not any(labels[query]) or not any(labels[gallery]):
+    if not all(any(of_domain) for of_domain in labels.values()):
         return []
-    ranking = rank(features[query], features[gallery], labels[query], labels[gallery])
-    domains = features[query], features[gallery]
-    fitted = fit_gate(gate.kind, *domains, gate.clusters, seed, gate.merging_limit)
-    beyond_Q = fitted.scores(features[query], features[gallery]).numpy()
-    nearest_Q = nearest_distances(features[query], features[gallery])
-    calibrated_Q = (nearest_Q - calibrated_limit(nearest_Q)).numpy()
-    named = metric_values(ranking, cutoffs, Decisions(beyond_Q, calibrated_Q))
-    named |= cluster_agreement(features[query], labels[query], len(set(labels[query])))
-    return [DirectionScore(query, gallery, seed, epoch_choice, named)]
+    clusterings = {domain: cluster_for_gate(x, gate.clusters, seed) for domain, x in features.items()}
+    scores = []
+    for query, gallery in directions:
+        domains = features[query], features[gallery]
+        fitted = fit_gate(gate.kind, *domains, (clusterings[query], clusterings[gallery]), gate.merging_limit)
+        nearest_Q = nearest_distances(*domains)
+        decisions = Decisions(
+            fitted.scores(*domains).numpy(), (nearest_Q - calibrated_limit(nearest_Q)).numpy()
+        )
+        named = metric_values(rank(*domains, labels[query], labels[gallery]), cutoffs, decisions)
+        named |= cluster_agreement(features[query], labels[query], len(set(labels[query])))
+        scores.append(DirectionScore(query, gallery, seed, epoch_choice, named))
+    return scores
 
 
 def cluster_agreement(features_ND: Tensor, labels: Sequence[str], k: int) -> dict[str, float]:
@@ -195,9 +206,9 @@ def evaluate_method(
             if not (path.parent / name).exists():
                 continue
             features = checkpoint_features(path.parent / name, block, images, device)
-            for direction in directions(setting, pair):
-                seed, cutoffs = int(run["seed"]), block.evaluate.cutoffs
-                run_scores += score_direction(features, labels, direction, seed, choice, cutoffs, gate)
+            seed, cutoffs = int(run["seed"]), block.evaluate.cutoffs
+            wanted = directions(setting, pair)
+            run_scores += score_directions(features, labels, wanted, seed, choice, cutoffs, gate)
             if choice == LAST:
                 save_features(folder / "evaluate" / f"{path.parent.name}.npz", features)
         _log(tracker, run["run_key"], run_scores)
@@ -240,14 +251,11 @@ def evaluate_start(params: Params, key: str, gate: GateChoice, results: Path) ->
                 ]
                 features = _fitted(block.start.encoder, seen, features, row)
             save_features(folder / "start" / row / "evaluate" / f"{'-'.join(pair)}.npz", features)
-            for direction in directions(part.setting, pair):
-                seed = block.start.pretrain.seed if block.start.pretrain else 0
-                cutoffs = block.evaluate.cutoffs
-                direction_scores = score_direction(
-                    features, labels_of(index), direction, seed, LAST, cutoffs, gate
-                )
-                _log(tracker, run_key, direction_scores)
-                scores += direction_scores
+            seed, cutoffs = block.start.pretrain.seed if block.start.pretrain else 0, block.evaluate.cutoffs
+            wanted = directions(part.setting, pair)
+            pair_scores = score_directions(features, labels_of(index), wanted, seed, LAST, cutoffs, gate)
+            _log(tracker, run_key, pair_scores)
+            scores += pair_scores
         means[row] = write_scores(folder / "start" / row / "metrics.json", scores)
     (folder / "start.json").write_text(json.dumps(means, indent=1) + "\n", encoding="utf-8")
 

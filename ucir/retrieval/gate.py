@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ucir.losses.universal import product_dissimilarity
-from ucir.prototypes.clustering import choose_clusters, kmeans
+from ucir.prototypes.clustering import Clusters, choose_clusters, kmeans
 from ucir.prototypes.merging import MergingLimit, centres, unify_domains
 
 CHUNK = 1024
@@ -73,12 +73,27 @@ class Gate:
         return nearest_distances(query_QD, gallery_GD, self.kind) - self.limit_K[cluster_Q]
 
 
+def cluster_for_gate(features_ND: Tensor, clusters: int | str = "elbow", seed: int = 0) -> Clusters:
+    """The clusters of a domain that a gate is fitted to; those of both directions are the same.
+
+    Args:
+        features_ND: unit features.
+        clusters: how many, at most as many as images; or how to choose them, see
+            :func:`ucir.prototypes.clustering.choose_clusters`.
+        seed: of K-means.
+    """
+    if isinstance(clusters, str):
+        k = choose_clusters(features_ND, clusters, seed)
+    else:
+        k = min(clusters, len(features_ND))
+    return kmeans(features_ND, k, iterations=20, restarts=5, seed=seed, max_points=2000)
+
+
 def fit_gate(
     kind: str,
     query_QD: Tensor,
     gallery_GD: Tensor,
-    clusters: int | str = "elbow",
-    seed: int = 0,
+    clusterings: tuple[Clusters, Clusters],
     merging_limit: MergingLimit = "domain",
 ) -> Gate:
     """Learn a gate from the features of both domains.
@@ -86,15 +101,9 @@ def fit_gate(
     Args:
         kind: ``spread`` or ``merged``.
         query_QD, gallery_GD: unit features of the query's domain and of the gallery.
-        clusters: of each domain, at most as many as images; or how to choose them, see
-            :func:`ucir.prototypes.clustering.choose_clusters`.
-        seed: of K-means.
+        clusterings: of both, by :func:`cluster_for_gate`.
         merging_limit: of ``merged``.
     """
-    clusterings = []
-    for x in (query_QD, gallery_GD):
-        k = choose_clusters(x, clusters, seed) if isinstance(clusters, str) else min(clusters, len(x))
-        clusterings.append(kmeans(x, k, iterations=20, restarts=5, seed=seed, max_points=2000))
     centre_KD, label_Q = centres(query_QD, clusterings[0])
     limits = query_QD.new_full((len(centre_KD),), -FARTHEST)
     if kind == "spread":
@@ -102,9 +111,7 @@ def fit_gate(
             members = query_QD[label_Q == k]
             limits[k] = _largest(kind, members, members)
         return Gate(kind, centre_KD, limits)
-    own_structure, other_structure = unify_domains(
-        (query_QD, gallery_GD), (clusterings[0], clusterings[1]), limit=merging_limit
-    )
+    own_structure, other_structure = unify_domains((query_QD, gallery_GD), clusterings, limit=merging_limit)
     _, label_G = centres(gallery_GD, clusterings[1])
     # a merged prototype of the gallery's structure is that of the query's cluster which it merged with
     for k in own_structure.merged_K.nonzero().flatten().tolist():

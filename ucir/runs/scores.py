@@ -8,7 +8,7 @@ from ucir.retrieval.evaluation import (
     LAST,
     DirectionScore,
     checkpoint_features,
-    score_direction,
+    score_directions,
     scored_domains,
 )
 from ucir.runs.params import gate_choice
@@ -24,6 +24,5 @@ def last_scores(params: Params, runs: list[PairRun]) -> list[DirectionScore]:
         images, labels = scored_domains(run.dataset, block, run.pair, run.spaces)
         features = checkpoint_features(run.folder / "last.pt", block, images, device)
         gate = gate_choice(params, run.dataset, run.method)
-        for direction in run.directions:
-            scores += score_direction(features, labels, direction, run.seed, LAST, run.cutoffs, gate)
+        scores += score_directions(features, labels, run.directions, run.seed, LAST, run.cutoffs, gate)
     return scores
