@@ -17,21 +17,13 @@ def digest(root: Path) -> str:
     return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()
 
 
-def test_the_sample_is_ordinary_files_and_always_the_same(tmp_path: Path) -> None:
-    counts = make_digits(tmp_path / "one", per_class=2)
-    assert counts == {"handwritten": 1797, "printed": 20, "street": 20}
-    make_digits(tmp_path / "two", per_class=2)
-    assert digest(tmp_path / "one") == digest(tmp_path / "two")
-    classes = {p.name for p in (tmp_path / "one/street").iterdir()}
-    assert classes == set("0123456789")
-    make_digits(tmp_path / "two", per_class=2, seed=1)  # replaces what is there
-    assert digest(tmp_path / "one") != digest(tmp_path / "two")
-
-
-def test_what_was_drawn_before_a_kill_is_not_drawn_again(
+def test_the_sample_is_always_the_same_and_a_kill_costs_one_picture(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = make_digits(tmp_path / "whole", per_class=3)
+    assert whole == {"handwritten": 1797, "printed": 30, "street": 30}
+    classes = {p.name for p in (tmp_path / "whole/street").iterdir()}
+    assert classes == set("0123456789")
     saved: list[Path] = []
     save = Image.Image.save
 
@@ -49,3 +41,5 @@ def test_what_was_drawn_before_a_kill_is_not_drawn_again(
     assert len(saved) == sum(whole.values()) + 1, "the picture of the kill, and no other, is drawn twice"
     assert digest(tmp_path / "killed") == digest(tmp_path / "whole")
     assert not list(tmp_path.rglob("*unfinished*"))
+    make_digits(tmp_path / "killed", per_class=3, seed=1)  # replaces what is there
+    assert digest(tmp_path / "killed") != digest(tmp_path / "whole")

@@ -87,6 +87,7 @@ class Hosts:
         memory = "--object-store-memory=100000000"
         head = self.start(
             *(RAY, "start", "--head", "--port=6379", "--num-cpus=0", memory, "--node-ip-address=10.77.0.1"),
+            "--include-dashboard=false",
             host=0,
             out="head.log",
         )

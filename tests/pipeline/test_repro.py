@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -189,18 +190,16 @@ def test_prepare_keeps_what_it_has_decoded(workspace: Path, killed: Killed) -> N
 
 
 def test_the_cache_takes_no_space_and_a_stage_by_hand_does_not_write_into_it(
-    workspace: Path, killed: Killed
+    workspace: Path, killed: Killed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (weights,) = workspace.glob("results/shapes/closed/ucdir/train/*/last.pt")
     for file in (weights, *workspace.glob("data/start/shapes/*.pt"), workspace / "reports/report.html"):
         assert file.stat().st_nlink > 1
     assert any(weights.samefile(file) for file in workspace.glob("runs/*/last.pt"))
-    stages = (
-        ("pipeline.train", "shapes-closed-ucdir"),
-        ("pipeline.evaluate", "shapes-closed-ucdir"),
-    )
-    for module, *item in stages:
-        run_python("-m", module, *item, cwd=workspace)
+    monkeypatch.chdir(workspace)
+    for stage in ("train", "evaluate"):
+        monkeypatch.setattr(sys, "argv", [stage, "shapes-closed-ucdir"])
+        import_module(f"pipeline.{stage}").main()
     cached = [file for file in workspace.glob(".dvc/cache/files/md5/*/*") if file.suffix != ".dir"]
     assert len(cached) > 20
     for file in cached:

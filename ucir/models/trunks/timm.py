@@ -8,7 +8,7 @@ CLIP's space.
 from __future__ import annotations
 
 from contextlib import suppress
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 from pydantic import model_validator
@@ -52,12 +52,19 @@ def options(given: Any, where: str) -> Options:
         raise UserError(
             f"{where} = {block.name!r}: timm has no such network; {nearest(architecture, timm.list_models())}"
         )
-    tags = [name.partition(".")[2] for name in timm.list_pretrained(f"{architecture}.*")]
+    tags = _tags(architecture)
     if tag and tag not in tags:
         raise UserError(
             f"{where} = {block.name!r}: timm knows no weights {tag!r} of {architecture}; {nearest(tag, tags)}"
         )
     return block
+
+
+@cache  # a tenth of a second, and asked for at every turn
+def _tags(architecture: str) -> list[str]:
+    import timm
+
+    return [name.partition(".")[2] for name in timm.list_pretrained(f"{architecture}.*")]
 
 
 def build(options: Options, norm: partial[GroupedBatchNorm2d]) -> Trunk:
