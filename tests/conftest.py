@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-# the processes of the tests are many, and without bytecode each of them compiles torch, ray and mlflow anew
-os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
-sys.dont_write_bytecode = False
+from ucir import keep_bytecode
+
+keep_bytecode()
 # before torch and ray are imported anywhere
 os.environ.update(
     OMP_NUM_THREADS="1",

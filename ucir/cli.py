@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from ucir import keep_bytecode
 from ucir.config.base import PARAMS_FILE
 from ucir.config.data import DatasetParams
 from ucir.config.load import load_params, without_study
@@ -41,6 +42,7 @@ Overrides = Annotated[
 
 def main() -> None:
     """Entry point of the console script."""
+    keep_bytecode()
     run_main(app)
 
 

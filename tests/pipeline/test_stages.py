@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
+import pipeline
 from tests.conftest import ROOT, tiny_params, write_params
+from ucir import cli
 from ucir.errors import UserError
 
 Stage = Callable[..., None]
@@ -52,6 +54,16 @@ def test_a_typo_in_a_method_stops_the_first_stage_with_one_line(project: Path) -
     assert done.returncode == 2
     expected = "error: params.yaml: methods.ucdir.shapes.lrr: unknown key; did you mean 'lr'?\n"
     assert done.stderr == expected
+
+
+def test_what_is_compiled_is_kept_also_where_an_image_forbids_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ucir.cli.run_main", lambda app: None)
+    for begin in (cli.main, lambda: importlib.reload(pipeline)):
+        monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+        monkeypatch.setattr(sys, "dont_write_bytecode", True)
+        begin()
+        assert not sys.dont_write_bytecode
+        assert "PYTHONDONTWRITEBYTECODE" not in os.environ
 
 
 @pytest.mark.parametrize(
