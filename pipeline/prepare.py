@@ -15,7 +15,7 @@ from ucir.runs.study import load_study
 
 
 def main() -> None:
-    params = load_study()
+    params = load_study(encoders=True)
     dataset = stage_item(params.datasets)
     block = params.datasets[dataset]
     domains = prepared_domains(block)

@@ -16,7 +16,7 @@ from ucir.training.start import given_start
 
 
 def main() -> None:
-    params = load_study()
+    params = load_study(encoders=True)
     dataset = stage_item(params.datasets)
     block = params.datasets[dataset]
     out = STARTS / dataset

@@ -158,9 +158,9 @@ def _recorded(monkeypatch: pytest.MonkeyPatch, module: Any) -> Iterator[set[str]
     load = getattr(module, loader)
     checked = False
 
-    def loaded() -> Any:
+    def loaded(**options: Any) -> Any:
         nonlocal checked
-        params = load()
+        params = load(**options)
         checked = True
         return params
 

@@ -31,17 +31,23 @@ class StudyFile(Block):
     studies: dict[str, dict[str, Any]]
 
 
-def load_study() -> Params:
+def load_study(encoders: bool = False) -> Params:
     """params.yaml with every method block of the active study checked: a typo must not wait for its stage.
 
+    Args:
+        encoders: check the data sets' trunks, too, as the first stages do: timm, which knows its networks'
+            names, takes seconds to import.
+
     Raises:
-        UserError: as :func:`ucir.config.load.load_params` and :func:`ucir.runs.params.method_params`.
+        UserError: as :func:`ucir.config.load.load_params`, :func:`ucir.runs.params.method_params` and
+            :func:`ucir.models.trunk.check_trunk`.
     """
     params = load_params()
     for run in params.study.runs.values():
         method_params(params, run.method, run.dataset)
-    for dataset in params.study.datasets:
-        _check_encoder(params, dataset)
+    if encoders:
+        for dataset in params.study.datasets:
+            _check_encoder(params, dataset)
     return params
 
 
