@@ -43,6 +43,18 @@ def test_same_classes_are_kept_and_disjoint_ones_rejected(kind: str) -> None:
     assert float((gone > 0).float().mean()) > 0.95
 
 
+def test_wide_features_get_the_clusters_that_they_have() -> None:
+    """K is looked for in few dimensions, and the clusters are of all of them."""
+    narrow, _ = domain([0, 1, 2, 3, 4, 5], 40, seed=1)
+    basis, _ = torch.linalg.qr(torch.randn(300, 300, generator=torch.Generator().manual_seed(2)))
+    noise = 0.01 * torch.randn(240, 300, generator=torch.Generator().manual_seed(3))
+    wide = cluster_for_gate(normalize(narrow @ basis[:16] + noise, dim=1))
+    assert wide.centroid_KD.shape == (6, 300)
+    known = cluster_for_gate(narrow, 6)
+    pairs = set(zip(wide.label_N.tolist(), known.label_N.tolist(), strict=True))
+    assert len(pairs) == 6
+
+
 def test_uems_rule_merges_disjoint_classes_that_lie_alike() -> None:
     """What eq. 9 cannot see: after the translation, classes equally far from each other fit any others."""
     eye = torch.eye(8)
