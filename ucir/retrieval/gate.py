@@ -27,7 +27,7 @@ CHUNK = 1024
 FALSE_REJECTIONS = 0.05
 """Share of queries with a counterpart that a calibrated limit may reject."""
 WIDEST = 128
-"""Dimensions in which K is looked for: those of a head. In all of a wide network's it takes ten times as long."""
+"""Dimensions in which K is looked for: a head has as many. In all of a wide network's it takes longer."""
 FARTHEST = 4.0
 """No two unit features are farther apart: 2 x 2."""
 
