@@ -97,7 +97,8 @@ def _first_components(features_ND: Tensor) -> Tensor:
         return features_ND
     centred_ND = features_ND - features_ND.mean(dim=0)
     _, vector_DD = torch.linalg.eigh(centred_ND.T.double() @ centred_ND.double())  # the largest come last
-    return centred_ND @ vector_DD[:, -WIDEST:].float()
+    turned_ND: Tensor = centred_ND @ vector_DD[:, -WIDEST:].float()
+    return turned_ND
 
 
 def fit_gate(

@@ -43,7 +43,7 @@ TEMPLATE = "pacs"
 """The data set whose settings are taken."""
 FEATURE_DIM = 128
 VIEWS = 3
-"""Random views of each picture where the head alone is trained: half of the benchmarks' six, as embedding takes
+"""Random views of each picture where the head alone is trained: half of the benchmarks' six, as embedding is
 most of the time. It costs 0.2 points of P@50 on PACS."""
 CONTENTS = ".contents.csv"
 FEWEST = 8

@@ -367,10 +367,12 @@ def plan_runs(
         )
     spaces = label_spaces(setting, info.classes, block.split)
     start = start_file(dataset)
-    load_encoder(new_encoder(block.start.encoder, 0), start)
     check_writable(RUNS)
-    start_digest = file_sha256(start)
-    features = _features_key(block, dataset, start_digest) if block.start.trained == "head" else ""
+    start_digest, features = file_sha256(start), ""
+    if block.start.trained == "head":
+        features = _features_key(block, dataset, start_digest)  # made by these weights: they fit
+    else:
+        load_encoder(new_encoder(block.start.encoder, 0), start)
     shared = {
         "method": method,
         "params": wanted.model_dump(mode="json"),
