@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -194,6 +195,12 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         connect(ClusterParams(num_workers=2), "")
     yield ray.get_runtime_context().gcs_address
     ray.shutdown()
+
+
+def run_stage(monkeypatch: pytest.MonkeyPatch, name: str, *arguments: str) -> None:
+    """What DVC's command of a stage does, in this process."""
+    monkeypatch.setattr(sys, "argv", [name, *arguments])
+    import_module(f"pipeline.{name}").main()
 
 
 def write_params(folder: Path, params: dict[str, Any]) -> None:

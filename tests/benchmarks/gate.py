@@ -37,15 +37,18 @@ def rejected(
     classes = sorted(set(labels[0]))
     half = np.random.default_rng(0).permutation(classes)[: len(classes) // 2]
     shares: dict[tuple[str, str], list[float]] = {}
+    rules: dict[str, int | str] = {"elbow": "elbow", "classes": len(half)}
     for query, gallery in ((0, 1), (1, 0)):
         asked = features[query][torch.from_numpy(np.isin(labels[query], half))]
+        of_asked = {rule: cluster_for_gate(asked, clusters) for rule, clusters in rules.items()}
         same = torch.from_numpy(np.isin(labels[gallery], half))
         for name, chosen in (("identical", same), ("disjoint", ~same)):
-            for rule, clusters in (("elbow", "elbow"), ("classes", len(half))):
-                there = features[gallery][chosen]
+            there = features[gallery][chosen]
+            for rule, clusters in rules.items():
                 kind = GATES.get(params_block(run.method), "spread")
-                clusterings = cluster_for_gate(asked, clusters), cluster_for_gate(there, clusters)
-                gate = fit_gate(kind, asked, there, clusterings, limit)
+                gate = fit_gate(
+                    kind, asked, there, (of_asked[rule], cluster_for_gate(there, clusters)), limit
+                )
                 share = (gate.scores(asked, there) > 0).float().mean()
                 shares.setdefault((name, rule), []).append(100 * float(share))
     return shares

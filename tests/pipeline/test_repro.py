@@ -11,14 +11,13 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
-from tests.conftest import ROOT, make_images, run_python, tiny_params, write_params
+from tests.conftest import ROOT, make_images, run_python, run_stage, tiny_params, write_params
 from ucir.cluster.launch import train_all
 from ucir.config.cluster import ClusterParams
 from ucir.config.load import load_params
@@ -198,8 +197,7 @@ def test_the_cache_takes_no_space_and_a_stage_by_hand_does_not_write_into_it(
     assert any(weights.samefile(file) for file in workspace.glob("runs/*/last.pt"))
     monkeypatch.chdir(workspace)
     for stage in ("train", "evaluate"):
-        monkeypatch.setattr(sys, "argv", [stage, "shapes-closed-ucdir"])
-        import_module(f"pipeline.{stage}").main()
+        run_stage(monkeypatch, stage, "shapes-closed-ucdir")
     cached = [file for file in workspace.glob(".dvc/cache/files/md5/*/*") if file.suffix != ".dir"]
     assert len(cached) > 20
     for file in cached:

@@ -8,12 +8,13 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 import pipeline
-from tests.conftest import ROOT, tiny_params, write_params
+from tests.conftest import ROOT, run_stage, tiny_params, write_params
 from ucir import cli
 from ucir.errors import UserError
 
@@ -24,11 +25,7 @@ Stage = Callable[..., None]
 def stage(project: Path, monkeypatch: pytest.MonkeyPatch) -> Stage:
     """Call a stage's main as DVC's command would."""
 
-    def call(name: str, *arguments: str) -> None:
-        monkeypatch.setattr(sys, "argv", [name, *arguments])
-        importlib.import_module(f"pipeline.{name}").main()
-
-    return call
+    return partial(run_stage, monkeypatch)
 
 
 def refused(stage: Stage, *command: str) -> str:

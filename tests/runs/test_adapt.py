@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,7 @@ import torch
 import yaml
 from PIL import Image
 
-from tests.conftest import draw, tiny_params, write_params
+from tests.conftest import draw, run_stage, tiny_params, write_params
 from tests.runs.test_settings import run_study
 from ucir.cli import adapt
 from ucir.config.load import load_params
@@ -59,8 +57,7 @@ def command(project: Path, store: str, monkeypatch: pytest.MonkeyPatch) -> Comma
     def repro(arguments: list[str]) -> int:
         (name,) = load_params().study.datasets
         for stage in ("prepare", "pretrain", "embed"):
-            monkeypatch.setattr(sys, "argv", [stage, name])
-            import_module(f"pipeline.{stage}").main()
+            run_stage(monkeypatch, stage, name)
         run_study()
         return 0
 

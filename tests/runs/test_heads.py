@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from tests.conftest import draw, tiny_params, write_params
+from tests.conftest import draw, run_stage, tiny_params, write_params
 from tests.runs.test_settings import run_study
 from ucir.cluster.launch import train_all
 from ucir.config.data import AugmentParams
@@ -39,8 +37,7 @@ HEAD = {"head": "residual", "feature_dim": 8}
 
 
 def stage(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", [name, "shapes"])
-    importlib.import_module(f"pipeline.{name}").main()
+    run_stage(monkeypatch, name, "shapes")
 
 
 def choose(project: Path, trunk: str, **start: Any) -> None:

@@ -103,8 +103,8 @@ def _file(path: Path) -> Path:
             raise UserError(f"{path}: no weights here: a safetensors or torch file, e.g. {FILES[0]}")
         return there[0]
     if not path.exists():
-        words = nearest(str(path), (EMBEDDED, HUB))
-        words = words if words.startswith("did you mean") else "no such file"
+        is_name = path.name == str(path) and not path.suffix
+        words = nearest(str(path), (EMBEDDED, HUB)) if is_name else "no such file"
         raise UserError(f"start.weights = {str(path)!r}: {words}; say embedded, hub, or a file of weights")
     return path
 

@@ -15,7 +15,7 @@ from ucir.data.prepare import source_classes, source_faults
 from ucir.data.splits import label_spaces
 from ucir.errors import UserError, nearest
 from ucir.methods.registry import METHODS, params_block
-from ucir.models.pretrained import check_weights
+from ucir.models.pretrained import EMBEDDED_TRUNK, check_weights
 from ucir.models.trunk import check_trunk
 from ucir.runs.params import method_params
 
@@ -53,6 +53,8 @@ def load_study(encoders: bool = False) -> Params:
 
 def _check_encoder(params: Params, dataset: str) -> None:
     trunk = params.datasets[dataset].start.encoder.trunk
+    if trunk == {"timm": EMBEDDED_TRUNK}:  # it came with the installation
+        return
     check_trunk(trunk, f"{PARAMS_FILE}: datasets.{dataset}.start.encoder.trunk")
 
 

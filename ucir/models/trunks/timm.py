@@ -18,7 +18,6 @@ from ucir.config.base import PARAMS_FILE, Block, checked
 from ucir.data.augment import InputFormat
 from ucir.errors import UserError, nearest
 from ucir.models.norm import GroupedBatchNorm2d, group_batch_norms
-from ucir.models.pretrained import EMBEDDED_TRUNK
 from ucir.models.trunk import Trunk
 
 LAYER_DECAY = 0.75
@@ -45,11 +44,9 @@ def options(given: Any, where: str) -> Options:
     Raises:
         UserError: timm has no such network, or no weights of such a tag; an unknown key.
     """
-    block = checked(Options, given, PARAMS_FILE, where)
-    if block.name == EMBEDDED_TRUNK:  # that it is there is known, and importing timm takes seconds
-        return block
     import timm
 
+    block = checked(Options, given, PARAMS_FILE, where)
     architecture, _, tag = block.name.partition(".")
     if not timm.is_model(architecture):
         raise UserError(
