@@ -24,8 +24,6 @@ os.environ.update(
     RAY_worker_niceness="0",  # 15 else: beside another test that computes, a worker gets next to nothing
     RAY_prestart_worker_first_driver="0",  # a worker for each core, of which few are used
     RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.2",
-    # an elastic training that lost a machine asks for it once more and waits this long, 90 s else
-    RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S="45",
     RAY_TRAIN_ENABLE_PREEMPTION_WATCHER="0",
     RAY_TRAIN_METRICS_ENABLED="0",
     RAY_ENABLE_UV_RUN_RUNTIME_ENV="0",

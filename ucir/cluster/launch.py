@@ -6,6 +6,7 @@ the same path.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -355,6 +356,7 @@ def workers(
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(within))
     asked, most = _per_worker(cluster), cluster.max_failures
     fewest = cluster.num_workers
+    elastic = [_recount_machines()] if cluster.max_workers else []
     return TorchTrainer(
         loop,
         train_loop_config=config,
@@ -366,10 +368,29 @@ def workers(
         run_config=RunConfig(
             name=name,
             storage_path=str(storage),
-            callbacks=list(callbacks),
+            callbacks=[*callbacks, *elastic],
             failure_config=FailureConfig(max_failures=most, controller_failure_limit=most),
         ),
     )
+
+
+def _recount_machines() -> Any:
+    """A callback of Ray Train: after a fault, count the machines before the workers start again.
+
+    Ray counts every 20 s. Until then it asks for workers on the machine that has died, and waits
+    :data:`STARTS_WITHIN_ELASTIC` for them.
+    """
+    import ray
+    from ray.data._internal.cluster_autoscaler import default_autoscaling_coordinator as coordinator
+    from ray.train import UserCallback
+
+    class Recount(UserCallback):
+        def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+            with contextlib.suppress(ray.exceptions.RayError):  # else it waits as long as Ray does
+                counts = coordinator.get_or_create_autoscaling_coordinator().get_reserved_resources
+                ray.get(counts.remote("nobody", recompute=True), timeout=10)
+
+    return Recount()
 
 
 def _per_worker(cluster: ClusterParams) -> dict[str, float]:
