@@ -384,7 +384,7 @@ def _recount_machines() -> Any:
     from ray.data._internal.cluster_autoscaler import default_autoscaling_coordinator as coordinator
     from ray.train import UserCallback
 
-    class Recount(UserCallback):
+    class Recount(UserCallback):  # type: ignore[misc]
         def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
             with contextlib.suppress(ray.exceptions.RayError):  # else it waits as long as Ray does
                 counts = coordinator.get_or_create_autoscaling_coordinator().get_reserved_resources
