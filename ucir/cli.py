@@ -126,7 +126,7 @@ def adapt(
     Writes the folders as a data set and a study into params.yaml, runs it with `dvc repro` and saves the
     model as models/NAME/model.pt. The same command goes on where a killed one stopped, takes up pictures
     that were added, changed or removed, and otherwise does nothing. Labels (class folders) serve the scores
-    alone.
+    alone. `uv run ucir study sample` makes `dvc repro` run the sample again.
     """
     from ucir.runs.adapt import Options, describe_adaptation, plan_adaptation
     from ucir.runs.study import activate, with_blocks

@@ -140,7 +140,7 @@ def test_mistakes_are_one_line_before_any_work(command: Command, tmp_path: Path,
     before = Path("params.yaml").read_text()
     for first, second, options, message in (
         (sketches, tmp_path / "nowhere", {}, "nowhere: no such folder"),
-        (sketches, tmp_path / "empty", {}, "empty: no picture in it"),
+        (sketches, tmp_path / "empty", {}, "empty: no picture in it: give a folder of picture files"),
         (sketches, photos / "cross0.png", {}, "is no folder"),
         (sketches, sketches, {}, "the same folder twice"),
         (tmp_path, photos, {}, "photos lies in "),

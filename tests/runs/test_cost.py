@@ -117,7 +117,7 @@ def test_a_plan_counts_shared_runs_once(
 
 def test_a_plan_knows_what_is_done(prepared: Path, store: str) -> None:
     before = ucir("plan")
-    assert "shapes, closed: 1 methods x 2 trainings x 1 seeds = 2 runs" in before
+    assert "shapes, closed: 1 method x 2 trainings x 1 seed = 2 runs" in before
     assert "2 runs, 0 done" in before
     params = load_params()
     train_all(plan_runs(params, "shapes", "closed", "ucdir", ("art-photo",)), params.cluster)

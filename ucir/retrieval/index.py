@@ -329,7 +329,7 @@ def sample_features(model: Model, source: Path, count: int = SAMPLES) -> torch.T
     ]
     rows = [np.frombuffer(o.feature, np.float32) for _, o in outcomes if isinstance(o, Embedded)]
     if not rows:
-        raise UserError(f"{source}: no picture in it")
+        raise UserError(f"{source}: no picture in it: give a folder of picture files")
     return torch.from_numpy(np.stack(rows))
 
 

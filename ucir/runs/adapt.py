@@ -158,7 +158,7 @@ def plan_adaptation(first: Path, second: Path, name: str | None, options: Option
     counts = _counts(SOURCES / name, folders)
     for domain, count in counts.items():
         if not count:
-            raise UserError(f"{folders[domain]}: no picture in it")
+            raise UserError(f"{folders[domain]}: no picture in it: give a folder of picture files")
         if count < FEWEST:
             raise UserError(
                 f"{folders[domain]}: {count} picture(s): too few to learn from, {FEWEST} at least"

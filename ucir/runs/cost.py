@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -303,8 +303,8 @@ def describe_runs(params: Params, plan: StudyPlan) -> str:
         pairs = list(dict.fromkeys(t.pair for t in group))
         label = "" if part == ONE_PART else f"{part}: "
         lines.append(
-            f"  {label}{dataset}, {setting}: {len(methods)} methods x {len(pairs)} trainings x "
-            f"{len(params.studies[plan.name].seeds)} seeds = {len(group)} runs"
+            f"  {label}{dataset}, {setting}: {_counted(methods, 'method')} x {_counted(pairs, 'training')} x "
+            f"{_counted(params.studies[plan.name].seeds, 'seed')} = {_counted(group, 'run')}"
         )
         for method in methods:
             trainings = [t for t in group if t.method == method]
@@ -314,6 +314,10 @@ def describe_runs(params: Params, plan: StudyPlan) -> str:
     disk = f"{_disk(params, plan.once) / 2**30:.1f} GiB"
     lines.append(f"disk: about {disk}; DVC's cache, on the same file system, takes none (links)")
     return "\n".join(lines)
+
+
+def _counted(things: Sequence[object], name: str) -> str:
+    return f"{len(things)} {name}{'' if len(things) == 1 else 's'}"
 
 
 def describe_hours(params: Params, plan: StudyPlan) -> str:
