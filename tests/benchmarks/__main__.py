@@ -42,6 +42,7 @@ ALL: dict[str, Callable[[], Comparison]] = {
     "ranking": lambda: evaluation(70_000),
     "embedding": lambda: embedding("tf_efficientnet_lite0", 128),
     "epoch": lambda: whole_epoch(64),
+    "epoch-bf16": lambda: whole_epoch(64, precision="bfloat16"),
 }
 
 

@@ -280,11 +280,13 @@ def embedding(trunk: str, side: int) -> Comparison:
     return Comparison(name, through(encoder), through(fast), near(1e-4), rounds=11)
 
 
-def whole_epoch(side: int, count: int = 128) -> Comparison:
+def whole_epoch(
+    side: int, count: int = 128, precision: Literal["float32", "bfloat16"] = "float32"
+) -> Comparison:
     """UCDIR's epoch on a pair, ResNet-18: views, both encoders, losses, update, and the features of all.
 
     The official arm is one process that does what its loader, model and loop do, with our losses' values; it
-    takes features twice, before and after an epoch.
+    takes features twice, before and after an epoch. Its precision is float32, ours as said.
     """
     torch.manual_seed(0)
     data = photos(2 * count)
@@ -296,7 +298,7 @@ def whole_epoch(side: int, count: int = 128) -> Comparison:
     )
     method_type = METHODS["ucdir"]
     params = method_type.params_type(clusters=7, batch_size=B, epochs=200)  # type: ignore[call-arg]
-    encoder = EncoderParams(trunk={"torchvision": "resnet18"}, feature_dim=D)
+    encoder = EncoderParams(trunk={"torchvision": "resnet18"}, feature_dim=D, precision=precision)
     view = ViewParams(side=side)
     training = Training(images, view, encoder, None, method_type(params, 0), torch.device("cpu"))  # type: ignore[arg-type]
     training.begin()
@@ -354,7 +356,8 @@ def whole_epoch(side: int, count: int = 128) -> Comparison:
         assert one == other
         return "the same pictures, views, networks and passes"
 
-    return Comparison(f"UCDIR epoch, 2 x {count} pictures, {side} px, ResNet-18", official, ours, same, 3)
+    name = f"UCDIR epoch, 2 x {count} pictures, {side} px, ResNet-18, ours in {precision}"
+    return Comparison(name, official, ours, same, 3)
 
 
 class OfficialNetwork(nn.Module):
