@@ -25,6 +25,7 @@ from ucir.reports.table import (
     plain,
     read_results,
     result_rows,
+    standing_table,
     write_csv,
 )
 from ucir.retrieval.evaluation import BEST, LAST, DirectionScore, read_scores, write_scores
@@ -196,6 +197,43 @@ def test_the_overview_holds_means_and_leaves_out_what_was_not_scored() -> None:
     assert table.columns == ["x, closed: P@2", "y, open: P@2"]
     assert table.rows == [("a", ["45.5 ± 0.7", "50.5 ± 0.7"]), ("b", ["49.5 ± 0.7", ""])]
     assert table.best == [{1}, {0}]
+
+
+def test_a_standing_has_rank_gain_and_a_paired_test_over_trainings() -> None:
+    pairs = [(f"a{n}", f"b{n}") for n in range(6)]
+
+    def of(*values: float) -> list[DirectionScore]:
+        """Each pair's mean of both directions, over two seeds."""
+        return [
+            DirectionScore(q, g, seed, LAST, {"P_at_2": value + shift + seed - 0.5})
+            for pair, value in zip(pairs, values, strict=True)
+            for (q, g), shift in ((pair, 1.0), (pair[::-1], -1.0))
+            for seed in (0, 1)
+        ]
+
+    results = {
+        "pretrained": [s for s in of(10, 20, 30, 40, 50, 60) if s.seed == 0],
+        "up": of(12, 23, 34, 45, 56, 67),
+        "mixed": of(9, 22, 27, 44, 45, 66),
+        "same": [s for s in of(10, 20, 30, 40, 50, 60) if s.seed == 0],
+        "partly": of(12, 23, 34, 45, 56, 67)[:4],
+    }
+    table = standing_table("x", "closed", results, "P@2")
+    assert table is not None
+    rows = dict(table.rows)
+    # all six gains above 0: 2 of the 2 ** 6 ways to give them signs are as far from the middle
+    assert rows["up"] == ["1", "39.5 ± 0.7", "+5.0", "6 of 6", "0.031"]
+    # gains -0.5, 2.5, -2.5, 4.5, -4.5, 6.5 have ranks 1, 2.5, 2.5, 4.5, 4.5, 6
+    assert rows["mixed"][:4] == ["2", "35.5 ± 0.7", "+1.0", "3 of 6"]
+    assert rows["same"] == [*rows["pretrained"][:2], "+0.0", "0 of 6", ""]
+    assert "partly" not in rows
+    assert table.best[1] == {1}
+    apart = standing_table("x", "open", results, "P@2")
+    assert apart is not None
+    assert dict(apart.rows)["up"][3:] == ["12 of 12", "0.00049"], "each direction has a training of its own"
+    assert standing_table("x", "closed", {"up": results["up"]}, "P@2") is None
+    one = {m: [s for s in r if {s.query, s.gallery} == set(pairs[0])] for m, r in results.items()}
+    assert standing_table("x", "closed", one, "P@2") is None, "one training"
 
 
 def test_of_errors_the_lowest_is_bold() -> None:

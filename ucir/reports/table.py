@@ -9,8 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
+from ucir.data.splits import both_ways
 from ucir.reports.reference import AVERAGE, PrintedCell
-from ucir.retrieval.evaluation import LAST, DirectionScore, read_scores
+from ucir.retrieval.evaluation import LAST, PRETRAINED, DirectionScore, read_scores
 from ucir.retrieval.metrics import metrics
 
 Scores = Mapping[str, Sequence[DirectionScore]]
@@ -204,6 +205,57 @@ def direction_table(dataset: str, setting: str, scores: Scores, metric: str, cho
         [*(f"{query} → {gallery}" for query, gallery in directions), "mean"],
         [(row_name(method), ["" if c is None else str(c) for c in cells]) for method, cells in body],
         best_rows([cells for _, cells in body], metric in ERRORS),
+    )
+
+
+def standing_table(
+    dataset: str, setting: str, scores: Scores, metric: str, start: str = PRETRAINED
+) -> Table | None:
+    """Rank of each method's mean, and what it gains over the start, with a paired test; last epoch.
+
+    The test is Wilcoxon's signed-rank test, two-sided, over trainings: both directions of a pair count as one
+    where they come from one training, and seeds by their mean. None where the start has no scores, or
+    there is one training alone.
+
+    Args:
+        dataset, setting: their names.
+        scores: of all methods and of the start, by their names.
+        metric: as displayed, ``P@50``.
+        start: the name of what trainings begin with.
+    """
+    from scipy.stats import wilcoxon  # type: ignore[import-untyped]
+
+    directions = scored_directions(scores)
+    units: dict[object, list[Direction]] = {}
+    for direction in directions:
+        units.setdefault(frozenset(direction) if both_ways(setting) else direction, []).append(direction)
+    by_unit = {
+        method: [mean for unit in units.values() if (mean := cell(results, metric, LAST, unit))]
+        for method, results in scores.items()
+    }
+    whole = {m: np.array([c.mean for c in cells]) for m, cells in by_unit.items() if len(cells) == len(units)}
+    if start not in whole or len(units) < 2:
+        return None
+    less = metric in ERRORS
+    means = {method: cell(scores[method], metric, LAST, directions) for method in whole}
+    shown = {method: round(mean.mean, 1) for method, mean in means.items() if mean}
+    rows = []
+    for method, values in whole.items():
+        gain = values - whole[start]
+        better = int(((gain < 0) if less else (gain > 0)).sum())
+        ahead = [other for other in shown.values() if other != shown[method]]
+        rank = 1 + sum((other < shown[method]) == less for other in ahead)
+        beside = [""] * 3
+        if method != start:
+            p = f"{wilcoxon(gain).pvalue:.2g}" if gain.any() else ""
+            beside = [f"{gain.mean():+.1f}".replace("-", "−"), f"{better} of {len(units)}", p]
+        rows.append((row_name(method), [str(rank), str(means[method]), *beside]))
+    return Table(
+        f"{dataset}, {setting}: {metric}, rank of the mean, and gain over the start ({row_name(start)}); p: "
+        f"Wilcoxon's signed-rank test over {len(units)} trainings",
+        ["rank", "mean", "gain", "better in", "p"],
+        rows,
+        [set(), *best_rows([[means[method]] for method in whole], less), set(), set(), set()],
     )
 
 

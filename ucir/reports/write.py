@@ -38,6 +38,7 @@ from ucir.reports.table import (
     read_results,
     result_rows,
     scored_directions,
+    standing_table,
     write_csv,
 )
 from ucir.reports.thumbnails import COLUMNS, Thumbnails
@@ -91,8 +92,9 @@ def write_report(params: Params, packs: Path, results: Path, out: Path) -> Writt
         scores = read_results(results, part.dataset, part.setting, [*first, *methods])
         printed = printed_for(block.catalogue, part.setting)
         rows += result_rows(part.dataset, part.setting, scores, printed)
-        tables = _tables(part, scores, printed, block)
         lead = lead_metrics(part.setting, f"P@{block.evaluate.cutoffs[0]}")
+        standings = [t for m in lead if (t := standing_table(part.dataset, part.setting, scores, m))]
+        tables = _tables(part, scores, printed, block, lead, standings)
         headline += tables[: len(lead)]
         best = None
         if tables:
@@ -113,7 +115,7 @@ def write_report(params: Params, packs: Path, results: Path, out: Path) -> Writt
                 "dataset": part.dataset,
                 "setting": part.setting,
                 "tables": tables,
-                "leading": len(lead),
+                "leading": len(lead) + len(standings),
                 "cutoff": block.evaluate.cutoffs[0],
                 "best": best,
                 "spaces": json.loads((folder / "label_spaces.json").read_text("utf-8")),
@@ -166,7 +168,12 @@ def lead_metrics(setting: str, first: str) -> list[str]:
 
 
 def _tables(
-    part: SettingParams, scores: Scores, printed: list[PrintedCell], block: DatasetParams
+    part: SettingParams,
+    scores: Scores,
+    printed: list[PrintedCell],
+    block: DatasetParams,
+    lead: list[str],
+    standings: list[Table],
 ) -> list[Table]:
     """What the setting is judged by, the best-by-labels epoch, the other metrics, the papers' tables."""
     if not scored_directions(scores):
@@ -175,14 +182,15 @@ def _tables(
         display_name(name) for results in scores.values() for s in results for name in s.scores
     )
     first = f"P@{block.evaluate.cutoffs[0]}"
-    lead = lead_metrics(part.setting, first)
     metrics = dict.fromkeys([*lead, *(f"P@{k}" for k in block.evaluate.cutoffs), "mAP@All", *names])
     last = [(metric, LAST) for metric in metrics if metric in names]
     wanted = [*last[: len(lead)], (first, BEST), *last[len(lead) :]]
     tables = [
         direction_table(part.dataset, part.setting, scores, metric, choice) for metric, choice in wanted
     ]
-    return tables + comparison_tables(scores, printed) + comparison_tables(scores, printed, BEST)
+    judged, others = tables[: len(lead)], tables[len(lead) :]
+    beside = comparison_tables(scores, printed) + comparison_tables(scores, printed, BEST)
+    return judged + standings + others + beside
 
 
 def _imbalance(dataset: str, by_ratio: dict[int, Scores], params: Params) -> dict[str, Any]:
