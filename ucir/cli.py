@@ -66,9 +66,14 @@ def study(
         mine:
           source: <folder>   # with <domain>/<class>/<file>, or <domain>/<file> without labels
           pairs: [sketches-photos, paintings-photos]
-          start: {pretrain: {steps: 2000}}
+          pack: {side: 128}
+          view: {side: 128, eval_crop: 1.0}
+          start:
+            encoder: {trunk: {timm: tf_efficientnet_lite0}, head: residual}
+            weights: embedded
+            trained: head
       methods:
-        ucdir: {mine: {clusters: 20, epochs: 20}}
+        ucdir: {mine: {clusters: 20, epochs: 20, lr: 0.002, key_momentum: by-epochs}}
       studies:
         mine: {datasets: [mine], settings: [closed], methods: [ucdir], seeds: [0]}
 
@@ -402,6 +407,7 @@ def index(
     new is read. Files that are no pictures, or broken, are left out and named.
     """
     from ucir.config.cluster import ClusterParams
+    from ucir.data.source import domain_of_folder
     from ucir.devices import choose_device
     from ucir.models.model import find_model, load_model
     from ucir.models.pretrained import EMBEDDED
@@ -420,8 +426,8 @@ def index(
         if model is None and there.exists()
         else find_model(model or EMBEDDED, device)
     )
-    if domain is None and source.resolve().name in chosen.domains:
-        domain = source.resolve().name
+    if domain is None and (named := domain_of_folder(source.resolve().name)) in chosen.domains:
+        domain = named
     chosen.check_domain(domain)
     samples = {queries.resolve().name: build.sample_features(chosen, queries)} if queries else None
 

@@ -250,6 +250,24 @@ def test_a_run_asked_to_stop_keeps_the_epoch_that_it_is_in(
     assert all(torch.equal(one[key], two[key]) for key in one)
 
 
+def test_a_run_of_one_step_an_epoch_stops_when_it_is_asked(
+    prepared: Path, store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (run,) = plan(methods__ucdir__shapes__batch_size=22)[:1]  # of 28 pictures
+    original = Training.train_epoch
+
+    def asked(self: Training, epoch: int, **options: Any) -> dict[str, float]:
+        if epoch == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, epoch, **options)
+
+    monkeypatch.setattr(Training, "train_epoch", asked)
+    with pytest.raises(KeyboardInterrupt):
+        train_all([run], ClusterParams())
+    assert load_state(run.folder / "state.pt")["epoch"] == 1
+    assert len(run.history()) == 2
+
+
 def test_a_full_disk_costs_nothing_but_the_epoch(
     prepared: Path, store: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -381,13 +381,15 @@ def test_the_commands_teach_and_print(photos: Path, tmp_path: Path, monkeypatch:
     monkeypatch.chdir(tmp_path)
     save_model(tiny_model(), tmp_path / "model.pt")
     (photos / "cross/notes.jpg").write_text("no picture")
-    made = ucir("index", "photos", "--model", "model.pt", "--queries", "photos/cross")
+    few = ucir("index", "photos", "--model", "model.pt", "--queries", "photos/cross", "--out", "few")
+    assert "limit: none: it takes 19 pictures" in few
+    made = ucir("index", "photos", "--model", "model.pt", "--queries", "photos")
     assert "22 pictures of " in made
     assert "left out: cross/notes.jpg: not an image" in made
-    assert "limit: nothing is like a query farther than 2.00 (cross)" in made
+    assert "limit: nothing is like a query farther than 0." in made
     assert "22 pictures" in ucir("index", "photos")
     table = ucir("search", "photos/cross/0.png", "--top", "3")
-    assert "within the limit 2.00" in table
+    assert "within the limit 0." in table
     assert "    1   1.000  cross/0.png" in table
     lines = ucir("search", "photos/cross/0.png", "photos/circle/0.png", "--json", "--grid", "grid.png")
     first, second = (json.loads(line) for line in lines.splitlines() if line.startswith("{"))
@@ -404,5 +406,10 @@ def test_the_commands_teach_and_print(photos: Path, tmp_path: Path, monkeypatch:
     assert "like cross/0.png" in ucir("search", "--like", "cross/0.png", "--folder", "cross")
     with pytest.raises(UserError, match="give pictures to search with, or --like"):
         ucir("search")
+    save_model(replace(tiny_model(), domains=("drawn", "my_photos_ä")), tmp_path / "own.pt")
+    photos.rename(tmp_path / "my-photos ä")
+    seen = ucir("index", "my-photos ä", "--model", "own.pt")
+    assert "seen as pictures of my_photos_ä" in seen, "as `adapt` names a folder"
+    (tmp_path / "my-photos ä").rename(photos)
     with pytest.raises(UserError, match="--model 'mine': neither a file nor one"):
         ucir("index", "photos", "--model", "mine")

@@ -145,12 +145,17 @@ def test_mistakes_are_one_line_before_any_work(command: Command, tmp_path: Path,
         (sketches, sketches, {}, "the same folder twice"),
         (tmp_path, photos, {}, "photos lies in "),
         (project, photos, {}, "holds this project"),
-        (sketches, photos, {"name": "a/b"}, "--name 'a/b': letters, digits"),
+        (sketches, photos, {"name": "a/b"}, "--name 'a/b': give one of letters"),
         (sketches, photos, {"method": "dgdir"}, "--method dgdir: no settings under methods.dgdir.pacs"),
-        (sketches, photos, {"trunk": "resnet10tt"}, "timm has no such network; did you mean 'resnet10t'"),
-        (sketches, photos, {"weights": "no/weights.pt"}, "no such file"),
+        (
+            sketches,
+            photos,
+            {"trunk": "resnet10tt"},
+            "--trunk.* no such network; did you mean 'resnet10t'",
+        ),
+        (sketches, photos, {"weights": "no/weights.pt"}, "--weights no/weights.pt: no such file"),
         (sketches, photos, {"weights": str(tmp_path / "weights.pth")}, "weights.pth: "),
-        (sketches, photos, {"trained": "tail"}, "trained"),
+        (sketches, photos, {"trained": "tail"}, "--trained tail: give head, last or all"),
         (sketches, photos, {"epochs": 0}, "epochs"),
         (sketches, photos, {"clusters": 1000}, "--clusters 1000: more than the 24 pictures"),
         (sketches, fill(tmp_path / "few", per_class=1), {}, r"few: 3 picture\(s\): too few"),
@@ -165,4 +170,9 @@ def test_folders_of_the_same_name_are_told_apart(command: Command, tmp_path: Pat
     one, other = fill(tmp_path / "a/pictures"), fill(tmp_path / "b/pictures", seed=1)
     made = plan_adaptation(one, other, None, Options())
     assert list(made.folders) == ["a_pictures", "b_pictures"]
+    one, other = fill(tmp_path / "スケッチ"), fill(tmp_path / "my-photos", seed=1)
+    made = plan_adaptation(one, other, None, Options())
+    assert (list(made.folders), made.name) == (["スケッチ", "my_photos"], "my_photos")
+    with pytest.raises(UserError, match="--name '': give one of letters A to Z"):
+        plan_adaptation(one, fill(tmp_path / "写真"), None, Options())
     assert yaml.safe_load(Path("params.yaml").read_text())["datasets"].keys() >= {"shapes", "pacs"}

@@ -238,6 +238,12 @@ class Source:
         return any_file
 
 
+def domain_of_folder(name: str) -> str:
+    """What a folder of pictures is called as a domain: letters of any script and digits; a pair's name joins
+    two by "-"."""
+    return re.sub(r"[^\w.]+", "_", unicodedata.normalize("NFC", name)).strip("._") or "pictures"
+
+
 def survey(source: Source, entry: Entry) -> Survey:
     """Sort a source's files into domains and classes, by their names.
 

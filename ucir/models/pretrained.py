@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -112,7 +113,7 @@ def _file(path: Path) -> Path:
 def _from_hub(name: str, config: Mapping[str, Any]) -> Path:
     """timm's file of a network's weights, from the hub's cache or fetched into it."""
     import httpx2
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
 
     repository = config.get("hf_hub_id")
@@ -123,7 +124,13 @@ def _from_hub(name: str, config: Mapping[str, Any]) -> Path:
         )
     file = config.get("hf_hub_filename") or FILES[0]
     address = f"https://huggingface.co/{repository}/resolve/main/{file}"
-    remedy = f"fetch {address} where you can, and name the file: weights: path/to/{file}"
+    remedy = (
+        f"fetch {address} where you can, and name the file: `weights: path/to/{file}` in params.yaml, "
+        "or --weights"
+    )
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of each of its five tries
+    if not isinstance(try_to_load_from_cache(repository, file), str):
+        print(f"weights: asking the hub for {repository}", flush=True)
     try:
         return Path(hf_hub_download(repository, file))
     except GatedRepoError:

@@ -24,6 +24,8 @@ from ucir.prototypes.clustering import Clusters, choose_clusters, kmeans
 from ucir.prototypes.merging import MergingLimit, centres, unify_domains
 
 CHUNK = 1024
+OPPOSITE = 2.0
+"""1 - cosine of opposite features, the largest that there is."""
 FALSE_REJECTIONS = 0.05
 """Share of queries with a counterpart that a calibrated limit may reject."""
 WIDEST = 128
@@ -158,7 +160,7 @@ def calibrated_limit(nearest_Q: Tensor, false_rejections: float = FALSE_REJECTIO
         false_rejections: from 0 to 1.
 
     Returns:
-        The limit; the largest distance that there can be, 2, where there are too few queries to tell.
+        The limit; :data:`OPPOSITE` where there are too few queries to tell.
     """
     rank = math.ceil((len(nearest_Q) + 1) * (1 - false_rejections))
-    return 2.0 if rank > len(nearest_Q) else float(nearest_Q.sort().values[rank - 1])
+    return OPPOSITE if rank > len(nearest_Q) else float(nearest_Q.sort().values[rank - 1])

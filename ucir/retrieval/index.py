@@ -42,7 +42,7 @@ from ucir.errors import UserError
 from ucir.models.embedding import one_thread_a_core
 from ucir.models.model import Model, save_model, stored_picture
 from ucir.paths import check_writable, locked, write_atomically
-from ucir.retrieval.gate import FALSE_REJECTIONS, calibrated_limit
+from ucir.retrieval.gate import FALSE_REJECTIONS, OPPOSITE, calibrated_limit
 
 FORMAT = 1
 BATCH = 32
@@ -398,7 +398,7 @@ def describe_index(folder: Path, info: IndexInfo) -> str:
             "of pictures like these"
         )
     else:
-        lines.append("limit: none, as the model brings no pictures to learn it from: see --queries")
+        lines.append("limit: none: it takes 19 pictures like a query to learn it from, see --queries")
     return "\n".join(lines)
 
 
@@ -727,5 +727,7 @@ def _limits(rows: np.ndarray, samples: Mapping[str, torch.Tensor]) -> dict[str, 
         scores, _ = exact_neighbours(features.float().numpy(), rows, 2)
         itself = scores[:, 0] > 1 - SAME
         nearest = np.where(itself, scores[:, -1], scores[:, 0])
-        limits[domain] = calibrated_limit(torch.from_numpy(1 - nearest))
+        limit = calibrated_limit(torch.from_numpy(1 - nearest))
+        if limit < OPPOSITE:  # else there are too few to tell
+            limits[domain] = limit
     return limits

@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import io
 import re
+import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from ucir.config.model import EncoderParams
 from ucir.data.catalogue import FOLDER
 from ucir.data.catalogue import entry as catalogue_entry
 from ucir.data.prepare import decoding_pace
-from ucir.data.source import Source, survey
+from ucir.data.source import Source, domain_of_folder, survey
 from ucir.devices import choose_device
 from ucir.errors import UserError, nearest
 from ucir.methods.base import ClusteredParams
@@ -29,6 +30,7 @@ from ucir.models.card import model_card
 from ucir.models.encoder import new_encoder
 from ucir.models.model import load_model, save_model
 from ucir.models.pretrained import EMBEDDED, EMBEDDED_SIDE, EMBEDDED_TRUNK, HUB
+from ucir.models.trunk import check_trunk
 from ucir.paths import MODELS, PACKS, RESULTS, SOURCES, write_atomically
 from ucir.progress import clock
 from ucir.retrieval.evaluation import checkpoint_features
@@ -50,8 +52,10 @@ FEWEST = 8
 """Pictures of a folder: fewer cannot be clustered."""
 BAD_SHARE = 0.2
 """What is bad in people's folders is left out by name; benchmarks are stricter."""
-OVERHEAD = 150.0
-"""Seconds in which the stages of DVC start, score and report."""
+STARTS = 22
+"""Starts of a process like this one that it takes DVC's stages to start, score and report."""
+STARTED = time.process_time()
+"""Seconds that this process took to start."""
 BASE_MEMORY = 1.2 * 2**30
 """Bytes of a process that trains a small head."""
 
@@ -142,9 +146,10 @@ def plan_adaptation(first: Path, second: Path, name: str | None, options: Option
             something else already.
     """
     folders = _named((first, second))
-    name = name or "_".join(folders)
+    if name is None:
+        name = re.sub(r"[^A-Za-z0-9_.]+", "_", "_".join(folders)).strip("._")
     if not re.fullmatch(r"[A-Za-z0-9_.]+", name):
-        raise UserError(f"--name {name!r}: letters, digits, '_' and '.' alone")
+        raise UserError(f"--name {name!r}: give one of letters A to Z, digits, '_' and '.' alone")
     params = load_params(raw=without_study())
     there = params.datasets.get(name)
     if there and there.source != str(SOURCES / name):
@@ -174,6 +179,7 @@ def plan_adaptation(first: Path, second: Path, name: str | None, options: Option
                 f"{PARAMS_FILE}, which two folders take; there are some for {', '.join(usable)}"
             )
         raise UserError(f"--method {method!r}: no such method here; {nearest(method, usable)}")
+    _check_network(options)
     dataset = _dataset_block(name, folders, options)
     settings = dict(params.methods[params_block(method)][TEMPLATE])
     kind = METHODS[method].params_type
@@ -193,6 +199,16 @@ def plan_adaptation(first: Path, second: Path, name: str | None, options: Option
     if most > min(counts.values()):
         raise UserError(f"--clusters {most}: more than the {min(counts.values())} pictures of a folder")
     return Adaptation(name, folders, counts, method, blocks)
+
+
+def _check_network(options: Options) -> None:
+    """Raises UserError: what was said of the network cannot be, by the option's name."""
+    if options.trunk:
+        check_trunk({"timm": options.trunk}, "--trunk")
+    if options.weights not in (None, EMBEDDED, HUB) and not Path(str(options.weights)).exists():
+        raise UserError(f"--weights {options.weights}: no such file; give hub, or a file or folder")
+    if options.trained not in (None, "all", "last", "head"):
+        raise UserError(f"--trained {options.trained}: give head, last or all")
 
 
 def _dataset_block(name: str, folders: dict[str, Path], options: Options) -> dict[str, Any]:
@@ -272,16 +288,12 @@ def _named(folders: tuple[Path, Path]) -> dict[str, Path]:
     for folder in whole:
         if Path.cwd().is_relative_to(folder):
             raise UserError(f"{folder}: holds this project, and so its own copies: give folders of pictures")
-    names = [_plain(folder.name) for folder in whole]
+    names = [domain_of_folder(folder.name) for folder in whole]
     if names[0] == names[1]:
-        names = [_plain(f"{folder.parent.name}_{folder.name}") for folder in whole]
+        names = [domain_of_folder(f"{folder.parent.name}_{folder.name}") for folder in whole]
     if names[0] == names[1]:
         names = [f"{names[0]}_1", f"{names[1]}_2"]
     return dict(zip(names, whole, strict=True))
-
-
-def _plain(name: str) -> str:
-    return re.sub(r"[^A-Za-z0-9_.]+", "_", name).strip("._") or "pictures"
 
 
 def _link(source: Path, folders: dict[str, Path]) -> None:
@@ -337,7 +349,7 @@ def describe_adaptation(params: Params, adaptation: Adaptation) -> str:
     features = total * views * pooled * 2 if head_only else 0
     trunk = block.start.encoder.trunk_name
     part = {"head": "a head on the frozen network", "last": "its last stage and a head", "all": "all of it"}
-    seconds["starting, scores, report"] = OVERHEAD
+    seconds["starting, scores, report"] = STARTS * STARTED
     steps = ", ".join(f"{step} {clock(time)}" for step, time in seconds.items() if time)
     lines = [
         f"{adaptation.name}: {' and '.join(f'{n} files of {d}' for d, n in counts.items())}",

@@ -311,7 +311,7 @@ def describe_runs(params: Params, plan: StudyPlan) -> str:
             done = sum(_identity(t) in plan.done for t in trainings)
             lines.append(f"    {method:<16}{len(trainings):>5} runs, {done} done")
     lines.append(f"in all: {len(plan.once)} different runs, {len(plan.once) - len(plan.left)} done")
-    disk = f"{_disk(params, plan.once) / 2**30:.1f} GiB"
+    disk = _size(_disk(params, plan.once))
     lines.append(f"disk: about {disk}; DVC's cache, on the same file system, takes none (links)")
     return "\n".join(lines)
 
@@ -343,15 +343,15 @@ def describe_hours(params: Params, plan: StudyPlan) -> str:
             total += seconds
             for gpu in on_gpu:
                 on_gpu[gpu] += seconds * pace.network.on(gpu) if pace.network else 0.0
-            lines.append(f"  {method} on {dataset}: {len(trainings)} runs, {_hours(seconds)} h")
+            lines.append(f"  {method} on {dataset}: {len(trainings)} runs, {_duration(seconds)}")
             progress.advance(1, f"{method} on {dataset}")
     kind = "GPU" if device.type == "cuda" else "machine"
     without = f" (without {', '.join(sorted(unknown))}: not prepared, so of unknown size)" if unknown else ""
-    lines.append(f"left: about {_hours(total)} {kind}-hours on {device}, one run at a time{without}")
+    lines.append(f"left: about {_duration(total)} of one {kind} ({device}), one run at a time{without}")
     for gpu, seconds in on_gpu.items():
         if seconds and device.type == "cpu":
             lines.append(
-                f"on one {gpu} at least {_hours(seconds)} h, by what is published of its training rate"
+                f"on one {gpu} at least {_duration(seconds)}, by what is published of its training rate"
             )
     return "\n".join(lines)
 
@@ -440,9 +440,16 @@ def _counts(params: Params, t: PlannedTraining) -> tuple[int, int] | None:
     return first, second
 
 
-def _hours(seconds: float) -> str:
+def _duration(seconds: float) -> str:
     hours = seconds / 3600
-    return f"{hours:,.0f}" if hours >= 100 else f"{hours:.1f}"
+    if hours < 1:
+        return f"{seconds / 60:.0f} min"
+    return f"{hours:,.0f} h" if hours >= 100 else f"{hours:.1f} h"
+
+
+def _size(count: float) -> str:
+    """Of bytes."""
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
 
 
 def _disk(params: Params, built: list[PlannedTraining]) -> float:

@@ -102,6 +102,8 @@ class RunReporter:
             save_atomically({**report.state, "history": self.history}, state)
             self.kept = time.monotonic()
         self.on_epoch(self.history)
+        if self.stop.is_set() and not last:  # an epoch of one step asks nobody within it
+            raise KeyboardInterrupt
         if last:
             self._save(report, LAST, entry)
             facts = {**self.run.tags(), **self.run.facts(), "history": self.history}

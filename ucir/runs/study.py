@@ -195,7 +195,7 @@ def activate(path: Path, name: str, blocks: StudyFile | None = None) -> str:
 
     yaml = YAML()
     yaml.preserve_quotes = True
-    yaml.width = 200
+    yaml.width = 4096  # or it would wrap lines that are long already
     parse_yaml(path)  # its own errors, in our words
     document = yaml.load(path.read_text(encoding="utf-8"))
     study_file = Path(name) if name.endswith((".yaml", ".yml")) else None
@@ -242,11 +242,18 @@ def with_blocks(blocks: StudyFile) -> Params:
 def _add_blocks(document: Any, blocks: StudyFile) -> None:
     """Add a study file's blocks to params.yaml's."""
     for name, block in blocks.datasets.items():
-        document["datasets"][name] = block
+        _put(document["datasets"], name, block, 1)
     for method, of_method in blocks.methods.items():
         for name, block in of_method.items():
-            document["methods"].setdefault(method, {})[name] = block
-    document["studies"].update(blocks.studies)
+            _put(document["methods"].setdefault(method, {}), name, block, 2)
+    for name, block in blocks.studies.items():
+        _put(document["studies"], name, block, 2)
+
+
+def _put(blocks: Any, key: str, value: dict[str, Any], depth: int) -> None:
+    """Set a block in the file's style, on whose lines the comments behind them stay."""
+    if blocks.get(key) != value:
+        blocks[key] = _flow(value, depth)
 
 
 def _given(block: dict[str, Any]) -> dict[str, Any]:
