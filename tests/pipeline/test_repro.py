@@ -157,9 +157,14 @@ def test_a_second_repro_does_nothing_and_a_weight_changes_the_training_alone(
     before = (workspace / "params.yaml").read_text()
     change(workspace, "methods.ucdir.shapes.entropy_weight", 0.8)
     assert sorted(json.loads(dvc(workspace, "status", "--json"))) == [
+        "code",  # it checks the file
         "evaluate@shapes-closed-ucdir",
         "train@shapes-closed-ucdir",
     ]
+    change(workspace, "clutser", {"num_workers": 1})
+    refused = dvc(workspace, "repro", check=False)
+    assert "params.yaml: clutser: unknown key; did you mean 'cluster'" in refused
+    assert stages_run(refused) == ["code"]
     (workspace / "params.yaml").write_text(before)
 
 

@@ -132,7 +132,7 @@ def test_every_stage_of_dvc_depends_on_its_code() -> None:
     known = stage_modules()
     for name, stage in STAGES.items():
         if name == "code":
-            assert stage["deps"] == ["ucir", "pipeline"]
+            assert stage["deps"] == ["ucir", "pipeline", "params.yaml"]
             continue
         deps = stage.get("do", stage)["deps"]
         (code,) = [Path(dep).name.removesuffix(".json") for dep in deps if dep.startswith("data/code/")]
