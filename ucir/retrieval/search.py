@@ -295,8 +295,9 @@ class Searcher:
         )
         rows = np.flatnonzero(np.isin(self.id_N, np.array(ids, np.int64).ravel()))
         if not len(rows):
-            hint = nearest(plain, self.folders())
-            raise UserError(f"{folder!r}: no folder of this index with pictures; {hint}")
+            known = self.folders()
+            hint = nearest(plain, known) if known else "its pictures lie in no folders"
+            raise UserError(f"{folder!r}: no folder of this index; {hint}")
         return rows, np.ascontiguousarray(self.rows_ND[rows])
 
     def folders(self) -> list[str]:
