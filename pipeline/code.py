@@ -1,5 +1,5 @@
-"""DVC stage `code`: params.yaml is right; and which code each stage runs through, so that another one does not
-start it."""
+"""DVC stage `code`: checks params.yaml, and writes which code each stage runs through, so that
+no other code starts it again."""
 
 from __future__ import annotations
 
