@@ -14,7 +14,6 @@ from torch import Tensor
 from tests.conftest import draw, run_stage, tiny_params, write_params
 from tests.runs.test_settings import run_study
 from ucir.cluster.launch import train_all
-from ucir.config.data import AugmentParams
 from ucir.config.load import load_params
 from ucir.data.augment import ViewDraw, draw_view
 from ucir.data.batches import seeded
@@ -101,13 +100,7 @@ class ReplayedViews(PictureViews):
         self.embedder = embedder
         self.indices = [read_index(embedder.pack, domain.name) for domain in self.images]
 
-    def draw(
-        self,
-        domain_B: Tensor,
-        slot_B: Tensor,
-        generator: torch.Generator,
-        augment: AugmentParams | None = None,
-    ) -> Any:
+    def draw(self, domain_B: Tensor, slot_B: Tensor, generator: torch.Generator, augment: Any = None) -> Any:
         return torch.randint(self.embedder.views, slot_B.shape, generator=generator)
 
     def random(self, domain_B: Tensor, slot_B: Tensor, draw: Any) -> Tensor:
