@@ -53,6 +53,7 @@ def run_server(
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listening.bind((host, port))
+        listening.listen()  # who opens the address at once waits, and is not refused
     except OSError as error:
         raise UserError(f"--port {port} at {host}: {error.strerror}: give another one") from None
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.INFO)
