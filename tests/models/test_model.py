@@ -14,11 +14,12 @@ from ucir.config.load import load_params
 from ucir.data.pack import open_domain, read_index
 from ucir.data.views import PictureViews
 from ucir.errors import UserError
+from ucir.models.card import model_card
 from ucir.models.checkpoints import load_encoder, save_encoder
 from ucir.models.encoder import new_encoder
 from ucir.models.features import extract_features
 from ucir.models.model import load_model
-from ucir.runs.run import plan_runs
+from ucir.runs.run import plan_runs, plan_start
 
 
 def test_a_trained_model_is_used_without_params(
@@ -49,3 +50,15 @@ def test_a_trained_model_is_used_without_params(
     save_encoder(encoder, tmp_path / "moco.pt")
     with pytest.raises(UserError, match=r"moco\.pt: a checkpoint without a description"):
         load_model(tmp_path / "moco.pt")
+
+
+def test_a_label_free_start_is_a_model_like_others(prepared: Path, store: str) -> None:
+    params = load_params()
+    run = plan_start(params.datasets["shapes"], "shapes")
+    train_all([run], params.cluster)
+    model = load_model(run.folder / "last.pt")
+    assert model.name == "pretrain on shapes"
+    card = str(model_card(model))
+    assert "- art: 22\n- photo: 28\n- real-life: 34" in card
+    assert "It began with random weights." in card
+    assert "None: it is what trainings begin from." in card

@@ -23,7 +23,7 @@ TEMPLATE = """\
 # {{ title }}
 
 Turns a picture into {{ model.dim }} numbers of unit length. Pictures of the same kind of thing come close
-together, across {{ model.domains | join(" and ") or "whatever styles it has not been adapted to" }}.
+together{% if model.domains %}, across {{ model.domains | join(" and ") }}{% endif %}.
 
 ## Use
 
@@ -52,7 +52,8 @@ Not adapted to any pictures.
 {% if model.used == "head" %}{{ model.encoder.params.head }} head{% else %}its pooled features{% endif %}.
 {%- if weights %} It began with {{ weights.weights }} (sha256 {{ weights.sha256[:12] }}), licence \
 {{ weights.licence }}{% if weights.note %}, {{ weights.note }}{% endif %}.
-{%- else %} It began with weights of the same project.{% endif %}
+{%- elif facts.pair %} It began with weights of the same project.
+{%- elif facts.params %} It began with random weights.{% endif %}
 {% if facts.params %}
 ## Training
 
@@ -77,6 +78,8 @@ Mean of both directions over the training's own pictures, in percent; labels wer
 {%- endfor %}
 {% elif not facts.pictures %}
 None: it was adapted to no pictures.
+{% elif not facts.pair %}
+None: it is what trainings begin from. See the study's report.
 {% elif facts.setting in ("partial", "open") %}
 None here: one training serves partial retrieval in one direction and open in the other. See the study's
 report.

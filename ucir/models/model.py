@@ -77,7 +77,8 @@ class Model:
         facts = self.facts
         if "method" not in facts:
             return self.encoder.params.trunk_name
-        return f"{facts['method']} on {facts['dataset']} {facts['pair']}"
+        pictures = f"{facts['dataset']} {facts.get('pair', '')}"  # a label-free start is of no pair
+        return f"{facts['method']} on {pictures.rstrip()}"
 
     @property
     def dim(self) -> int:

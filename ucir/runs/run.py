@@ -96,6 +96,7 @@ class Run(ABC):
     def new_training(self, device: torch.device) -> Training:
         """Everything that changes while it is trained, as at its start."""
 
+    @abstractmethod
     def model(self, encoder: Encoder, epoch: int, choice: str, scores: dict[str, float]) -> Model:
         """An encoder of it, with what using it needs.
 
@@ -105,7 +106,6 @@ class Run(ABC):
             choice: of the epoch: ``last`` or ``best_by_labels``.
             scores: of these weights by metric, in percent; none without labels.
         """
-        return Model(encoder, self.view, self.stored, self._facts_of_model(epoch, choice, scores))
 
     def _facts_of_model(self, epoch: int, choice: str, scores: dict[str, float]) -> dict[str, Any]:
         return {
@@ -245,6 +245,10 @@ class StartRun(Run):
 
     def facts(self) -> dict[str, Any]:
         return {"run_key": self.key}
+
+    def model(self, encoder: Encoder, epoch: int, choice: str, scores: dict[str, float]) -> Model:
+        facts = self._facts_of_model(epoch, choice, scores) | {"pictures": read_info(self.pack).counts}
+        return Model(encoder, self.view, self.stored, facts)
 
     def new_training(self, device: torch.device) -> Training:
         images = tuple(open_domain(self.pack, domain) for domain in self.domains)
