@@ -83,13 +83,20 @@ def _copied(value: Any) -> Any:
     return [_copied(part) for part in value] if isinstance(value, list) else value
 
 
-def training(pack: Path, start: Path, seed: int = 0, name: str = "ucdir", **changes: Any) -> Training:
+def training(
+    pack: Path,
+    start: Path,
+    seed: int = 0,
+    name: str = "ucdir",
+    encoder: EncoderParams = ENCODER,
+    **changes: Any,
+) -> Training:
     images = open_domain(pack, "art"), open_domain(pack, "photo")
     kind = METHODS[name]
     known = {key: value for key, value in PARAMS.items() if key in kind.params_type.model_fields}
     fixed = VARIANTS.get(name, ("", {}))[1]
     method = kind(kind.params_type(**{**known, **fixed, **changes}), seed)
-    return Training(images, VIEW, ENCODER, start, method, CPU)
+    return Training(images, VIEW, encoder, start, method, CPU)
 
 
 def weights(training: Training) -> dict[str, Tensor]:

@@ -26,7 +26,7 @@ from ucir.config.data import ViewParams
 from ucir.config.model import EncoderParams
 from ucir.data.pack import DomainImages
 from ucir.methods.registry import METHODS
-from ucir.models.encoder import new_encoder
+from ucir.models.encoder import as_stepped, new_encoder
 from ucir.prototypes.clustering import kmeans
 from ucir.prototypes.transport import transport
 from ucir.training.training import Training, total_loss
@@ -50,19 +50,20 @@ def main() -> None:
     device = torch.device(given.device)
     name = torch.cuda.get_device_name() if device.type == "cuda" else "the processor"
     print(f"{name}: {given.network}, {given.side} px, 2 x {given.batch} pictures a step")
-    for precision in ("float32", "bfloat16"):
-        rates(given, device, precision)
+    for precision, compiled in (("float32", False), ("bfloat16", False), ("bfloat16", True)):
+        network = {"trunk": {"torchvision": given.network}, "precision": precision, "compiled": compiled}
+        rates(given, device, EncoderParams.model_validate(network))
     growth(given, device)
 
 
-def rates(given: argparse.Namespace, device: torch.device, precision: str) -> None:
+def rates(given: argparse.Namespace, device: torch.device, params: EncoderParams) -> None:
     """Supervised, step, stall and epochs."""
-    params = EncoderParams(trunk={"torchvision": given.network}, precision=precision)  # type: ignore[arg-type]
     images = 2 * given.batch
     x = torch.randn(images, 3, given.side, given.side, device=device)
     x = x.contiguous(memory_format=torch.channels_last)
-    plain = new_encoder(params, 0).to(device)
-    optimizer = torch.optim.SGD(plain.parameters(), 1e-3, momentum=0.9)
+    encoder = new_encoder(params, 0).to(device)
+    plain = as_stepped(encoder)
+    optimizer = torch.optim.SGD(encoder.parameters(), 1e-3, momentum=0.9)
 
     def supervised() -> None:
         loss = F.cross_entropy(plain(x), torch.zeros(images, dtype=torch.long, device=device))
@@ -88,8 +89,9 @@ def rates(given: argparse.Namespace, device: torch.device, precision: str) -> No
     real = timed(lambda: training.train_epoch(0), device, 1, warm_up=1) / steps
     bound = 0.75 * alone
     minutes = 200 * (LARGER_DOMAIN // given.batch) * real / 60
+    kind = f"{params.precision}{', compiled' if params.compiled else ''}"
     print(
-        f"  {precision:<9} supervised {alone:8.0f} images/s   step {images / seconds:8.0f}, "
+        f"  {kind:<19} supervised {alone:8.0f} images/s   step {images / seconds:8.0f}, "
         f"{images / seconds / bound:.2f} of what is possible   stall {real / seconds:.2f}   "
         f"200 epochs {minutes:.1f} min",
         flush=True,

@@ -90,6 +90,27 @@ def test_the_frozen_copy_stays_and_a_kill_at_the_border_changes_nothing(pack: Pa
         )
 
 
+@pytest.mark.parametrize("name", ["ucdir", "brad"])
+def test_a_compiled_training_takes_the_same_course(
+    pack: Path, start: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # its graphs, made of torch's own operations: the default asks for a C++ compiler and a minute
+    monkeypatch.setattr("ucir.models.encoder.COMPILER", "aot_eager")
+    graphs = torch._dynamo.utils.counters["stats"]
+    courses, made = [], []
+    for compiled in (False, True):
+        run = training(pack, start, name=name, encoder=ENCODER.model_copy(update={"compiled": compiled}))
+        before = graphs["unique_graphs"]
+        reporter = Keep()
+        train(run, reporter)
+        made.append(graphs["unique_graphs"] - before)
+        reports = [report.metrics for report in reporter.reports]
+        courses.append([{k: v for k, v in m.items() if k.startswith("train/")} for m in reports])
+        assert all(name.startswith(("trunk.", "head.")) for name in run.query.state_dict())
+    assert made == [0, 2]  # the query encoder's and the key encoder's, once
+    assert courses[1] == [pytest.approx(losses, rel=1e-4) for losses in courses[0]]
+
+
 def test_training_moves_the_encoder_and_the_seed_matters(pack: Path, start: Path) -> None:
     ends = []
     for seed in (0, 1):

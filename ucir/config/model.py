@@ -26,6 +26,9 @@ class EncoderParams(Block):
     """What convolutions and products are computed in. ``bfloat16``: by torch's autocast, with weights, losses
     and features in float32; two to three times faster on a GPU or a processor that has it (``lscpu`` lists
     avx512_bf16 or amx_bf16), ten times slower on another."""
+    compiled: bool = False
+    """Whether ``torch.compile`` fuses what a training's steps compute: for GPUs. It takes a C++ compiler and
+    a minute at first, and on a processor gains nothing. Results differ by rounding."""
 
     @property
     def trunk_name(self) -> str:

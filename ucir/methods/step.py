@@ -18,7 +18,7 @@ from ucir.data.views import PictureViews, Views
 from ucir.distributed import gather_rows, own_rows, world_size
 from ucir.errors import UserError
 from ucir.memory import Features
-from ucir.models.encoder import Encoder, key_encoder_of, update_key_encoder
+from ucir.models.encoder import Encoder, as_stepped, key_encoder_of, update_key_encoder
 from ucir.models.features import extract_features
 from ucir.models.head import ResidualHead
 
@@ -112,11 +112,12 @@ class Step:
         keyed = method.keyed
         key = key_encoder_of(query, keyed.key_norm_groups) if keyed else None
         self.networks = Networks(query, key, method.build(query))
-        self.model: nn.Module = query
+        self.model = as_stepped(query)
+        self.key_model = as_stepped(key) if key else None
         if world_size() > 1:
             # batch statistics are already global, so there are no buffers to keep in step
             self.model = nn.parallel.DistributedDataParallel(
-                query, forward_sync_buffers=False, gradient_as_bucket_view=True
+                self.model, forward_sync_buffers=False, gradient_as_bucket_view=True
             )
 
     @property
@@ -221,9 +222,9 @@ class Step:
     @torch.no_grad()
     def keys(self, views: Rendered) -> Tensor:
         """The key encoder's features, in the batch's order."""
-        assert self.networks.key is not None
+        assert self.key_model is not None
         assert views.key is not None
-        x = self.networks.key(views.key.to(self.device), domain_B=views.key_domain.to(self.device))
+        x = self.key_model(views.key.to(self.device), domain_B=views.key_domain.to(self.device))
         shuffled = gather_rows(x, len(views.shuffle))
         k = torch.empty_like(shuffled)
         k[views.shuffle.to(self.device)] = shuffled

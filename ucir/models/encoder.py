@@ -122,6 +122,21 @@ def key_encoder_of(encoder: Encoder, norm_groups: int = 2) -> Encoder:
     return key
 
 
+COMPILER = "inductor"
+"""What :func:`as_stepped` compiles with: torch's own."""
+
+
+def as_stepped(encoder: Encoder) -> nn.Module:
+    """The encoder as the steps of a training call it: compiled, where its params say so.
+
+    All batches of a training have one shape, so that it is compiled once. The pass over all pictures, whose
+    last batch is smaller, takes the encoder as it is.
+    """
+    if not encoder.params.compiled:
+        return encoder
+    return torch.compile(encoder, dynamic=False, backend=COMPILER)  # type: ignore[return-value]
+
+
 @torch.no_grad()
 def update_key_encoder(key: Encoder, query: Encoder, momentum: float) -> None:
     """theta_k <- m theta_k + (1 - m) theta_q, trained parameters only: the key keeps its statistics."""
