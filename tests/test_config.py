@@ -158,6 +158,12 @@ def test_choosing_a_study_rewrites_its_block_alone(tmp_path: Path) -> None:
     assert changed.study.seeds == (3, 4)
     activate(path, "sample")
     assert path.read_text() == text
+    path.write_text(
+        text.replace("  two: {datasets: [digits],", "  two: {datasets: [digits], pairs: [printed-foo],")
+    )
+    with pytest.raises(UserError, match=r"studies\.two: pair 'printed-foo': no domain 'foo'"):
+        activate(path, "two")
+    path.write_text(text)
     comments = [line.split("#")[1] for line in text.splitlines() if "#" in line]
     for lr in (0.1, 0.2):  # added, then replaced: the comments behind the last blocks stay
         own = {"source": "x", "pairs": ["a-b"], "start": {"pretrain": {"steps": round(100 * lr)}}}

@@ -254,7 +254,9 @@ def train(
     setting: Annotated[
         str, typer.Option(help="closed, partial, open, or tailed-10: class sizes up to 10 : 1.")
     ] = "closed",
-    seed: Annotated[list[int] | None, typer.Option(help="May be repeated. Default: `study.seeds`.")] = None,
+    seed: Annotated[
+        list[int] | None, typer.Option(min=0, help="May be repeated. Default: `study.seeds`.")
+    ] = None,
     num_workers: Annotated[
         int | None, typer.Option(help="Workers per training. Default: `cluster.num_workers`.")
     ] = None,
@@ -265,7 +267,7 @@ def train(
 ) -> None:
     """Train one method on one or more pairs, in this process or on Ray workers.
 
-    The data set must have been prepared once: `uv run dvc repro prepare pretrain` does it. The
+    The data set must have been prepared once: `uv run dvc repro embed` does all of it. The
     same command goes on where a killed one stopped, and does nothing for runs that are done.
     """
     from ucir.runs.run import plan_runs

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-import sys
+import argparse
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from torch.nn.functional import normalize
 
 from ucir.config.load import load_params
 from ucir.data.feature_pack import DomainFeatures
+from ucir.errors import UserError, run_main
 from ucir.models.head import ResidualHead
 from ucir.models.model import load_model
 from ucir.retrieval.metrics import metric_values
@@ -54,8 +55,14 @@ def scores(run: PairRun) -> list[dict[str, float]]:
 
 
 def main() -> None:
-    method = sys.argv[1] if len(sys.argv) > 1 else "protoot"
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("method", nargs="?", default="protoot")
+    method = parser.parse_args().method
     runs = [run for run in plan_runs(load_params(), "pacs", "closed", method, None, (0,)) if run.done]
+    if not runs:
+        raise UserError(f"{method} on pacs, closed: no finished training of seed 0")
     rows = [row for run in runs for row in scores(run)]
     print(f"{method}, {len(rows)} directions, P@{CUTOFF} with queries centred by")
     for rule in rows[0]:
@@ -63,4 +70,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -1,7 +1,5 @@
 """Which epoch, and which method, would a criterion choose? Measured on finished trainings of studies.
 
-    uv run python -m tests.benchmarks.epochs [STUDY ...]     (default: the active one)
-
 For each criterion that sees no labels, and for two ways to join them all (the mean and the least of the
 ranks that they give): Spearman's rho with P@K over the epochs of a training, and what the epoch that it picks
 has more than the last one, in points of P@K; means over pairs and seeds, by method. Then the same over the
@@ -12,7 +10,7 @@ sets loses on each. Labels are read for these tables alone.
 
 from __future__ import annotations
 
-import sys
+import argparse
 from collections import defaultdict
 from typing import Any
 
@@ -20,6 +18,7 @@ import numpy as np
 from scipy.stats import rankdata, spearmanr
 
 from ucir.config.load import load_params
+from ucir.errors import UserError, run_main
 from ucir.retrieval.criteria import CRITERIA
 from ucir.retrieval.metrics import precision_name
 from ucir.runs.run import plan_runs
@@ -47,10 +46,15 @@ def choices(entries: list[dict[str, float]], metric: str) -> dict[str, tuple[flo
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("studies", nargs="*", metavar="STUDY", help="default: the active one")
+    given = parser.parse_args()
     params = load_params()
     by_method: dict[str, Figures] = {}
     by_pair: dict[tuple[str, str], list[dict[str, float]]] = defaultdict(list)
-    for study in sys.argv[1:] or [params.study.name]:
+    for study in given.studies or [params.study.name]:
         seeds = params.studies[study].seeds
         for _, part in study_runs(params, study):
             dataset = part["dataset"]
@@ -64,6 +68,8 @@ def main() -> None:
                         figures[name].append((rho, chosen - last[metric]))
                     pair = f"{part['setting']} {'-'.join(run.pair)} s{run.seed}"
                     by_pair[dataset, pair].append({**last, "value": last[metric]})
+    if not by_method:
+        raise UserError("no training of these studies is finished: `uv run dvc repro` makes them")
     print("rho over epochs / points that its epoch has more than the last one")
     show({row: {n: mean(kept[n]) for n in (*NAMES, LABELS)} for row, kept in by_method.items()})
 
@@ -107,4 +113,4 @@ def show(rows: dict[str, dict[str, tuple[float, float]]]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -1,7 +1,5 @@
 """What the gates reject where the label spaces are identical and where they are disjoint.
 
-    uv run python -m tests.benchmarks.gate [study's data set] [method ...]
-
 Takes the encoders of finished closed trainings (`uv run ucir study universal`, then `uv run dvc repro`).
 Query: the pictures of half of the classes; gallery: the other domain's of the same half, or of the other
 half. A row for the start and for the last epoch, and for UEM's gate with each limit of merging; with the
@@ -10,13 +8,14 @@ elbow's clusters and with as many as classes.
 
 from __future__ import annotations
 
-import sys
+import argparse
 from itertools import product
 
 import numpy as np
 import torch
 
 from ucir.config.load import Params, load_params
+from ucir.errors import UserError, run_main
 from ucir.methods.registry import params_block
 from ucir.prototypes.merging import MergingLimit
 from ucir.retrieval.evaluation import checkpoint_features, scored_domains
@@ -55,13 +54,21 @@ def rejected(
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("dataset", nargs="?", default="digits")
+    parser.add_argument("methods", nargs="*", default=["uem", "ucdir", "protoot"])
+    given = parser.parse_args()
+    dataset, methods = given.dataset, given.methods
     torch.set_num_threads(1)
-    dataset, *methods = sys.argv[1:] or ["digits", "uem", "ucdir", "protoot"]
     params = load_params()
     columns = [(name, rule) for rule in ("elbow", "classes") for name in ("identical", "disjoint")]
     print(f"{'rejected, percent; K by':<24}" + "".join(f"{rule + ', ' + name:>22}" for name, rule in columns))
     for method in methods:
         runs = [run for run in plan_runs(params, dataset, "closed", method) if run.done]
+        if not runs:
+            raise UserError(f"{method} on {dataset}, closed: no finished training")
         limits: list[MergingLimit] = ["domain"]
         if GATES.get(params_block(method)) == "merged":
             limits.append("pair")
@@ -73,4 +80,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -47,6 +47,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=30, help="that are timed")
     parser.add_argument("--features", type=int, default=70_000, help="to cluster and to transport")
     given = parser.parse_args()
+    if given.device == "cuda" and not torch.cuda.is_available():
+        parser.error("torch finds no GPU here; `--device cpu` with a small network tries the script itself")
     device = torch.device(given.device)
     name = torch.cuda.get_device_name() if device.type == "cuda" else "the processor"
     print(f"{name}: {given.network}, {given.side} px, 2 x {given.batch} pictures a step")

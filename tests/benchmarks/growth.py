@@ -1,7 +1,5 @@
 """How time and memory of an epoch grow with the pictures of a domain, and with K.
 
-    uv run python -m tests.benchmarks.growth [largest N, default 1000000]
-
 Of UCDIR on one thread, what does not grow like the network's own work, N: the losses against the bank (N / 64
 steps of B = 64 over N rows), K-means exactly and by its two shorter ways, the ranking of all pictures by all
 (of 512 queries, scaled). Seconds of an epoch, peak MiB beside the features, and the exponent x of N^x (K^x)
@@ -10,7 +8,7 @@ from a line through the logarithms of the four largest.
 
 from __future__ import annotations
 
-import sys
+import argparse
 from collections.abc import Callable
 from typing import Any
 
@@ -80,9 +78,13 @@ def table(what: str, sizes: list[int], rows: list[dict[str, tuple[float, float]]
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("most", nargs="?", type=int, default=1_000_000, help="largest N")
+    most = parser.parse_args().most
     torch.set_num_threads(1)
     faiss.omp_set_num_threads(1)
-    most = int(sys.argv[1]) if len(sys.argv) > 1 else 1_000_000
     sizes = [size for size in (1_000, 4_000, 16_000, 64_000, 256_000, 1_000_000) if size <= most]
     table(f"N, K {K}", sizes, [measured(size, K) for size in sizes])
     clusters = [16, 65, 256, 1024]

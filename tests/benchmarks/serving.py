@@ -48,6 +48,9 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--port", type=int, default=8765)
     arguments = parser.parse_args()
+    for there in (arguments.index, arguments.queries):
+        if not there.is_dir():
+            parser.error(f"{there}: no such folder")
     pictures = [file.read_bytes() for file in itertools.islice(arguments.queries.rglob("*.*"), 500)]
     name = arguments.index.resolve().name.removesuffix(".index")
     command = ("serve", str(arguments.index), "--port", str(arguments.port), "--rate", "1000000/minute")

@@ -68,7 +68,7 @@ def test_what_is_compiled_is_kept_also_where_an_image_forbids_it(monkeypatch: py
     [
         ("no folder", "images: no such folder"),
         ("one domain", "1 domain folder(s) (art); cross-domain retrieval needs at least two"),
-        ("no domain", "pair 'art-photo' is not two different domains joined by '-'"),
+        ("no domain", "pair 'art-photo': no domain 'photo'"),
         ("empty class", "art/cross: empty class folder"),
         ("broken file", "1 of 23 files are bad, more than pack.max_bad_share = 0.01 (art/cross/x.png: not"),
         ("read-only", "data/packs/shapes: cannot be written to"),

@@ -229,7 +229,7 @@ def test_check_and_study_tell_what_would_stop_the_stages(project: Path) -> None:
     for answer in told({"source": "one"}):
         assert "1 domain folder(s) (art)" in answer
     for answer in told({"pairs": ["art-phote"]}):
-        assert "no domain 'phote', did you mean 'photo'?" in answer
+        assert "no domain 'phote'; did you mean 'photo'?" in answer
     for answer in told({"split": {"shared": ["circel"]}}, ["partial"]):
         assert "class 'circel' is unknown; did you mean 'circle'?" in answer
     make_images(project / "linked")

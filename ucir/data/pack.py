@@ -91,9 +91,10 @@ def split_pair(pair: str, domains: list[str]) -> tuple[str, str]:
             return first, second
     cuts = [(pair[:i], pair[i + 1 :]) for i, c in enumerate(pair) if c in "->"]
     wrong = [name for cut in cuts for name in cut if set(cut) & set(domains) and name not in domains]
-    hint = f"; no domain {wrong[0]!r}, {nearest(wrong[0], domains)}" if wrong else ""
+    if wrong:
+        raise UserError(f"pair {pair!r}: no domain {wrong[0]!r}; {nearest(wrong[0], domains)}")
     raise UserError(
-        f"pair {pair!r} is not two different domains joined by '-' or '>'{hint}; "
+        f"pair {pair!r} is not two different domains joined by '-' or '>'; "
         f"the domains are {', '.join(domains)}"
     )
 

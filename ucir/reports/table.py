@@ -208,14 +208,18 @@ def direction_table(dataset: str, setting: str, scores: Scores, metric: str, cho
     )
 
 
+FEWEST_TESTED = 5
+"""Trainings that a signed-rank test needs: with four of them p is at least 0.125."""
+
+
 def standing_table(
     dataset: str, setting: str, scores: Scores, metric: str, start: str = PRETRAINED
 ) -> Table | None:
     """Rank of each method's mean, and what it gains over the start, with a paired test; last epoch.
 
     The test is Wilcoxon's signed-rank test, two-sided, over trainings: both directions of a pair count as one
-    where they come from one training, and seeds by their mean. None where the start has no scores, or
-    there is one training alone.
+    where they come from one training, and seeds by their mean; left out where there are fewer trainings than
+    could tell anything. None where the start has no scores, or there is one training alone.
 
     Args:
         dataset, setting: their names.
@@ -247,12 +251,13 @@ def standing_table(
         rank = 1 + sum((other < shown[method]) == less for other in ahead)
         beside = [""] * 3
         if method != start:
-            p = f"{wilcoxon(gain).pvalue:.2g}" if gain.any() else ""
+            p = f"{wilcoxon(gain).pvalue:.2g}" if gain.any() and len(units) >= FEWEST_TESTED else ""
             beside = [f"{gain.mean():+.1f}".replace("-", "−"), f"{better} of {len(units)}", p]
         rows.append((row_name(method), [str(rank), str(means[method]), *beside]))
     return Table(
         f"{dataset}, {setting}: {metric}, rank of the mean, and gain over the start ({row_name(start)}); p: "
-        f"Wilcoxon's signed-rank test over {len(units)} trainings",
+        f"Wilcoxon's signed-rank test over {len(units)} trainings"
+        f"{'' if len(units) >= FEWEST_TESTED else ', which are too few to tell'}",
         ["rank", "mean", "gain", "better in", "p"],
         rows,
         [set(), *best_rows([[means[method]] for method in whole], less), set(), set(), set()],

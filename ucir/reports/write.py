@@ -93,7 +93,8 @@ def write_report(params: Params, packs: Path, results: Path, out: Path) -> Writt
         printed = printed_for(block.catalogue, part.setting)
         rows += result_rows(part.dataset, part.setting, scores, printed)
         lead = lead_metrics(part.setting, f"P@{block.evaluate.cutoffs[0]}")
-        standings = [t for m in lead if (t := standing_table(part.dataset, part.setting, scores, m))]
+        ranked = [RANKED_BY.get(metric, metric) for metric in lead]
+        standings = [t for m in ranked if (t := standing_table(part.dataset, part.setting, scores, m))]
         tables = _tables(part, scores, printed, block, lead, standings)
         headline += tables[: len(lead)]
         best = None
@@ -165,6 +166,10 @@ def write_report(params: Params, packs: Path, results: Path, out: Path) -> Writt
 def lead_metrics(setting: str, first: str) -> list[str]:
     """What a setting's results are judged by: the first P@K, or UEM's two."""
     return {"open": ["mAP@All", "open-set accuracy"], "partial": ["mAP@All"]}.get(setting, [first])
+
+
+RANKED_BY = {"open-set accuracy": "gate AUROC"}
+"""In place of a metric that is best where everything is rejected."""
 
 
 def _tables(

@@ -9,14 +9,17 @@ from typing import Any
 from pydantic import Field
 
 from ucir.config.base import PARAMS_FILE, Block, checked
+from ucir.config.data import DatasetParams
 from ucir.config.load import Params, load_params, parse_yaml, without_study
 from ucir.data.fetch import check_checkpoint
+from ucir.data.pack import read_info, split_pair
 from ucir.data.prepare import source_classes, source_faults
 from ucir.data.splits import label_spaces
 from ucir.errors import UserError, nearest
 from ucir.methods.registry import METHODS, params_block
 from ucir.models.pretrained import EMBEDDED_TRUNK, check_weights
 from ucir.models.trunk import check_trunk
+from ucir.paths import PACKS
 from ucir.runs.params import method_params
 
 DATASET_BLOCKS = ("pack", "view", "evaluate", "split")
@@ -139,6 +142,18 @@ def describe_recipes() -> str:
     return "\n".join(lines)
 
 
+def known_domains(block: DatasetParams, dataset: str) -> list[str]:
+    """Domains by the catalogue, else of the pack and as the pairs spell them: a pack may be older."""
+    if block.entry.domains:
+        return list(block.entry.domains)
+    try:
+        packed = list(read_info(PACKS / dataset).counts)
+    except UserError:
+        packed = []
+    cuts = [(p[:i], p[i + 1 :]) for p in block.pairs for i, c in enumerate(p) if c in "->"]
+    return list(dict.fromkeys([*packed, *(name for cut in cuts for name in cut if name)]))
+
+
 def check_sources(params: Params, name: str) -> None:
     """Look for the pictures and the start weights of a study before anything starts.
 
@@ -149,6 +164,12 @@ def check_sources(params: Params, name: str) -> None:
     block = study_block(params, name)
     for dataset in block["datasets"]:
         given = params.datasets[dataset]
+        parts = [part for part in block["settings"].values() if part["dataset"] == dataset]
+        try:
+            for pair in [pair for part in parts for pair in part.get("pairs", ())]:
+                split_pair(pair, known_domains(given, dataset))
+        except UserError as error:
+            faults.append(f"studies.{name}: {error}")
         if given.sample:
             continue
         try:
@@ -158,7 +179,7 @@ def check_sources(params: Params, name: str) -> None:
         if source_errors and given.entry.files:
             source_errors[-1] += f"; `uv run ucir fetch {dataset}` gets the data set or says how"
         faults += source_errors
-        settings = [part["setting"] for part in block["settings"].values() if part["dataset"] == dataset]
+        settings = [part["setting"] for part in parts]
         if not source_errors and not given.entry.counts and set(settings) - {"closed"}:
             try:
                 classes = source_classes(given)
