@@ -4,6 +4,10 @@ Takes the encoders of finished closed trainings (`uv run ucir study universal`, 
 Query: the pictures of half of the classes; gallery: the other domain's of the same half, or of the other
 half. A row for the start and for the last epoch, and for UEM's gate with each limit of merging; with the
 elbow's clusters and with as many as classes.
+
+`--calibrated`: what the calibrated gate rejects of queries with and without a counterpart, after open
+trainings (`uv run ucir study real-universal`): where its limit comes from all queries, of which half have
+none, and where it comes from one half of those that have one, and the other half is asked.
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ from ucir.errors import UserError, run_main
 from ucir.methods.registry import params_block
 from ucir.prototypes.merging import MergingLimit
 from ucir.retrieval.evaluation import checkpoint_features, scored_domains
-from ucir.retrieval.gate import GATES, cluster_for_gate, fit_gate
+from ucir.retrieval.gate import GATES, calibrated_limit, cluster_for_gate, fit_gate, nearest_distances
 from ucir.runs.run import PairRun, plan_runs
 
 
@@ -53,22 +57,52 @@ def rejected(
     return shares
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("dataset", nargs="?", default="digits")
-    parser.add_argument("methods", nargs="*", default=["uem", "ucdir", "protoot"])
-    given = parser.parse_args()
-    dataset, methods = given.dataset, given.methods
-    torch.set_num_threads(1)
-    params = load_params()
+def rejected_by_calibrated(params: Params, run: PairRun) -> list[list[float]]:
+    """Percent of shared and private queries for each direction: by a limit of all, by one of shared ones."""
+    block = params.datasets[run.dataset]
+    images, names = scored_domains(run.dataset, block, run.pair, run.spaces)
+    features = checkpoint_features(run.folder / "last.pt", block, images, torch.device("cpu"))
+    rows = []
+    for query, gallery in run.directions:
+        nearest_Q = nearest_distances(features[query], features[gallery])
+        shared_Q = torch.from_numpy(np.isin(names[query], names[gallery]))
+        shared = nearest_Q[shared_Q][
+            torch.from_numpy(np.random.default_rng(0).permutation(int(shared_Q.sum())))
+        ]
+        given, asked = shared.tensor_split(2)
+        private = nearest_Q[~shared_Q]
+        limits = calibrated_limit(nearest_Q), calibrated_limit(given)
+        asked_of = ((shared, limits[0]), (private, limits[0]), (asked, limits[1]), (private, limits[1]))
+        rows.append([100 * float((x > limit).float().mean()) for x, limit in asked_of])
+    return rows
+
+
+def show_calibrated(params: Params, dataset: str, methods: list[str]) -> None:
+    columns = ("of all: shared", "private", "of shared: shared", "private")
+    print(f"{'rejected, percent; limit':<24}" + "".join(f"{column:>20}" for column in columns))
+    for method in methods:
+        rows = [
+            row
+            for run in finished(params, dataset, "open", method)
+            for row in rejected_by_calibrated(params, run)
+        ]
+        cells = "".join(f"{cell:>20.1f}" for cell in np.mean(rows, axis=0))
+        print(f"{method:<24}{cells}   {len(rows)} directions", flush=True)
+
+
+def finished(params: Params, dataset: str, setting: str, method: str) -> list[PairRun]:
+    """Raises UserError: there is none."""
+    runs = [run for run in plan_runs(params, dataset, setting, method) if run.done]
+    if not runs:
+        raise UserError(f"{method} on {dataset}, {setting}: no finished training")
+    return runs
+
+
+def show_own(params: Params, dataset: str, methods: list[str]) -> None:
     columns = [(name, rule) for rule in ("elbow", "classes") for name in ("identical", "disjoint")]
     print(f"{'rejected, percent; K by':<24}" + "".join(f"{rule + ', ' + name:>22}" for name, rule in columns))
     for method in methods:
-        runs = [run for run in plan_runs(params, dataset, "closed", method) if run.done]
-        if not runs:
-            raise UserError(f"{method} on {dataset}, closed: no finished training")
+        runs = finished(params, dataset, "closed", method)
         limits: list[MergingLimit] = ["domain"]
         if GATES.get(params_block(method)) == "merged":
             limits.append("pair")
@@ -77,6 +111,19 @@ def main() -> None:
             cells = [np.mean([value for shares in all_found for value in shares[c]]) for c in columns]
             row = f"{method}, {weights}, {limit}"
             print(f"{row:<24}" + "".join(f"{cell:>22.1f}" for cell in cells), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("dataset", nargs="?", default="digits")
+    parser.add_argument("methods", nargs="*", default=["uem", "ucdir", "protoot"])
+    parser.add_argument("--calibrated", action="store_true", help="see above")
+    given = parser.parse_intermixed_args()
+    torch.set_num_threads(1)
+    show = show_calibrated if given.calibrated else show_own
+    show(load_params(), given.dataset, given.methods)
 
 
 if __name__ == "__main__":
