@@ -5,27 +5,35 @@ ranks that they give): Spearman's rho with P@K over the epochs of a training, an
 has more than the last one, in points of P@K; means over pairs and seeds, by method. Then the same over the
 methods of a pair, in their last epoch: rho, and what the chosen method has less than the best, by data set,
 with a 90 % interval (bootstrap over pairs and seeds); and what the criterion that is best on all other data
-sets loses on each. Labels are read for these tables alone.
+sets loses on each. Where a study has several seeds, their agreement is a criterion of a method, too: the
+share of a picture's ten nearest of the other domain that two seeds have in common. Labels are read for
+these tables alone.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections import defaultdict
+from itertools import combinations
 from typing import Any
 
 import numpy as np
+import torch
 from scipy.stats import rankdata, spearmanr
 
-from ucir.config.load import load_params
+from ucir.config.load import Params, load_params
 from ucir.errors import UserError, run_main
 from ucir.retrieval.criteria import CRITERIA
+from ucir.retrieval.evaluation import checkpoint_features, scored_domains
 from ucir.retrieval.metrics import precision_name
-from ucir.runs.run import plan_runs
+from ucir.retrieval.ranking import top_ranked
+from ucir.runs.run import PairRun, plan_runs
 from ucir.runs.study import study_runs
 
 JOINED: dict[str, Any] = {"mean rank": np.mean, "worst rank": np.min}
-NAMES = [*CRITERIA, *JOINED]
+AGREEMENT = "seeds agree"
+NAMES = [*CRITERIA, *JOINED, AGREEMENT]
+NEAREST = 10
 LABELS = "labels"
 RESAMPLES = 2000
 
@@ -38,11 +46,29 @@ def choices(entries: list[dict[str, float]], metric: str) -> dict[str, tuple[flo
     scores = {name: np.array([entry[f"quality/{name}"] for entry in entries]) for name in CRITERIA}
     ranks = np.stack([rankdata(values) for values in scores.values()])
     scores |= {name: join(ranks, axis=0) for name, join in JOINED.items()}
+    if all(AGREEMENT in entry for entry in entries):
+        scores[AGREEMENT] = np.array([entry[AGREEMENT] for entry in entries])
     found = {LABELS: (1.0, float(truth.max()))}
     for name, values in scores.items():
         rho = float(spearmanr(values, truth).statistic) if np.ptp(values) and np.ptp(truth) else 0.0
         found[name] = (rho, float(truth[values.argmax()]))
     return found
+
+
+def agreement(params: Params, runs: list[PairRun]) -> float:
+    """Of trainings that differ in their seeds, mean over both directions and all two of them."""
+    block, neighbours = params.datasets[runs[0].dataset], []
+    for run in runs:
+        images, _ = scored_domains(run.dataset, block, run.pair, run.spaces)
+        features = checkpoint_features(run.folder / "last.pt", block, images, torch.device("cpu"))
+        first, second = (features[domain] for domain in run.pair)
+        neighbours.append([top_ranked(q, g, NEAREST) for q, g in ((first, second), (second, first))])
+    common = [
+        (a[:, :, None] == b[:, None, :]).any(axis=2).mean()
+        for one, other in combinations(neighbours, 2)
+        for a, b in zip(one, other, strict=True)
+    ]
+    return float(np.mean(common))
 
 
 def main() -> None:
@@ -54,6 +80,7 @@ def main() -> None:
     params = load_params()
     by_method: dict[str, Figures] = {}
     by_pair: dict[tuple[str, str], list[dict[str, float]]] = defaultdict(list)
+    seeds_of: dict[str, tuple[list[PairRun], list[dict[str, float]]]] = {}
     for study in given.studies or [params.study.name]:
         seeds = params.studies[study].seeds
         for _, part in study_runs(params, study):
@@ -67,28 +94,42 @@ def main() -> None:
                     for name, (rho, chosen) in choices(run.history(), metric).items():
                         figures[name].append((rho, chosen - last[metric]))
                     pair = f"{part['setting']} {'-'.join(run.pair)} s{run.seed}"
-                    by_pair[dataset, pair].append({**last, "value": last[metric]})
+                    entry = {**last, "value": last[metric]}
+                    by_pair[dataset, pair].append(entry)
+                    of_seeds = seeds_of.setdefault(
+                        f"{dataset} {run.method} {pair.rsplit(' ', 1)[0]}", ([], [])
+                    )
+                    of_seeds[0].append(run)
+                    of_seeds[1].append(entry)
     if not by_method:
         raise UserError("no training of these studies is finished: `uv run dvc repro` makes them")
+    for runs, entries in seeds_of.values():
+        if len(runs) > 1:
+            agreed = agreement(params, runs)
+            for entry in entries:
+                entry[AGREEMENT] = agreed
     print("rho over epochs / points that its epoch has more than the last one")
-    show({row: {n: mean(kept[n]) for n in (*NAMES, LABELS)} for row, kept in by_method.items()})
+    show({row: {n: mean(values) for n, values in kept.items()} for row, kept in by_method.items()})
 
     chosen_methods: dict[str, Figures] = defaultdict(lambda: defaultdict(list))
     for (dataset, _), entries in by_pair.items():
         if len(entries) > 2:
             found = choices(entries, "value")
             best = found[LABELS][1]
-            for name in NAMES:
+            for name in [name for name in NAMES if name in found]:
                 chosen_methods[dataset][name].append((found[name][0], best - found[name][1]))
     print("\nrho over methods / points that its method has less than the best, and their 90 % interval")
-    lost = {dataset: {n: mean(kept[n]) for n in NAMES} for dataset, kept in chosen_methods.items()}
+    lost = {d: {n: mean(values) for n, values in kept.items()} for d, kept in chosen_methods.items()}
     show(lost)
     for dataset, kept in chosen_methods.items():
-        print(f"{dataset + ', interval':<24}" + "".join(f"{interval(kept[n]):>14}" for n in NAMES))
+        print(
+            f"{dataset + ', interval':<24}" + "".join(f"{interval(values):>14}" for values in kept.values())
+        )
     for dataset in lost:
         others = [figures for other, figures in lost.items() if other != dataset]
         if others:
-            picked = min(NAMES, key=lambda name: float(np.mean([figures[name][1] for figures in others])))
+            names = [name for name in lost[dataset] if all(name in figures for figures in others)]
+            picked = min(names, key=lambda name: float(np.mean([figures[name][1] for figures in others])))
             print(f"{dataset}: {picked}, the best elsewhere, loses {lost[dataset][picked][1]:.1f} points")
 
 
