@@ -69,7 +69,7 @@ def test_faults_are_found_before_any_training(prepared: Path) -> None:
     for changes, message in (
         ({"methods__ucdir__shapes__clusters": 25}, "clusters = 25 exceeds the 22 images of domain art"),
         ({"methods__ucdir__shapes__batch_size": 64}, "batch_size = 64 exceeds the 28 images"),
-        ({"datasets__shapes__pairs": "[art-film]"}, "the domains are art, photo, real-life"),
+        ({"datasets__shapes__pairs": "[art-film]"}, "no domain 'film'; there is: art, photo, real-life"),
         ({"datasets__shapes__start__encoder__trunk": "{convnet: {width: 8}}"}, "does not fit the encoder"),
         (
             {"datasets__shapes__pack__side": 30},

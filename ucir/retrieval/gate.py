@@ -8,7 +8,8 @@
             Distances are (1 - cosine) x Euclid.
 ``calibrated``  of any method and of :mod:`ucir.retrieval.search`: a query is rejected if its nearest gallery
             image is farther than those of all but a share of the queries, see :func:`calibrated_limit`. The
-            share of false rejections is then known beforehand, which it is with neither of the others.
+            share of rejections among such queries is then known beforehand, which it is with neither of the
+            others; strangers among them are as rarely rejected.
 """
 
 from __future__ import annotations
