@@ -232,6 +232,11 @@ def test_a_standing_has_rank_gain_and_a_paired_test_over_trainings() -> None:
     assert apart is not None
     assert dict(apart.rows)["up"][3:] == ["12 of 12", "0.00049"], "each direction has a training of its own"
     assert standing_table("x", "closed", {"up": results["up"]}, "P@2") is None
+    four = {m: [s for s in r if {s.query, s.gallery} <= set(sum(pairs[:4], ()))] for m, r in results.items()}
+    few = standing_table("x", "closed", four, "P@2")
+    assert few is not None
+    assert few.columns == ["rank", "mean", "gain", "better in"], "four gains cannot give a small p"
+    assert dict(few.rows)["up"][2:] == ["+4.0", "4 of 4"]
     one = {m: [s for s in r if {s.query, s.gallery} == set(pairs[0])] for m, r in results.items()}
     assert standing_table("x", "closed", one, "P@2") is None, "one training"
 

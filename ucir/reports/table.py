@@ -243,24 +243,30 @@ def standing_table(
     less = metric in ERRORS
     means = {method: cell(scores[method], metric, LAST, directions) for method in whole}
     shown = {method: round(mean.mean, 1) for method, mean in means.items() if mean}
+    tested = len(units) >= FEWEST_TESTED
     rows = []
     for method, values in whole.items():
         gain = values - whole[start]
         better = int(((gain < 0) if less else (gain > 0)).sum())
         ahead = [other for other in shown.values() if other != shown[method]]
         rank = 1 + sum((other < shown[method]) == less for other in ahead)
-        beside = [""] * 3
+        beside = [""] * (2 + tested)
         if method != start:
-            p = f"{wilcoxon(gain).pvalue:.2g}" if gain.any() and len(units) >= FEWEST_TESTED else ""
-            beside = [f"{gain.mean():+.1f}".replace("-", "−"), f"{better} of {len(units)}", p]
+            beside = [f"{gain.mean():+.1f}".replace("-", "−"), f"{better} of {len(units)}"]
+            beside += [f"{wilcoxon(gain).pvalue:.2g}" if gain.any() else ""] * tested
         rows.append((row_name(method), [str(rank), str(means[method]), *beside]))
     return Table(
-        f"{dataset}, {setting}: {metric}, rank of the mean, and gain over the start ({row_name(start)}); p: "
-        f"Wilcoxon's signed-rank test over {len(units)} trainings"
-        f"{'' if len(units) >= FEWEST_TESTED else ', which are too few to tell'}",
-        ["rank", "mean", "gain", "better in", "p"],
+        f"{dataset}, {setting}: {metric}, rank of the mean, and gain over the start ({row_name(start)})"
+        + (f"; p: Wilcoxon's signed-rank test over {len(units)} trainings" if tested else ""),
+        ["rank", "mean", "gain", "better in", *(["p"] if tested else [])],
         rows,
-        [set(), *best_rows([[means[method]] for method in whole], less), set(), set(), set()],
+        [
+            set(),
+            *best_rows([[means[method]] for method in whole], less),
+            set(),
+            set(),
+            *([set()] if tested else []),
+        ],
     )
 
 
