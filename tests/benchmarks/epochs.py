@@ -24,10 +24,10 @@ from scipy.stats import rankdata, spearmanr
 from ucir.config.load import Params, load_params
 from ucir.errors import UserError, run_main
 from ucir.retrieval.criteria import CRITERIA
-from ucir.retrieval.evaluation import checkpoint_features, scored_domains
 from ucir.retrieval.metrics import precision_name
 from ucir.retrieval.ranking import top_ranked
 from ucir.runs.run import PairRun, plan_runs
+from ucir.runs.scores import run_features
 from ucir.runs.study import study_runs
 
 JOINED: dict[str, Any] = {"mean rank": np.mean, "worst rank": np.min}
@@ -57,10 +57,9 @@ def choices(entries: list[dict[str, float]], metric: str) -> dict[str, tuple[flo
 
 def agreement(params: Params, runs: list[PairRun]) -> float:
     """Of trainings that differ in their seeds, mean over both directions and all two of them."""
-    block, neighbours = params.datasets[runs[0].dataset], []
+    neighbours = []
     for run in runs:
-        images, _ = scored_domains(run.dataset, block, run.pair, run.spaces)
-        features = checkpoint_features(run.folder / "last.pt", block, images, torch.device("cpu"))
+        features, _ = run_features(params, run, run.folder / "last.pt", torch.device("cpu"))
         first, second = (features[domain] for domain in run.pair)
         neighbours.append([top_ranked(q, g, NEAREST) for q, g in ((first, second), (second, first))])
     common = [
@@ -80,7 +79,7 @@ def main() -> None:
     params = load_params()
     by_method: dict[str, Figures] = {}
     by_pair: dict[tuple[str, str], list[dict[str, float]]] = defaultdict(list)
-    seeds_of: dict[str, tuple[list[PairRun], list[dict[str, float]]]] = {}
+    seeds_of: dict[tuple[str, ...], list[tuple[PairRun, dict[str, float]]]] = defaultdict(list)
     for study in given.studies or [params.study.name]:
         seeds = params.studies[study].seeds
         for _, part in study_runs(params, study):
@@ -96,17 +95,13 @@ def main() -> None:
                     pair = f"{part['setting']} {'-'.join(run.pair)} s{run.seed}"
                     entry = {**last, "value": last[metric]}
                     by_pair[dataset, pair].append(entry)
-                    of_seeds = seeds_of.setdefault(
-                        f"{dataset} {run.method} {pair.rsplit(' ', 1)[0]}", ([], [])
-                    )
-                    of_seeds[0].append(run)
-                    of_seeds[1].append(entry)
+                    seeds_of[dataset, run.method, run.setting, *run.pair].append((run, entry))
     if not by_method:
         raise UserError("no training of these studies is finished: `uv run dvc repro` makes them")
-    for runs, entries in seeds_of.values():
-        if len(runs) > 1:
-            agreed = agreement(params, runs)
-            for entry in entries:
+    for of_seeds in seeds_of.values():
+        if len(of_seeds) > 1:
+            agreed = agreement(params, [run for run, _ in of_seeds])
+            for _, entry in of_seeds:
                 entry[AGREEMENT] = agreed
     print("rho over epochs / points that its epoch has more than the last one")
     show({row: {n: mean(values) for n, values in kept.items()} for row, kept in by_method.items()})

@@ -22,19 +22,17 @@ from ucir.config.load import Params, load_params
 from ucir.errors import UserError, run_main
 from ucir.methods.registry import params_block
 from ucir.prototypes.merging import MergingLimit
-from ucir.retrieval.evaluation import checkpoint_features, scored_domains
 from ucir.retrieval.gate import GATES, calibrated_limit, cluster_for_gate, fit_gate, nearest_distances
 from ucir.runs.run import PairRun, plan_runs
+from ucir.runs.scores import run_features
 
 
 def rejected(
     params: Params, run: PairRun, weights: str, limit: MergingLimit
 ) -> dict[tuple[str, str], list[float]]:
     """Percent of the queries by (gallery, clusters), a value for each direction."""
-    block = params.datasets[run.dataset]
-    images, names = scored_domains(run.dataset, block, run.pair, run.spaces)
     checkpoint = run.start if weights == "start" else run.folder / "last.pt"
-    by_domain = checkpoint_features(checkpoint, block, images, torch.device("cpu"))
+    by_domain, names = run_features(params, run, checkpoint, torch.device("cpu"))
     features = [by_domain[domain] for domain in run.pair]
     labels = [np.array(names[domain]) for domain in run.pair]
     classes = sorted(set(labels[0]))
@@ -59,9 +57,7 @@ def rejected(
 
 def rejected_by_calibrated(params: Params, run: PairRun) -> list[list[float]]:
     """Percent of shared and private queries for each direction: by a limit of all, by one of shared ones."""
-    block = params.datasets[run.dataset]
-    images, names = scored_domains(run.dataset, block, run.pair, run.spaces)
-    features = checkpoint_features(run.folder / "last.pt", block, images, torch.device("cpu"))
+    features, names = run_features(params, run, run.folder / "last.pt", torch.device("cpu"))
     rows = []
     for query, gallery in run.directions:
         nearest_Q = nearest_distances(features[query], features[gallery])

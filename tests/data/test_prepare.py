@@ -137,7 +137,7 @@ def test_pairs_split_at_the_hyphen_between_domains() -> None:
     assert split_pair("art-real-life", list(DOMAINS)) == ("art", "real-life")
     assert split_pair("real-life-art", list(DOMAINS)) == ("real-life", "art")
     assert split_pair("real-life>art", list(DOMAINS)) == ("real-life", "art")
-    for wrong in ("art", "art-art", "film-shop"):
+    for wrong in ("art", "art-art", "film-shop", "photo-"):
         with pytest.raises(UserError, match="is not two different domains joined"):
             split_pair(wrong, list(DOMAINS))
     with pytest.raises(UserError, match=r"pair 'art-photos': no domain 'photos'; did you mean 'photo'\?"):

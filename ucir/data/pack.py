@@ -90,7 +90,7 @@ def split_pair(pair: str, domains: list[str]) -> tuple[str, str]:
         if pair in (f"{first}-{second}", f"{first}>{second}") and second in domains and second != first:
             return first, second
     cuts = [(pair[:i], pair[i + 1 :]) for i, c in enumerate(pair) if c in "->"]
-    wrong = [name for cut in cuts for name in cut if set(cut) & set(domains) and name not in domains]
+    wrong = [name for cut in cuts if set(cut) & set(domains) for name in cut if name and name not in domains]
     if wrong:
         raise UserError(f"pair {pair!r}: no domain {wrong[0]!r}; {nearest(wrong[0], domains)}")
     raise UserError(

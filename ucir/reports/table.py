@@ -243,31 +243,24 @@ def standing_table(
     less = metric in ERRORS
     means = {method: cell(scores[method], metric, LAST, directions) for method in whole}
     shown = {method: round(mean.mean, 1) for method, mean in means.items() if mean}
+    columns = ["rank", "mean", "gain", "better in", "p"]
+    best = [set(), *best_rows([[means[method]] for method in whole], less), set(), set(), set()]
     tested = len(units) >= FEWEST_TESTED
+    test = f"; p: Wilcoxon's signed-rank test over {len(units)} trainings" if tested else ""
+    width = len(columns) if tested else len(columns) - 1
     rows = []
     for method, values in whole.items():
         gain = values - whole[start]
         better = int(((gain < 0) if less else (gain > 0)).sum())
         ahead = [other for other in shown.values() if other != shown[method]]
         rank = 1 + sum((other < shown[method]) == less for other in ahead)
-        beside = [""] * (2 + tested)
+        beside = [""] * 3
         if method != start:
-            beside = [f"{gain.mean():+.1f}".replace("-", "−"), f"{better} of {len(units)}"]
-            beside += [f"{wilcoxon(gain).pvalue:.2g}" if gain.any() else ""] * tested
-        rows.append((row_name(method), [str(rank), str(means[method]), *beside]))
-    return Table(
-        f"{dataset}, {setting}: {metric}, rank of the mean, and gain over the start ({row_name(start)})"
-        + (f"; p: Wilcoxon's signed-rank test over {len(units)} trainings" if tested else ""),
-        ["rank", "mean", "gain", "better in", *(["p"] if tested else [])],
-        rows,
-        [
-            set(),
-            *best_rows([[means[method]] for method in whole], less),
-            set(),
-            set(),
-            *([set()] if tested else []),
-        ],
-    )
+            p = f"{wilcoxon(gain).pvalue:.2g}" if gain.any() else ""
+            beside = [f"{gain.mean():+.1f}".replace("-", "−"), f"{better} of {len(units)}", p]
+        rows.append((row_name(method), [str(rank), str(means[method]), *beside][:width]))
+    title = f"{dataset}, {setting}: {metric}, rank of the mean, and gain over the start ({row_name(start)})"
+    return Table(title + test, columns[:width], rows, best[:width])
 
 
 def overview_table(parts: Sequence[tuple[str, str, Scores, str]]) -> Table:

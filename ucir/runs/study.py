@@ -12,9 +12,9 @@ from ucir.config.base import PARAMS_FILE, Block, checked
 from ucir.config.data import DatasetParams
 from ucir.config.load import Params, load_params, parse_yaml, without_study
 from ucir.data.fetch import check_checkpoint
-from ucir.data.pack import read_info, split_pair
+from ucir.data.pack import read_info
 from ucir.data.prepare import source_classes, source_faults
-from ucir.data.splits import label_spaces
+from ucir.data.splits import label_spaces, trainings
 from ucir.errors import UserError, nearest
 from ucir.methods.registry import METHODS, params_block
 from ucir.models.pretrained import EMBEDDED_TRUNK, check_weights
@@ -166,8 +166,8 @@ def check_sources(params: Params, name: str) -> None:
         given = params.datasets[dataset]
         parts = [part for part in block["settings"].values() if part["dataset"] == dataset]
         try:
-            for pair in [pair for part in parts for pair in part.get("pairs", ())]:
-                split_pair(pair, known_domains(given, dataset))
+            for part in parts:
+                trainings(part["setting"], part.get("pairs", ()), known_domains(given, dataset))
         except UserError as error:
             faults.append(f"studies.{name}: {error}")
         if given.sample:
