@@ -11,7 +11,7 @@ from torch import Tensor
 from ucir.data.pack import DomainImages
 from ucir.reports.thumbnails import Thumbnail, Thumbnails
 
-POINTS = 600
+POINTS = 400
 """Of a domain: enough to see the shape, few enough for seconds."""
 PICTURED = 90
 """Points of a domain, the same for every method, that are pictures where there is room."""

@@ -21,6 +21,8 @@ NEIGHBOURS = 10
 DENSITY_TEMPERATURE = 0.05
 EPSILON = 0.05
 ITERATIONS = 30
+IMPOSSIBLE = -1e4
+"""A logit whose weight is 0; times 0 it is no NaN, as that of minus infinity is."""
 
 CRITERIA = {
     "mutual_neighbours": "images that are their nearest cross-domain neighbour's nearest neighbour, share",
@@ -67,7 +69,7 @@ def criteria(first_ND: Tensor, second_ND: Tensor) -> dict[str, float]:
         "cluster_cycle": float(cycle.mean()),
         "transport": _transport(first, second),
         "mixing": _mixing(within, of_first),
-        "silhouette": _silhouette(both, labels[0]),
+        "silhouette": _silhouette(within, labels[0]),
         "stability": float(adjusted_rand_score(*labels)),
         "density": _density(within),
         "rank": _rank(both),
@@ -99,20 +101,25 @@ def _mixing(within_NN: Tensor, own_N: Tensor) -> float:
     return float((other / share_N).mean())
 
 
-def _silhouette(x_ND: Tensor, label_N: np.ndarray) -> float:
+def _silhouette(within_NN: Tensor, label_N: np.ndarray) -> float:
     """0 where it is not defined: one cluster, or one image in each."""
     from sklearn.metrics import silhouette_score
 
     if not 1 < len(np.unique(label_N)) < len(label_N):
         return 0.0
-    return float(silhouette_score(x_ND.numpy(), label_N))
+    distance_NN = (2 - 2 * within_NN).clamp_(min=0).sqrt_().fill_diagonal_(0)  # of unit features
+    return float(silhouette_score(distance_NN.numpy(), label_N, metric="precomputed"))
 
 
 def _density(within_NN: Tensor) -> float:
-    """Mean entropy of the softmax over an image's similarities to all others."""
-    probability = torch.softmax(within_NN / DENSITY_TEMPERATURE, dim=1)
-    entropy = torch.special.entr(probability).sum(dim=1).mean()
-    return float(entropy) / math.log(len(within_NN) - 1)
+    """Mean entropy of the softmax over an image's similarities to all others, as log-sum-exp less the
+    mean logit, which takes no logarithm of each probability."""
+    logit_NN = (within_NN / DENSITY_TEMPERATURE).fill_diagonal_(IMPOSSIBLE)
+    logit_NN -= logit_NN.amax(dim=1, keepdim=True)
+    weight_NN = logit_NN.exp()
+    sum_N = weight_NN.sum(dim=1)
+    entropy_N = sum_N.log() - torch.linalg.vecdot(weight_NN, logit_NN) / sum_N
+    return float(entropy_N.mean()) / math.log(len(within_NN) - 1)
 
 
 def _rank(x_ND: Tensor) -> float:
