@@ -166,14 +166,18 @@ def plan(
     """How much work a study is: runs for each table, what is done, disk, hours on this machine.
 
     Measures this machine with a few steps on noise, for which it needs no pictures; where there is no GPU it
-    also tells what one would take at least.
+    also tells what one would take at least. Says which pictures and weights are not there yet.
     """
     from ucir.runs.cost import describe_hours, describe_runs, plan_study
+    from ucir.runs.study import study_faults
 
     params = load_params(overrides=list(overrides or []))
-    chosen = plan_study(params, name or params.study.name)
+    study_name = name or params.study.name
+    chosen = plan_study(params, study_name)
     typer.echo(describe_runs(params, chosen))
     typer.echo(describe_hours(params, chosen))
+    for fault in study_faults(params, study_name):
+        typer.echo(f"Before it can run: {fault}")
     typer.echo("Next: `uv run ucir study NAME` chooses a study, `uv run dvc repro` runs it")
 
 

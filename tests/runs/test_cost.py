@@ -119,12 +119,16 @@ def test_a_plan_knows_what_is_done(prepared: Path, store: str) -> None:
     before = ucir("plan")
     assert "shapes, closed: 1 method x 2 trainings x 1 seed = 2 runs" in before
     assert "2 runs, 0 done" in before
+    assert "Before it can run" not in before
     params = load_params()
     train_all(plan_runs(params, "shapes", "closed", "ucdir", ("art-photo",)), params.cluster)
     after = ucir("plan", "tiny")
     assert "2 runs, 1 done" in after
     assert "2 different runs, 1 done" in after
     assert "disk: about" in after
+    source = Path(params.datasets["shapes"].source)
+    source.rename(source.with_name("moved"))
+    assert f"Before it can run: {source}: no such folder" in ucir("plan")
 
 
 @pytest.mark.parametrize("method", ["ucdir", "uem"])  # one phase, two phases

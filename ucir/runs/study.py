@@ -154,12 +154,8 @@ def known_domains(block: DatasetParams, dataset: str) -> list[str]:
     return list(dict.fromkeys([*packed, *(name for cut in cuts for name in cut if name)]))
 
 
-def check_sources(params: Params, name: str) -> None:
-    """Look for the pictures and the start weights of a study before anything starts.
-
-    Raises:
-        UserError: names what is not there, or cannot be run, and how to mend it.
-    """
+def study_faults(params: Params, name: str) -> list[str]:
+    """Which pictures and start weights of a study are not there, what cannot be run, and how to mend it."""
     faults = []
     block = study_block(params, name)
     for dataset in block["datasets"]:
@@ -193,8 +189,7 @@ def check_sources(params: Params, name: str) -> None:
                 check_weights(given.start.weights)
         except UserError as error:
             faults.append(str(error))
-    if faults:
-        raise UserError("; ".join(dict.fromkeys(faults)))
+    return list(dict.fromkeys(faults))
 
 
 def activate(path: Path, name: str, blocks: StudyFile | None = None) -> str:
@@ -226,7 +221,8 @@ def activate(path: Path, name: str, blocks: StudyFile | None = None) -> str:
     if blocks:
         _add_blocks(document, blocks)
     params = load_params(study_file or path, raw=without_study(document))
-    check_sources(params, name)
+    if faults := study_faults(params, name):
+        raise UserError("; ".join(faults))
     block = study_block(params, name)
     for dataset in block["datasets"]:
         for part in DATASET_BLOCKS:
