@@ -51,6 +51,7 @@ def load(folder: Path, change: dict[str, Any]) -> None:
         ({"datasets.shapes.pairs": []}, "datasets.shapes: pairs: missing"),
         ({"datasets.shapes.evaluate.cutoffs": 5}, "input should be a list, e.g. [1, 2]"),
         ({"datasets.shapes.source": "elsewhere"}, "run `uv run ucir study tiny` to renew the study block"),
+        ({"study.seeds": [0, 1, 0]}, "0 stands there 2 times"),
         ({"study.seeds": [-1]}, "study.seeds.0 = -1"),
         ({"cluster.num_workers": -2}, "cluster.num_workers = -2"),
         ({"cluster.max_workers": 4}, "num_workers (0) is the fewest that a training goes on with"),
@@ -152,7 +153,7 @@ def test_choosing_a_study_rewrites_its_block_alone(tmp_path: Path) -> None:
     )
     path = tmp_path / "params.yaml"
     path.write_text(text)
-    assert activate(path, "two") == "two"
+    assert activate(path, "two") == ("two", [])
     changed = load_params(path)
     assert changed.study.name == "two"
     assert changed.study.seeds == (3, 4)
@@ -171,7 +172,14 @@ def test_choosing_a_study_rewrites_its_block_alone(tmp_path: Path) -> None:
         blocks = StudyFile(
             datasets={"own": own}, methods={"ucdir": {"own": {"lr": lr}}}, studies={"own": study}
         )
-        activate(path, "own", blocks)
+        _, replaced = activate(path, "own", blocks)
+        again = ["datasets.own: replaced", "methods.ucdir.own: replaced"]
+        assert replaced == (again if lr == 0.2 else [])
         now = path.read_text()
         assert [line.split("#")[1] for line in now.splitlines() if "#" in line] == comments
         assert f"    own: {{lr: {lr}}}\n" in now
+    blocks = StudyFile(methods={"id": {"digits": {"epochs": 3}}}, studies={"sample": study})
+    assert activate(path, "sample", blocks)[1] == ["methods.id.digits: replaced", "studies.sample: replaced"]
+    blocks = StudyFile(methods={"ucdir": {"digits": {"epochs": 3}}}, studies={"own": study})
+    (line,) = activate(path, "own", blocks)[1]
+    assert line.startswith("methods.ucdir.digits: replaced, lr, key_momentum, clusters, ")

@@ -77,7 +77,8 @@ def study(
       studies:
         mine: {datasets: [mine], settings: [closed], methods: [ucdir], seeds: [0]}
 
-    then `uv run ucir study mine.yaml` and `uv run dvc repro`.
+    then `uv run ucir study mine.yaml` and `uv run dvc repro`. A block that params.yaml has already is
+    replaced as a whole, and you are told.
     """
     from ucir.runs.study import activate, describe_recipes
 
@@ -85,7 +86,9 @@ def study(
         typer.echo(describe_recipes())
         typer.echo("Next: `uv run ucir plan NAME` tells what it costs, `uv run ucir study NAME` chooses it")
         return
-    chosen = activate(Path(PARAMS_FILE), name)
+    chosen, replaced = activate(Path(PARAMS_FILE), name)
+    for line in replaced:
+        typer.echo(f"{PARAMS_FILE}: {line}")
     typer.echo(f"{PARAMS_FILE}: `uv run dvc repro` now runs the study {chosen!r}")
     typer.echo("Next: `uv run ucir plan` tells what it costs, `uv run dvc repro` runs it")
 

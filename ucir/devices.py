@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import platform
+from pathlib import Path
 
 import torch
 
@@ -56,3 +58,13 @@ def choose_device(cluster: ClusterParams) -> torch.device:
     if wants_gpu(cluster) and not torch.cuda.is_available():
         raise UserError("params.yaml: cluster.use_gpu is true, but torch finds no GPU here")
     return torch.device("cuda" if wants_gpu(cluster) else "cpu")
+
+
+def machine_name(device: torch.device | None = None) -> str:
+    """The processors, what they have, the GPU where that is the device, and torch: what speed depends on."""
+    cpuinfo = Path("/proc/cpuinfo")  # Linux's alone
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    processor = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "")
+    wide = "AVX-512" if any("avx512f" in line for line in lines) else "no AVX-512"
+    gpu = f", {torch.cuda.get_device_name(device)}" if device and device.type == "cuda" else ""
+    return f"{os.cpu_count()} x {processor or platform.machine()} ({wide}){gpu}, torch {torch.__version__}"

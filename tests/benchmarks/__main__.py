@@ -9,13 +9,10 @@ from __future__ import annotations
 import argparse
 import csv
 import datetime
-import os
 import platform
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-
-import torch
 
 from tests.benchmarks.arms import Comparison, Measured, measure
 from tests.benchmarks.recipes import (
@@ -27,6 +24,7 @@ from tests.benchmarks.recipes import (
     random_views,
     whole_epoch,
 )
+from ucir.devices import machine_name
 
 HISTORY = Path(__file__).with_name("history.csv")
 ALL: dict[str, Callable[[], Comparison]] = {
@@ -50,7 +48,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", nargs="+", choices=list(ALL), default=list(ALL), metavar="NAME")
+    parser.add_argument(
+        "--only", nargs="+", choices=list(ALL), default=list(ALL), metavar="NAME", help=f"of {', '.join(ALL)}"
+    )
     given = parser.parse_args()
     print(f"{machine()}\n{'':<12}{'official':>10}{'ours':>10}{'ratio':>8}{'':>16}{'extra MiB':>16}")
     for name in given.only:
@@ -66,10 +66,7 @@ def main() -> None:
 
 def machine() -> str:
     """The processor and what is installed."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    processor = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "?")
-    wide = "AVX-512" if any("avx512f" in line for line in lines) else "no AVX-512"
-    return f"{os.cpu_count()} x {processor} ({wide}), torch {torch.__version__}, {platform.python_version()}"
+    return f"{machine_name()}, {platform.python_version()}"
 
 
 def _time(seconds: float) -> str:

@@ -34,7 +34,7 @@ from ucir.paths import FEATURES
 from ucir.retrieval.index import Compute, FileEmbedder, left_out, update_index
 from ucir.runs.cost import describe
 from ucir.runs.reporter import RunReporter
-from ucir.runs.run import PairRun, embedder_of, materialise, plan_runs
+from ucir.runs.run import PairRun, embedder_of, materialise, plan_runs, plan_start
 from ucir.training.epochs import epochs
 from ucir.training.training import Training
 
@@ -96,6 +96,16 @@ def test_faults_are_found_before_any_training(prepared: Path) -> None:
     (prepared / "data/start/shapes/start.pt").unlink()
     with pytest.raises(UserError, match="run `uv run dvc repro pretrain` first"):
         plan()
+
+
+def test_a_start_that_was_pretrained_with_other_settings_is_not_trained_from(prepared: Path) -> None:
+    block = load_params().datasets["shapes"]
+    facts = {"run_key": plan_start(block, "shapes").key}
+    start = Path("data/start/shapes/start.pt")
+    save_encoder(new_encoder(block.start.encoder, 0), start, model={"facts": facts})
+    assert plan()
+    with pytest.raises(UserError, match="a start of other settings, pictures or code"):
+        plan(datasets__shapes__start__pretrain__steps=4)
 
 
 def test_a_pair_is_one_run_whichever_domain_comes_first(prepared: Path) -> None:

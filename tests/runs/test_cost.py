@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -132,12 +133,31 @@ def test_a_plan_knows_what_is_done(prepared: Path, store: str) -> None:
 
 
 @pytest.mark.parametrize("method", ["ucdir", "uem"])  # one phase, two phases
-def test_a_machine_is_measured_without_any_picture(prepared: Path, method: str) -> None:
+def test_a_machine_is_measured_without_any_picture_and_once(
+    prepared: Path, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     params = load_params()
     wanted = METHODS[method].params_type(**{"epochs": 4, "batch_size": 8, "clusters": 3})
     pace = Machine(torch.device("cpu")).pace(params.datasets["shapes"], wanted, method)
     assert 0 < pace.image < pace.step
     assert pace.epoch(wanted, (80, 40)) == pytest.approx(10 * pace.step + 120 * pace.image)
+    monkeypatch.setattr(plan, "_timed", None)
+    again = Machine(torch.device("cpu"))
+    assert again.pace(params.datasets["shapes"], wanted, method) == pace
+    assert again.taken == 1
+
+
+def test_of_a_head_no_trunk_is_counted_with_each_run(
+    shipped: Params, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    studied = plan.plan_study(shipped, "pacs")
+    head = 128 * 1280 + (512 * 1280 + 512) + (128 * 512 + 128) + 2 * 1280  # PCA, two layers, centres
+    runs = 12 * 6 * 3
+    stored = 9991 * (3 * 128**2 + 7 * 2 * 1280)  # pack; features of pictures and of six views
+    (size,) = re.findall(r"disk: about ([0-9.]+) GiB", describe_runs(shipped, studied))
+    last = 3 * 9991 * 12 * 3 * 2 * 128  # a domain is in three pairs: features of the last epoch
+    assert float(size) * 2**30 == pytest.approx(2 * runs * 4 * head + stored + last, rel=0.03)
 
 
 def test_a_network_that_takes_long_is_timed_apart(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:

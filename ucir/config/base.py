@@ -16,7 +16,6 @@ ONE_PART = "all"
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
-Seeds = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.]+$")]
 
 
@@ -35,6 +34,24 @@ def known_setting(name: str) -> str:
 
 
 Setting = Annotated[str, AfterValidator(known_setting)]
+
+T = TypeVar("T")
+
+
+def distinct(values: tuple[T, ...]) -> tuple[T, ...]:
+    """The values, if none stands twice.
+
+    Raises:
+        ValueError: one does.
+    """
+    for value in values:
+        if values.count(value) > 1:
+            raise ValueError(f"{value!r} stands there {values.count(value)} times")
+    return values
+
+
+Distinct = AfterValidator(distinct)
+Seeds = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1), Distinct]
 
 
 class Block(BaseModel):

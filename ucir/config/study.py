@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
-from ucir.config.base import ONE_PART, Block, Name, Seeds, Setting
+from ucir.config.base import ONE_PART, Block, Distinct, Name, Seeds, Setting
 
 
 class SettingParams(Block):
@@ -55,10 +55,10 @@ class StudyParams(Block):
 class StudyPart(Block):
     """A product of lists; for a paper's table, its rows and columns."""
 
-    datasets: Annotated[tuple[Name, ...], Field(min_length=1)]
-    settings: Annotated[tuple[Setting, ...], Field(min_length=1)]
-    methods: Annotated[tuple[str, ...], Field(min_length=1)]
-    pairs: tuple[str, ...] | None = None
+    datasets: Annotated[tuple[Name, ...], Field(min_length=1), Distinct]
+    settings: Annotated[tuple[Setting, ...], Field(min_length=1), Distinct]
+    methods: Annotated[tuple[str, ...], Field(min_length=1), Distinct]
+    pairs: Annotated[tuple[str, ...], Distinct] | None = None
     """None = those of the data sets."""
 
 

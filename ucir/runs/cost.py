@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from ucir.data.feature_pack import DomainFeatures
 from ucir.data.pack import DomainImages, read_info
 from ucir.data.splits import both_ways, label_spaces, training_order, trainings
 from ucir.data.views import PictureViews
-from ucir.devices import choose_device
+from ucir.devices import choose_device, machine_name
 from ucir.errors import UserError
 from ucir.methods.base import MethodParams
 from ucir.methods.registry import METHODS
@@ -33,8 +34,10 @@ from ucir.models.embedding import CHUNK as EMBEDDED_AT_ONCE
 from ucir.models.embedding import one_thread_a_core, pooled_features
 from ucir.models.encoder import Encoder, new_encoder
 from ucir.models.runtime import compiled
-from ucir.paths import PACKS
+from ucir.models.trunk import StoredTrunk, trunk_module
+from ucir.paths import PACES, PACKS, write_atomically
 from ucir.progress import Progress, clock
+from ucir.runs.dependencies import code_version, training_modules
 from ucir.runs.params import method_params
 from ucir.runs.run import PairRun, plan_runs
 from ucir.runs.study import known_domains, study_runs
@@ -120,21 +123,32 @@ class Machine:
 
     A network that takes long is timed once, and each method with a small one in its place, which counts what
     goes through: seconds where the whole would take minutes. What differs in nothing that costs time is
-    measured once.
+    measured once, and remembered in :data:`ucir.paths.PACES` by machine and code.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.trainings: dict[str, Pace] = {}
+        self.name = f"{machine_name(device)}, {torch.get_num_threads()} threads"
+        self.remembered: dict[str, Any] = json.loads(PACES.read_text("utf-8")) if PACES.exists() else {}
+        self.taken = 0
+        """Paces that were remembered from another time."""
+        self.new: set[str] = set()
         self.networks: dict[str, NetworkPace] = {}
 
     def pace(self, block: DatasetParams, params: MethodParams, method: str) -> Pace:
         """Of a method's training on a data set."""
         costs = [block.pack, block.view, block.start, params.model_copy(update={"epochs": 0})]
-        key = json.dumps([method, *(part.model_dump(mode="json") for part in costs)])
-        if key not in self.trainings:
-            self.trainings[key] = self._measured(block, params, method)
-        return self.trainings[key]
+        code = code_version((*training_modules(method), trunk_module(block.start.encoder.trunk)))
+        given = [self.name, code, method, *(part.model_dump(mode="json") for part in costs)]
+        key = hashlib.sha256(json.dumps(given).encode()).hexdigest()
+        if key not in self.remembered:
+            self.remembered[key] = asdict(self._measured(block, params, method))
+            self.new.add(key)
+            PACES.parent.mkdir(exist_ok=True)
+            write_atomically(json.dumps(self.remembered, indent=1) + "\n", PACES)
+        self.taken += key not in self.new
+        pace = self.remembered[key]
+        return Pace(**{**pace, "network": pace["network"] and NetworkPace(**pace["network"])})
 
     def _measured(self, block: DatasetParams, params: MethodParams, method: str) -> Pace:
         # to compile a network for a few steps takes longer than they tell
@@ -362,7 +376,14 @@ def describe_hours(params: Params, plan: StudyPlan) -> str:
             progress.advance(1, f"{method} on {dataset}")
     kind = "GPU" if device.type == "cuda" else "machine"
     without = f" (without {', '.join(sorted(unknown))}: not prepared, so of unknown size)" if unknown else ""
-    lines.append(f"left: about {_duration(total)} of one {kind} ({device}), one run at a time{without}")
+    lines.append(
+        f"left: about {_duration(total)} of training on one {kind} ({device}), one run at a time{without}; "
+        "`uv run dvc repro` also prepares, embeds, scores and reports"
+    )
+    if machine.taken:
+        lines.append(
+            f"{machine.taken} of {len(groups)} were measured before: delete {PACES} to measure anew"
+        )
     for gpu, seconds in on_gpu.items():
         if seconds and device.type == "cpu":
             lines.append(
@@ -457,20 +478,31 @@ def _size(count: float) -> str:
 
 
 def _disk(params: Params, built: list[PlannedTraining]) -> float:
-    """Bytes of packs, two checkpoints of each run, and features of the last epoch; DVC's cache links them."""
+    """Bytes of packs, starts, stored features, two checkpoints of each run, and features of the last epoch;
+    DVC's cache links them."""
     total = 0.0
     for dataset in {t.dataset for t in built}:
         block = params.datasets[dataset]
         trainings = [t for t in built if t.dataset == dataset]
-        weights = sum(p.numel() for p in new_encoder(block.start.encoder, 0).parameters()) * 4.0
+        encoder = new_encoder(block.start.encoder, 0)
+        total += _saved(encoder)
         domains = {
             domain: count
             for t in trainings
             for domain, count in zip(t.pair, _counts(params, t) or (0, 0), strict=True)
         }
-        total += sum(domains.values()) * 3 * block.pack.side**2
+        pictures = sum(domains.values())
+        total += pictures * 3 * block.pack.side**2
+        if block.start.trained == "head":
+            total += pictures * (1 + block.start.views) * 2 * encoder.pooled_dim
+            encoder = new_encoder(block.start.encoder, 0, trunk=StoredTrunk(encoder.pooled_dim))
         features = (
             sum(sum(_counts(params, t) or (0, 0)) for t in trainings) * 2 * block.start.encoder.feature_dim
         )
-        total += 2 * len(trainings) * weights + features
+        total += 2 * len(trainings) * _saved(encoder) + features
     return total
+
+
+def _saved(encoder: Encoder) -> float:
+    """Bytes of a checkpoint."""
+    return 4.0 * sum(tensor.numel() for tensor in encoder.moco_state().values())

@@ -340,6 +340,16 @@ def _features_key(block: DatasetParams, dataset: str, start_digest: str) -> str:
     return key
 
 
+def _check_pretrained(block: DatasetParams, dataset: str, start_state: dict[str, Any]) -> None:
+    """Raises UserError: the start was pretrained with something else than params.yaml says now."""
+    key = start_state.get("model", {}).get("facts", {}).get("run_key")
+    if key and key != plan_start(block, dataset).key:
+        raise UserError(
+            f"{STARTS / dataset}: a start of other settings, pictures or code than params.yaml names now: "
+            "run `uv run dvc repro pretrain` first"
+        )
+
+
 def plan_runs(
     params: Params,
     dataset: str,
@@ -357,7 +367,8 @@ def plan_runs(
 
     Raises:
         UserError: an unknown name; no pack or start; more clusters than images; a batch larger than
-            the domains; a start checkpoint that does not fit; a runs folder that cannot be written.
+            the domains; a start checkpoint that does not fit, or was pretrained with something else; a runs
+            folder that cannot be written.
     """
     if dataset not in params.datasets:
         raise UserError(f"data set {dataset!r} is unknown; {nearest(dataset, params.datasets)}")
@@ -372,7 +383,9 @@ def plan_runs(
     spaces = label_spaces(setting, info.classes, block.split)
     start = start_file(dataset)
     check_writable(RUNS)
-    start_digest, features = file_sha256(start), ""
+    start_digest, features, start_state = file_sha256(start), "", load_state(start)
+    if block.start.pretrain:
+        _check_pretrained(block, dataset, start_state)
     if block.start.trained == "head":
         features = _features_key(block, dataset, start_digest)  # made by these weights: they fit
     else:
@@ -422,7 +435,7 @@ def plan_runs(
                     start=start,
                     start_digest=start_digest,
                     part=block.start.trained,
-                    weights=load_state(start).get("weights", {}),
+                    weights=start_state.get("weights", {}),
                 )
             )
     return runs

@@ -192,7 +192,7 @@ def study_faults(params: Params, name: str) -> list[str]:
     return list(dict.fromkeys(faults))
 
 
-def activate(path: Path, name: str, blocks: StudyFile | None = None) -> str:
+def activate(path: Path, name: str, blocks: StudyFile | None = None) -> tuple[str, list[str]]:
     """Write the study's block into params.yaml; comments and all other blocks stay.
 
     Args:
@@ -201,7 +201,7 @@ def activate(path: Path, name: str, blocks: StudyFile | None = None) -> str:
         blocks: those of such a file, where there is no file.
 
     Returns:
-        The study's name.
+        The study's name, and a line for each block of params.yaml that others took the place of.
 
     Raises:
         UserError: an unknown study, a fault in it or in its file, or data that is not there; params.yaml is
@@ -218,8 +218,7 @@ def activate(path: Path, name: str, blocks: StudyFile | None = None) -> str:
     if study_file:
         blocks = read_study_file(study_file)
         (name,) = blocks.studies
-    if blocks:
-        _add_blocks(document, blocks)
+    replaced = _add_blocks(document, blocks) if blocks else []
     params = load_params(study_file or path, raw=without_study(document))
     if faults := study_faults(params, name):
         raise UserError("; ".join(faults))
@@ -238,7 +237,7 @@ def activate(path: Path, name: str, blocks: StudyFile | None = None) -> str:
         yaml.dump(document, file)
     load_params(unfinished)
     unfinished.replace(path)
-    return name
+    return name, replaced
 
 
 def read_study_file(file: Path) -> StudyFile:
@@ -256,21 +255,28 @@ def with_blocks(blocks: StudyFile) -> Params:
     return load_params(raw=document)
 
 
-def _add_blocks(document: Any, blocks: StudyFile) -> None:
-    """Add a study file's blocks to params.yaml's."""
-    for name, block in blocks.datasets.items():
-        _put(document["datasets"], name, block, 1)
-    for method, of_method in blocks.methods.items():
-        for name, block in of_method.items():
-            _put(document["methods"].setdefault(method, {}), name, block, 2)
-    for name, block in blocks.studies.items():
-        _put(document["studies"], name, block, 2)
-
-
-def _put(blocks: Any, key: str, value: dict[str, Any], depth: int) -> None:
-    """Set a block in the file's style, on whose lines the comments behind them stay."""
-    if blocks.get(key) != value:
-        blocks[key] = _flow(value, depth)
+def _add_blocks(document: Any, blocks: StudyFile) -> list[str]:
+    """Add a study file's blocks to params.yaml's; a line for each block that was there and said otherwise."""
+    places: dict[str, tuple[Any, dict[str, dict[str, Any]], int]] = {
+        "datasets": (document["datasets"], blocks.datasets, 1),
+        **{
+            f"methods.{method}": (document["methods"].setdefault(method, {}), of_method, 2)
+            for method, of_method in blocks.methods.items()
+        },
+        "studies": (document["studies"], blocks.studies, 2),
+    }
+    replaced = []
+    for place, (old_blocks, new_blocks, depth) in places.items():
+        for name, block in new_blocks.items():
+            old = old_blocks.get(name) or {}
+            lost = [key for key, value in old.items() if value and key not in block]
+            if lost or any(key in old and old[key] != value for key, value in block.items()):
+                replaced.append(
+                    f"{place}.{name}: replaced" + (f", {', '.join(lost)} dropped" if lost else "")
+                )
+            if old != block:  # else the comments behind its lines stay
+                old_blocks[name] = _flow(block, depth)
+    return replaced
 
 
 def _given(block: dict[str, Any]) -> dict[str, Any]:
