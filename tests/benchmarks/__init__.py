@@ -1,0 +1,10 @@
+"""Benchmarks, each a program: `uv run python -m tests.benchmarks[.NAME] --help`."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def argument_parser(text: str | None) -> argparse.ArgumentParser:
+    """Of a program whose help begins with its docstring."""
+    return argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -6,7 +6,6 @@ and code describe it, and ours. The table is added to tests/benchmarks/history.c
 
 from __future__ import annotations
 
-import argparse
 import csv
 import datetime
 import platform
@@ -14,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
+from tests.benchmarks import argument_parser
 from tests.benchmarks.arms import Comparison, Measured, measure
 from tests.benchmarks.recipes import (
     bank_losses,
@@ -45,9 +45,7 @@ ALL: dict[str, Callable[[], Comparison]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argument_parser(__doc__)
     parser.add_argument(
         "--only", nargs="+", choices=list(ALL), default=list(ALL), metavar="NAME", help=f"of {', '.join(ALL)}"
     )

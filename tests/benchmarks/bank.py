@@ -1,7 +1,5 @@
 """The bank's share of a training step, and K-means, at 1, 2 and 4 workers: time, memory, bytes that travel.
 
-    uv run python -m tests.benchmarks.bank [rows, default 1000000] [steps, default 5]
-
 UCDIR's instance- and cluster-wise contrast of one domain (B = 64, D = 128, K = 65), the write, then forward
 and backward, in processes of this machine joined by gloo, one thread each; medians of the steps, of the
 slowest worker. K-means: ten iterations from one start, with UCDIR's sample of the rows, and the labels. Bytes
@@ -13,7 +11,6 @@ from __future__ import annotations
 import os
 import resource
 import socket
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -27,7 +24,9 @@ from torch import distributed as dist
 from torch.multiprocessing.spawn import spawn
 from torch.nn import functional as F
 
+from tests.benchmarks import argument_parser
 from ucir.distributed import own_rows
+from ucir.errors import run_main
 from ucir.losses.cluster import cluster_contrast
 from ucir.losses.instance import instance_contrast
 from ucir.memory import Bank, Features
@@ -110,7 +109,11 @@ def worker(rank: int, world: int, port: int, rows: int, steps: int, out: str) ->
 
 
 def main() -> None:
-    rows, steps = (int(x) for x in (*sys.argv[1:], *("1000000", "5")[len(sys.argv) - 1 :]))
+    parser = argument_parser(__doc__)
+    parser.add_argument("rows", nargs="?", type=int, default=1_000_000)
+    parser.add_argument("steps", nargs="?", type=int, default=5)
+    given = parser.parse_args()
+    rows, steps = given.rows, given.steps
     alone: tuple[float, float] | None = None
     for world in (1, 2, 4):
         with socket.socket() as probe:
@@ -131,4 +134,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -6,13 +6,12 @@
 
 from __future__ import annotations
 
-import argparse
-
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from tests.benchmarks import argument_parser
 from ucir.config.load import load_params
 from ucir.data.feature_pack import DomainFeatures
 from ucir.errors import UserError, run_main
@@ -55,9 +54,7 @@ def scores(run: PairRun) -> list[dict[str, float]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argument_parser(__doc__)
     parser.add_argument("method", nargs="?", default="protoot")
     method = parser.parse_args().method
     runs = [run for run in plan_runs(load_params(), "pacs", "closed", method, None, (0,)) if run.done]

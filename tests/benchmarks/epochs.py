@@ -12,7 +12,6 @@ these tables alone.
 
 from __future__ import annotations
 
-import argparse
 from collections import defaultdict
 from itertools import combinations
 from typing import Any
@@ -21,6 +20,7 @@ import numpy as np
 import torch
 from scipy.stats import rankdata, spearmanr
 
+from tests.benchmarks import argument_parser
 from ucir.config.load import Params, load_params
 from ucir.errors import UserError, run_main
 from ucir.retrieval.criteria import CRITERIA
@@ -71,19 +71,21 @@ def agreement(params: Params, runs: list[PairRun]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argument_parser(__doc__)
     parser.add_argument("studies", nargs="*", metavar="STUDY", help="default: the active one")
+    parser.add_argument("--methods", nargs="+", help="default: all of the studies")
+    parser.add_argument("--seeds", nargs="+", type=int, help="default: those of each study")
     given = parser.parse_args()
     params = load_params()
     by_method: dict[str, Figures] = {}
     by_pair: dict[tuple[str, str], list[dict[str, float]]] = defaultdict(list)
     seeds_of: dict[tuple[str, ...], list[tuple[PairRun, dict[str, float]]]] = defaultdict(list)
     for study in given.studies or [params.study.name]:
-        seeds = params.studies[study].seeds
-        for _, part in study_runs(params, study):
-            dataset = part["dataset"]
+        runs = study_runs(params, study)
+        for _, part in runs:
+            if given.methods and part["method"] not in given.methods:
+                continue
+            dataset, seeds = part["dataset"], given.seeds or params.studies[study].seeds
             metric = f"val/{precision_name(params.datasets[dataset].evaluate.cutoffs[0])}"
             pairs = part.get("pairs")
             for run in plan_runs(params, dataset, part["setting"], part["method"], pairs, seeds):

@@ -12,12 +12,12 @@ none, and where it comes from one half of those that have one, and the other hal
 
 from __future__ import annotations
 
-import argparse
 from itertools import product
 
 import numpy as np
 import torch
 
+from tests.benchmarks import argument_parser
 from ucir.config.load import Params, load_params
 from ucir.errors import UserError, run_main
 from ucir.methods.registry import params_block
@@ -74,31 +74,30 @@ def rejected_by_calibrated(params: Params, run: PairRun) -> list[list[float]]:
 
 
 def show_calibrated(params: Params, dataset: str, methods: list[str]) -> None:
+    runs_of = finished(params, dataset, "open", methods)
     columns = ("of all: shared", "private", "of shared: shared", "private")
     print(f"{'rejected, percent; limit':<24}" + "".join(f"{column:>20}" for column in columns))
-    for method in methods:
-        rows = [
-            row
-            for run in finished(params, dataset, "open", method)
-            for row in rejected_by_calibrated(params, run)
-        ]
+    for method, runs in runs_of.items():
+        rows = [row for run in runs for row in rejected_by_calibrated(params, run)]
         cells = "".join(f"{cell:>20.1f}" for cell in np.mean(rows, axis=0))
         print(f"{method:<24}{cells}   {len(rows)} directions", flush=True)
 
 
-def finished(params: Params, dataset: str, setting: str, method: str) -> list[PairRun]:
-    """Raises UserError: there is none."""
-    runs = [run for run in plan_runs(params, dataset, setting, method) if run.done]
-    if not runs:
-        raise UserError(f"{method} on {dataset}, {setting}: no finished training")
-    return runs
+def finished(params: Params, dataset: str, setting: str, methods: list[str]) -> dict[str, list[PairRun]]:
+    """Finished trainings by method. Raises UserError: of a method there is none."""
+    runs_of = {}
+    for method in methods:
+        runs_of[method] = [run for run in plan_runs(params, dataset, setting, method) if run.done]
+        if not runs_of[method]:
+            raise UserError(f"{method} on {dataset}, {setting}: no finished training")
+    return runs_of
 
 
 def show_own(params: Params, dataset: str, methods: list[str]) -> None:
+    runs_of = finished(params, dataset, "closed", methods)
     columns = [(name, rule) for rule in ("elbow", "classes") for name in ("identical", "disjoint")]
     print(f"{'rejected, percent; K by':<24}" + "".join(f"{rule + ', ' + name:>22}" for name, rule in columns))
-    for method in methods:
-        runs = finished(params, dataset, "closed", method)
+    for method, runs in runs_of.items():
         limits: list[MergingLimit] = ["domain"]
         if GATES.get(params_block(method)) == "merged":
             limits.append("pair")
@@ -110,9 +109,7 @@ def show_own(params: Params, dataset: str, methods: list[str]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argument_parser(__doc__)
     parser.add_argument("dataset", nargs="?", default="digits")
     parser.add_argument("methods", nargs="*", default=["uem", "ucdir", "protoot"])
     parser.add_argument("--calibrated", action="store_true", help="see above")

@@ -22,9 +22,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tests.benchmarks import argument_parser
 from ucir.config.data import ViewParams
 from ucir.config.model import EncoderParams
 from ucir.data.pack import DomainImages
+from ucir.errors import run_main
 from ucir.methods.registry import METHODS
 from ucir.models.encoder import as_stepped, new_encoder
 from ucir.prototypes.clustering import kmeans
@@ -36,9 +38,7 @@ LARGER_DOMAIN = 4439
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argument_parser(__doc__)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--network", default="resnet50", help="torchvision's")
     parser.add_argument("--side", type=int, default=224)
@@ -161,4 +161,4 @@ def _wait(device: torch.device) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

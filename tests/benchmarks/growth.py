@@ -8,7 +8,6 @@ from a line through the logarithms of the four largest.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from typing import Any
 
@@ -17,8 +16,10 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from tests.benchmarks import argument_parser
 from tests.benchmarks.arms import timed
 from tests.benchmarks.bank import B, D, K, bank_loss
+from ucir.errors import run_main
 from ucir.memory import Bank
 from ucir.methods.base import SETTLED
 from ucir.prototypes.clustering import cluster_means, kmeans
@@ -78,18 +79,18 @@ def table(what: str, sizes: list[int], rows: list[dict[str, tuple[float, float]]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argument_parser(__doc__)
     parser.add_argument("most", nargs="?", type=int, default=1_000_000, help="largest N")
     most = parser.parse_args().most
+    if most < 4_000:
+        parser.error("a line needs two sizes: give 4000 or more")
     torch.set_num_threads(1)
     faiss.omp_set_num_threads(1)
     sizes = [size for size in (1_000, 4_000, 16_000, 64_000, 256_000, 1_000_000) if size <= most]
     table(f"N, K {K}", sizes, [measured(size, K) for size in sizes])
-    clusters = [16, 65, 256, 1024]
+    clusters = [k for k in (16, 65, 256, 1024) if k < most]
     table("K, N 64k", clusters, [measured(min(most, 64_000), k) for k in clusters])
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

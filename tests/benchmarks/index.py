@@ -6,7 +6,6 @@ kinds are what `ucir index` builds. faiss's graph (HNSW) is none: it forgets not
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable
 from tempfile import TemporaryDirectory
@@ -15,6 +14,8 @@ from typing import Any
 import faiss
 import numpy as np
 
+from tests.benchmarks import argument_parser
+from ucir.errors import run_main
 from ucir.retrieval import index as build
 
 
@@ -27,7 +28,7 @@ def features(count: int, dim: int, seed: int) -> Any:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argument_parser(__doc__)
     parser.add_argument("--count", type=int, default=1_000_000)
     parser.add_argument("--dim", type=int, default=128)
     parser.add_argument("--queries", type=int, default=256)
@@ -74,4 +75,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

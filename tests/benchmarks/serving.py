@@ -5,7 +5,6 @@ python -m tests.benchmarks.serving photos.index sketches/ --clients 32 --seconds
 
 from __future__ import annotations
 
-import argparse
 import http.client
 import itertools
 import os
@@ -17,6 +16,9 @@ from pathlib import Path
 
 import numpy as np
 import psutil
+
+from tests.benchmarks import argument_parser
+from ucir.errors import run_main
 
 
 def request(port: int, name: str, data: bytes) -> int:
@@ -41,7 +43,7 @@ def memory(process: psutil.Process) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argument_parser(__doc__)
     parser.add_argument("index", type=Path)
     parser.add_argument("queries", type=Path, help="a folder of pictures")
     parser.add_argument("--clients", type=int, default=32)
@@ -98,4 +100,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

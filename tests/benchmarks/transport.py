@@ -11,7 +11,6 @@ peak over what the banks take.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import subprocess
 import sys
@@ -22,6 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tests.benchmarks import argument_parser
+from ucir.errors import run_main
 from ucir.prototypes.transport import plan_rows, potential, transport
 
 DIM = 128
@@ -127,7 +128,7 @@ def _megabytes(key: str) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argument_parser(__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--largest", type=int, default=1_000_000)
     parser.add_argument("--memory", nargs=3, metavar=("ARM", "N", "K"), help="used by the program itself")
@@ -173,4 +174,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -1,9 +1,7 @@
 """Loss curves at 1, 2 and 4 workers, side by side.
 
-    uv run python -m tests.benchmarks.workers [float32|float64 [data set [pair [method ... [key=value ...]]]]]
-
 Three epochs of each method (both phases of `uem`) on prepared data (`uv run dvc repro prepare pretrain`), in
-processes of this machine joined by gloo; key=value changes the method's block. Prints the losses and how far
+processes of this machine joined by gloo; --set changes the methods' blocks. Prints the losses and how far
 each is from one worker's. Training may be chaotic: in UCDIR's second epoch on the sample, at a rate of 0.05,
 what differs in float64's last digit differs in the third 20 steps later. So in float32 there is a control,
 one worker whose start weights are changed by one part in ten million: more workers should differ no more than
@@ -14,7 +12,6 @@ from __future__ import annotations
 
 import os
 import socket
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -23,7 +20,9 @@ import torch
 from torch import distributed as dist
 from torch.multiprocessing.spawn import spawn
 
+from tests.benchmarks import argument_parser
 from ucir.config.load import load_params
+from ucir.errors import run_main
 from ucir.runs.run import PairRun, plan_runs
 from ucir.training.epochs import EpochReport, train
 
@@ -85,11 +84,17 @@ def curve(run: PairRun, world: int, factor: float, double: bool) -> list[dict[st
 
 
 def main() -> None:
-    usual = ["float32", "digits", "handwritten-printed", "ucdir", "protoot", "uem"]
-    given = sys.argv[1:]
-    kind, dataset, pair, *rest = given if len(given) > 3 else given + usual[len(given) :]
-    changes = [f"epochs={EPOCHS}", *(word for word in rest if "=" in word)]
-    for method in (word for word in rest if "=" not in word):
+    Path("runs").mkdir(exist_ok=True)
+    parser = argument_parser(__doc__)
+    parser.add_argument("kind", nargs="?", choices=["float32", "float64"], default="float32")
+    parser.add_argument("dataset", nargs="?", default="digits")
+    parser.add_argument("pair", nargs="?", default="handwritten-printed")
+    parser.add_argument("methods", nargs="*", default=["ucdir", "protoot", "uem"])
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="of the methods' blocks")
+    given = parser.parse_args()
+    kind, dataset, pair = given.kind, given.dataset, given.pair
+    changes = [f"epochs={EPOCHS}", *given.set]
+    for method in given.methods:
         params = load_params(overrides=[f"methods.{method}.{dataset}.{change}" for change in changes])
         run = plan_runs(params, dataset, "closed", method, (pair,), (0,))[0]
         one: list[float] = []
@@ -105,5 +110,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    Path("runs").mkdir(exist_ok=True)
-    main()
+    run_main(main)

@@ -381,9 +381,7 @@ def describe_hours(params: Params, plan: StudyPlan) -> str:
         "`uv run dvc repro` also prepares, embeds, scores and reports"
     )
     if machine.taken:
-        lines.append(
-            f"{machine.taken} of {len(groups)} were measured before: delete {PACES} to measure anew"
-        )
+        lines.append(f"{machine.taken} of {len(groups)} were measured before: delete {PACES} to measure anew")
     for gpu, seconds in on_gpu.items():
         if seconds and device.type == "cpu":
             lines.append(
