@@ -138,8 +138,8 @@ class Machine:
     def pace(self, block: DatasetParams, params: MethodParams, method: str) -> Pace:
         """Of a method's training on a data set."""
         costs = [block.pack, block.view, block.start, params.model_copy(update={"epochs": 0})]
-        code = code_version((*training_modules(method), trunk_module(block.start.encoder.trunk)))
-        given = [self.name, code, method, *(part.model_dump(mode="json") for part in costs)]
+        modules = (__name__, *training_modules(method), trunk_module(block.start.encoder.trunk))
+        given = [self.name, code_version(modules), method, *(part.model_dump(mode="json") for part in costs)]
         key = hashlib.sha256(json.dumps(given).encode()).hexdigest()
         if key not in self.remembered:
             self.remembered[key] = asdict(self._measured(block, params, method))
