@@ -140,6 +140,20 @@ def flat(root: Path) -> None:
             Image.fromarray(pixels).save(root / domain / f"{number}.png")
 
 
+def test_the_best_epoch_is_kept_only_where_asked(prepared: Path, store: str) -> None:
+    choose(prepared, ["closed"], ["art-photo"])
+    text = (prepared / "params.yaml").read_text()
+    assert "    evaluate:\n" in text
+    changed = text.replace("    evaluate:\n", "    evaluate:\n      keep_best: false\n")
+    (prepared / "params.yaml").write_text(changed)
+    run_study()
+    folder = RESULTS / "shapes/closed/ucdir"
+    assert {s.epoch_choice for s in read_scores(folder / "metrics.json")} == {"last"}
+    assert [file.name for file in folder.glob("train/*/*.pt")] == ["last.pt"]
+    assert "best" not in (REPORTS / "results.csv").read_text()
+    assert "best" not in (REPORTS / "results.md").read_text()
+
+
 def test_two_folders_without_labels_go_all_the_way(
     project: Path, store: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -83,6 +83,9 @@ class EvaluateParams(Block):
     curve_queries: Count | None = None
     """Queries of a direction, evenly spread over the domain, that a training's curves are made of, and with
     them the choice of the best epoch; the last epoch's and all final scores are of all. None: all, always."""
+    keep_best: bool = True
+    """Whether the weights of the epoch with the best P@K by labels are kept and scored, as the papers do,
+    beside the last epoch's: half of a study's disk."""
     features: Literal["head", "pooled"] = "head"
     """What final scores are taken from: the head's output, as in the papers, or what goes into it."""
     grid_queries: Count = 8

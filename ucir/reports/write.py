@@ -189,7 +189,10 @@ def _tables(
     first = f"P@{block.evaluate.cutoffs[0]}"
     metrics = dict.fromkeys([*lead, *(f"P@{k}" for k in block.evaluate.cutoffs), "mAP@All", *names])
     last = [(metric, LAST) for metric in metrics if metric in names]
-    wanted = [*last[: len(lead)], (first, BEST), *last[len(lead) :]]
+    best = (
+        [(first, BEST)] if any(s.epoch_choice == BEST for results in scores.values() for s in results) else []
+    )
+    wanted = [*last[: len(lead)], *best, *last[len(lead) :]]
     tables = [
         direction_table(part.dataset, part.setting, scores, metric, choice) for metric, choice in wanted
     ]

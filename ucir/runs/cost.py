@@ -476,8 +476,8 @@ def _size(count: float) -> str:
 
 
 def _disk(params: Params, built: list[PlannedTraining]) -> float:
-    """Bytes of packs, starts, stored features, two checkpoints of each run, and features of the last epoch;
-    DVC's cache links them."""
+    """Bytes of packs, starts, stored features, one or two checkpoints of each run, and features of the last
+    epoch; DVC's cache links them."""
     total = 0.0
     for dataset in {t.dataset for t in built}:
         block = params.datasets[dataset]
@@ -497,7 +497,7 @@ def _disk(params: Params, built: list[PlannedTraining]) -> float:
         features = (
             sum(sum(_counts(params, t) or (0, 0)) for t in trainings) * 2 * block.start.encoder.feature_dim
         )
-        total += 2 * len(trainings) * _saved(encoder) + features
+        total += (1 + block.evaluate.keep_best) * len(trainings) * _saved(encoder) + features
     return total
 
 

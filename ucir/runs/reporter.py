@@ -94,7 +94,10 @@ class RunReporter:
             entry |= {f"quality/{name}": value for name, value in criteria(first, second).items()}
             entry |= self._scores(self.run, None if last else self.run.curve_queries, first, second)
             selector = f"val/{precision_name(self.run.cutoffs[0])}"
-            if selector in entry and all(entry[selector] > earlier[selector] for earlier in self.history):
+            better = selector in entry and all(
+                entry[selector] > earlier[selector] for earlier in self.history
+            )
+            if better and self.run.keep_best:
                 self._save(report, BEST, entry)
         self.history.append(entry)
         state = self.run.folder / "state.pt"

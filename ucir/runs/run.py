@@ -7,7 +7,8 @@ is a hash of all that its result depends on (resolved config, data, start, code)
 - ``state.pt``  all that resuming needs, with the history of epochs; renewed at each epoch's end, gone
   after the last
 - ``last.pt``   the retrieval encoder of the last epoch, in MoCo v2's layout
-- ``best.pt``   that of the epoch with the best first P@K, *chosen with labels*, as the papers do
+- ``best.pt``   that of the epoch with the best first P@K, *chosen with labels*, as the papers do, where
+                asked (``evaluate.keep_best``)
 - ``done.json`` written when the last epoch is through
 - ``fault.json`` where a loss became NaN: step, terms, statistics of features and weights
 """
@@ -146,6 +147,8 @@ class PairRun(Run):
     cutoffs: tuple[int, ...]
     curve_queries: int | None
     """Queries of a direction in an epoch's scores; None: all."""
+    keep_best: bool
+    """Whether the best epoch by labels is kept."""
     spaces: LabelSpaces
     counts: tuple[int, int]
     """Pictures of the two domains."""
@@ -430,6 +433,7 @@ def plan_runs(
                     pair=pair,
                     cutoffs=block.evaluate.cutoffs,
                     curve_queries=block.evaluate.curve_queries,
+                    keep_best=block.evaluate.keep_best,
                     spaces=spaces,
                     counts=counts,
                     start=start,
