@@ -81,8 +81,7 @@ def main() -> None:
     by_pair: dict[tuple[str, str], list[dict[str, float]]] = defaultdict(list)
     seeds_of: dict[tuple[str, ...], list[tuple[PairRun, dict[str, float]]]] = defaultdict(list)
     for study in given.studies or [params.study.name]:
-        runs = study_runs(params, study)
-        for _, part in runs:
+        for _, part in study_runs(params, study):
             if given.methods and part["method"] not in given.methods:
                 continue
             dataset, seeds = part["dataset"], given.seeds or params.studies[study].seeds

@@ -13,7 +13,6 @@ from __future__ import annotations
 import os
 import socket
 import tempfile
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -84,7 +83,6 @@ def curve(run: PairRun, world: int, factor: float, double: bool) -> list[dict[st
 
 
 def main() -> None:
-    Path("runs").mkdir(exist_ok=True)
     parser = argument_parser(__doc__)
     parser.add_argument("kind", nargs="?", choices=["float32", "float64"], default="float32")
     parser.add_argument("dataset", nargs="?", default="digits")

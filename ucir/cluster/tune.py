@@ -9,7 +9,6 @@ share what they have in common.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import logging
 import os
@@ -31,6 +30,7 @@ from ucir.paths import RESULTS, RUNS, check_writable, write_atomically
 from ucir.progress import Progress
 from ucir.runs.process import lock_run
 from ucir.runs.reporter import RunReporter
+from ucir.runs.run import content_key
 from ucir.runs.sweep import (
     SweepResult,
     Trial,
@@ -93,7 +93,7 @@ def _tune(
         "sweep": sweep.model_dump(mode="json"),
         "runs": [run.key for run in runs],
     }
-    key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+    key = content_key(content)
     folder = (RUNS / "sweeps").resolve() / f"{title}-{key}"
     kept = folder / "trials.json"
     if kept.exists():

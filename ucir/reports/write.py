@@ -189,9 +189,8 @@ def _tables(
     first = f"P@{block.evaluate.cutoffs[0]}"
     metrics = dict.fromkeys([*lead, *(f"P@{k}" for k in block.evaluate.cutoffs), "mAP@All", *names])
     last = [(metric, LAST) for metric in metrics if metric in names]
-    best = (
-        [(first, BEST)] if any(s.epoch_choice == BEST for results in scores.values() for s in results) else []
-    )
+    has_best = any(s.epoch_choice == BEST for results in scores.values() for s in results)
+    best = [(first, BEST)] if has_best else []
     wanted = [*last[: len(lead)], *best, *last[len(lead) :]]
     tables = [
         direction_table(part.dataset, part.setting, scores, metric, choice) for metric, choice in wanted

@@ -35,7 +35,7 @@ from ucir.paths import MODELS, PACKS, RESULTS, SOURCES, write_atomically
 from ucir.progress import clock
 from ucir.retrieval.evaluation import checkpoint_features
 from ucir.retrieval.index import SAMPLES
-from ucir.runs.cost import Machine, embedding_pace
+from ucir.runs.cost import Machine, embedding_pace, stored_bytes
 from ucir.runs.params import method_params
 from ucir.runs.run import PairRun, plan_runs
 from ucir.runs.study import StudyFile, with_blocks
@@ -337,16 +337,13 @@ def describe_adaptation(params: Params, adaptation: Adaptation) -> str:
     assert origin is not None
     counts = adaptation.counts
     total, views = sum(counts.values()), block.start.views + 1
-    head_only = block.start.trained == "head"
     pace = Machine(device).pace(block, wanted, adaptation.method)
     seconds = {"prepare": total * decoding_pace(block), "embed": 0.0}
-    if head_only:
+    if block.start.trained == "head":
         seconds["embed"] = total * views * embedding_pace(block, device)
     first, second = counts.values()
     seconds["train"] = wanted.epochs * pace.epoch(wanted, (first, second))
-    pooled = encoder.pooled_dim
-    pack = total * 3 * block.pack.side**2
-    features = total * views * pooled * 2 if head_only else 0
+    pack, features = stored_bytes(block, total, encoder.pooled_dim)
     trunk = block.start.encoder.trunk_name
     part = {"head": "a head on the frozen network", "last": "its last stage and a head", "all": "all of it"}
     seconds["starting, scores, report"] = STARTS * STARTED

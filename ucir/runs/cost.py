@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import tempfile
 import time
@@ -39,7 +38,7 @@ from ucir.paths import PACES, PACKS, write_atomically
 from ucir.progress import Progress, clock
 from ucir.runs.dependencies import code_version, training_modules
 from ucir.runs.params import method_params
-from ucir.runs.run import PairRun, plan_runs
+from ucir.runs.run import PairRun, content_key, plan_runs
 from ucir.runs.study import known_domains, study_runs
 from ucir.training.training import Training
 
@@ -130,23 +129,28 @@ class Machine:
         self.device = device
         self.name = f"{machine_name(device)}, {torch.get_num_threads()} threads"
         self.remembered: dict[str, Any] = json.loads(PACES.read_text("utf-8")) if PACES.exists() else {}
+        self.before = frozenset(self.remembered)
         self.taken = 0
-        """Paces that were remembered from another time."""
-        self.new: set[str] = set()
+        """Paces that another process had measured."""
         self.networks: dict[str, NetworkPace] = {}
 
     def pace(self, block: DatasetParams, params: MethodParams, method: str) -> Pace:
         """Of a method's training on a data set."""
         costs = [block.pack, block.view, block.start, params.model_copy(update={"epochs": 0})]
         modules = (__name__, *training_modules(method), trunk_module(block.start.encoder.trunk))
-        given = [self.name, code_version(modules), method, *(part.model_dump(mode="json") for part in costs)]
-        key = hashlib.sha256(json.dumps(given).encode()).hexdigest()
+        key = content_key(
+            {
+                "machine": self.name,
+                "code": code_version(modules),
+                "method": method,
+                "costs": [part.model_dump(mode="json") for part in costs],
+            }
+        )
         if key not in self.remembered:
             self.remembered[key] = asdict(self._measured(block, params, method))
-            self.new.add(key)
             PACES.parent.mkdir(exist_ok=True)
             write_atomically(json.dumps(self.remembered, indent=1) + "\n", PACES)
-        self.taken += key not in self.new
+        self.taken += key in self.before
         pace = self.remembered[key]
         return Pace(**{**pace, "network": pace["network"] and NetworkPace(**pace["network"])})
 
@@ -481,24 +485,21 @@ def _disk(params: Params, built: list[PlannedTraining]) -> float:
     total = 0.0
     for dataset in {t.dataset for t in built}:
         block = params.datasets[dataset]
-        trainings = [t for t in built if t.dataset == dataset]
+        counts = [(t.pair, _counts(params, t) or (0, 0)) for t in built if t.dataset == dataset]
+        domains = dict(item for pair, count in counts for item in zip(pair, count, strict=True))
         encoder = new_encoder(block.start.encoder, 0)
-        total += _saved(encoder)
-        domains = {
-            domain: count
-            for t in trainings
-            for domain, count in zip(t.pair, _counts(params, t) or (0, 0), strict=True)
-        }
-        pictures = sum(domains.values())
-        total += pictures * 3 * block.pack.side**2
+        total += _saved(encoder) + sum(stored_bytes(block, sum(domains.values()), encoder.pooled_dim))
         if block.start.trained == "head":
-            total += pictures * (1 + block.start.views) * 2 * encoder.pooled_dim
             encoder = new_encoder(block.start.encoder, 0, trunk=StoredTrunk(encoder.pooled_dim))
-        features = (
-            sum(sum(_counts(params, t) or (0, 0)) for t in trainings) * 2 * block.start.encoder.feature_dim
-        )
-        total += (1 + block.evaluate.keep_best) * len(trainings) * _saved(encoder) + features
+        run = (1 + block.evaluate.keep_best) * _saved(encoder)
+        total += sum(run + 2 * block.start.encoder.feature_dim * sum(count) for _, count in counts)
     return total
+
+
+def stored_bytes(block: DatasetParams, pictures: int, pooled_dim: int) -> tuple[int, int]:
+    """What ``prepare`` stores of so many pictures, and what ``embed`` does: nothing but for heads."""
+    features = 2 * pooled_dim * (1 + block.start.views) if block.start.trained == "head" else 0
+    return pictures * 3 * block.pack.side**2, pictures * features
 
 
 def _saved(encoder: Encoder) -> float:

@@ -278,7 +278,7 @@ def plan_start(block: DatasetParams, dataset: str) -> StartRun:
         "data": list(info.fingerprints.items()),
         "code": code_version((*START, trunk_module(block.start.encoder.trunk))),
     }
-    key = _key(content)
+    key = content_key(content)
     return StartRun(
         method=PRETRAIN,
         seed=pretrain.seed,
@@ -329,7 +329,7 @@ def embedding_key(block: DatasetParams, start_digest: str) -> str:
         "views": block.start.views,
         "code": code_version((*EMBEDDING, trunk_module(block.start.encoder.trunk))),
     }
-    return _key(content)
+    return content_key(content)
 
 
 def _features_key(block: DatasetParams, dataset: str, start_digest: str) -> str:
@@ -419,7 +419,7 @@ def plan_runs(
             order = pair[:: training_order(setting)]
             slots = dict(zip(pair, kept, strict=True))
             data = [(domain, info.fingerprints[domain], slots[domain]) for domain in order]
-            key = _key({**shared, "seed": seed, "data": data})
+            key = content_key({**shared, "seed": seed, "data": data})
             slug = f"{dataset}-{method}-{'-'.join(order)}-s{seed}-{key}"
             runs.append(
                 PairRun(
@@ -478,7 +478,8 @@ def _check_sizes(
         )
 
 
-def _key(content: Mapping[str, Any]) -> str:
+def content_key(content: Mapping[str, Any]) -> str:
+    """Hash of plain data, 12 hex digits; the order of keys does not count."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
 

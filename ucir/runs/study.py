@@ -271,9 +271,8 @@ def _add_blocks(document: Any, blocks: StudyFile) -> list[str]:
             old = old_blocks.get(name) or {}
             lost = [key for key, value in old.items() if value and key not in block]
             if lost or any(key in old and old[key] != value for key, value in block.items()):
-                replaced.append(
-                    f"{place}.{name}: replaced" + (f", {', '.join(lost)} dropped" if lost else "")
-                )
+                dropped = f", {', '.join(lost)} dropped" if lost else ""
+                replaced.append(f"{place}.{name}: replaced{dropped}")
             if old != block:  # else the comments behind its lines stay
                 old_blocks[name] = _flow(block, depth)
     return replaced
