@@ -254,7 +254,7 @@ def test_a_run_asked_to_stop_keeps_the_epoch_that_it_is_in(
     train_all([run], ClusterParams())
     assert "resumes after epoch 1 of 4 and step 1 of the next" in capsys.readouterr().out
     alone = PairRun(**{**undisturbed.__dict__, "folder": prepared / "runs/alone", "key": "alone"})
-    monkeypatch.undo()
+    monkeypatch.setattr(Training, "train_epoch", original)
     train_all([alone], ClusterParams())
     one, two = (load_state(r.folder / "last.pt")["state_dict"] for r in (run, alone))
     assert all(torch.equal(one[key], two[key]) for key in one)
@@ -295,7 +295,7 @@ def test_a_full_disk_costs_nothing_but_the_epoch(
         train_all(runs, ClusterParams())
     assert [len(run.history()) for run in runs] == [2, 2]
     assert not list(Path("runs").rglob("*.unfinished"))
-    monkeypatch.undo()
+    monkeypatch.setattr(torch, "save", original)
     train_all(runs, ClusterParams())
     assert all(run.done for run in runs)
 
