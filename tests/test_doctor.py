@@ -67,11 +67,36 @@ def server() -> Iterator[str]:
     running.shutdown()
 
 
-def test_a_page_that_answers_is_no_mlflow(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_page_that_answers_is_no_mlflow(
+    server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server)
     assert "answers, but is no MLflow server" in doctor._mlflow().text
     monkeypatch.setattr(Page, "body", b"OK")
     assert doctor._mlflow().good
+
+
+def test_runs_that_wait_for_another_address_are_named_and_are_no_fault_of_this_one(
+    server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Page, "body", b"OK")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server)
+    elsewhere = "http://ada:secret@127.0.0.1:1"
+    for uri in (elsewhere, server):
+        tracking.tracked_run(uri, "ucir/x", "ucdir a-b s0", uri[-2:], {}, {}).log_scores({"mAP": 1.0})
+    waits = "1 run waits in runs/mlflow-unsent for"
+    found = doctor._mlflow()  # the page is no store: what is said to it stays unsent
+    assert not found.good
+    assert f"{waits} http://ada:***@127.0.0.1:1" in found.text
+    assert f"{waits} {server}" in found.text
+    (tmp_path / f"runs/mlflow-unsent/{server[-2:]}.json").unlink()
+    found = doctor._mlflow()
+    assert found.good
+    assert "for http://ada:***@127.0.0.1:1" in found.text
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    assert "for http://ada:***@127.0.0.1:1" in doctor._mlflow().text
 
 
 def test_rays_folder_is_short(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import sys
 import tempfile
 import urllib.error
 import urllib.request
+from collections.abc import Mapping
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
@@ -119,14 +120,13 @@ def _mlflow() -> Finding:
     except UserError as error:
         return Finding(False, str(error))
     if not uri.startswith("http"):
-        return Finding(True, "MLflow store " + re.sub(r"(://[^:/@]+):[^@]+@", r"\1:***@", uri))
+        return Finding(True, f"MLflow store {_masked(uri)}{_waiting(tracking.unsent())}")
     try:
         with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=10) as answer:
             if answer.read(100).strip() == b"OK":
                 tracking.send_unsent(uri)
-                left = len(list(tracking.UNSENT.glob("*.json")))
-                waiting = f"; {left} runs still wait in {tracking.UNSENT}" if left else ""
-                return Finding(not left, f"MLflow server {uri}{waiting}")
+                unsent = tracking.unsent()
+                return Finding(uri not in unsent, f"MLflow server {uri}{_waiting(unsent)}")
         return Finding(False, f"{uri} answers, but is no MLflow server: correct MLFLOW_TRACKING_URI")
     except urllib.error.HTTPError as error:
         remedy = ": start it with --allowed-hosts naming this address" if error.code == 403 else ""
@@ -135,6 +135,19 @@ def _mlflow() -> Finding:
         return Finding(
             False, f"MLflow server {uri} does not answer ({error}): start it or unset the variable"
         )
+
+
+def _masked(uri: str) -> str:
+    """An address without its password."""
+    return re.sub(r"(://[^:/@]+):[^@]+@", r"\1:***@", uri)
+
+
+def _waiting(unsent: Mapping[str, int]) -> str:
+    """What waits for which address."""
+    return "".join(
+        f"; {count} {'run waits' if count == 1 else 'runs wait'} in {tracking.UNSENT} for {_masked(uri)}"
+        for uri, count in unsent.items()
+    )
 
 
 def _dvc() -> Finding:

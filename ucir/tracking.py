@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -420,6 +421,11 @@ def send_unsent(uri: str) -> None:
             and not TrackedRun(**{**run, "unsent": Path(run["unsent"]), "data": data}).find()
         ):
             return
+
+
+def unsent() -> Counter[str]:
+    """How many runs wait for each address, in this folder."""
+    return Counter(json.loads(kept.read_text("utf-8"))["run"]["uri"] for kept in UNSENT.glob("*.json"))
 
 
 def _is_down(error: Exception) -> bool:
