@@ -56,6 +56,11 @@ def test_mistakes_are_one_line_with_a_remedy(project: Path) -> None:
         ucir("train", "--dataset", "shapes")
     with pytest.raises(UserError, match="did you mean 'shapes'"):
         ucir("train", "--dataset", "shape")
+    with pytest.raises(UserError, match=r"--set datasets.shapes.source=x: .* write it into params.yaml"):
+        ucir("train", "--dataset", "shapes", "--set", "datasets.shapes.source=x")
+    warm = "methods.pcs.shapes={clusters: 3, kmeans_warm: 5}"
+    with pytest.raises(UserError, match=r"methods.pcs.shapes.kmeans_warm: 5 is refused: this method starts"):
+        ucir("train", "--dataset", "shapes", "--method", "pcs", "--set", warm)
     outside = run_python(*UCIR, "study", cwd=project.parent, check=False)
     assert outside.returncode == 2
     assert outside.stderr.startswith("error: params.yaml: no such file")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -282,7 +284,7 @@ def train(
     changes = list(overrides or [])
     if num_workers is not None:
         changes.append(f"cluster.num_workers={num_workers}")
-    params = load_params(overrides=changes)
+    params = load_params(overrides=_trained_with(changes))
     runs = plan_runs(
         params,
         dataset,
@@ -351,7 +353,7 @@ def tune(
     stopped; trials are runs like any other and never repeated. What was found lies in
     results/sweeps/NAME: best.yaml (look at it, then copy it into params.yaml), trials.csv, criteria.csv.
     """
-    params = load_params(overrides=list(overrides or []))
+    params = load_params(overrides=_trained_with(overrides or []))
     if name is None:
         for sweep, block in params.sweeps.items():
             keys = ", ".join(block.space)
@@ -647,6 +649,21 @@ def import_(
     save_model(read_folder(folder), path)
     typer.echo(f"model: {path}")
     typer.echo(f"Next: `uv run ucir index photos/ --model {name}`")
+
+
+def _trained_with(overrides: Sequence[str]) -> Sequence[str]:
+    """The overrides, if trainings feel them: pictures are made by earlier stages, which read the file.
+
+    Raises:
+        UserError: one would change nothing.
+    """
+    for override in overrides:
+        if re.match(r"datasets\.[^.=]+\.(source|sample|catalogue)[.=]", override):
+            raise UserError(
+                f"--set {override}: says which pictures there are, which earlier stages have made: write it "
+                f"into {PARAMS_FILE} and run `uv run dvc repro prepare`"
+            )
+    return overrides
 
 
 def _dataset_block(dataset: str) -> DatasetParams:

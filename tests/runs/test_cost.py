@@ -26,6 +26,7 @@ from ucir.runs.cost import (
     describe_runs,
     planned_trainings,
 )
+from ucir.runs.params import method_params
 from ucir.runs.run import plan_runs
 
 
@@ -145,6 +146,17 @@ def test_a_machine_is_measured_without_any_picture_and_once(
     again = Machine(torch.device("cpu"))
     assert again.pace(params.datasets["shapes"], wanted, method) == pace
     assert again.taken == 1
+
+
+def test_a_machine_is_measured_where_nothing_may_be_written(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("data").touch()  # nobody can make a file in there, root neither
+    monkeypatch.setattr(plan, "_timed", lambda *given: (1.0, 0.01, None))
+    params = load_params()
+    machine = Machine(torch.device("cpu"))
+    pace = machine.pace(params.datasets["shapes"], method_params(params, "ucdir", "shapes"), "ucdir")
+    assert (pace.step, pace.image) == (1.0, 0.01)
 
 
 def test_of_a_head_no_trunk_is_counted_with_each_run(

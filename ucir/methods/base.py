@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Generic, Literal, TypeVar
 
 import torch
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from torch import Tensor, nn
 
 from ucir.config.base import Block, Count, Positive, Share
@@ -95,6 +95,20 @@ def several(given: Any) -> Any:
     if not numbers or not all(isinstance(k, int) and not isinstance(k, bool) and k >= 2 for k in numbers):
         raise ValueError(f"{given!r} is not a number of at least 2, a list of them, 'elbow' or 'silhouette'")
     return tuple(numbers)
+
+
+def never_warm(every: int) -> int:
+    """Zero: for methods whose clusterings have no last epoch to go on from.
+
+    Raises:
+        ValueError: another number.
+    """
+    if every:
+        raise ValueError(f"{every} is refused: this method starts each of its clusterings anew; leave it out")
+    return every
+
+
+NeverWarm = Annotated[Epoch, AfterValidator(never_warm)]
 
 
 class ClusteredParams(MethodParams):

@@ -28,7 +28,15 @@ from ucir.config.base import Count, Positive
 from ucir.errors import UserError
 from ucir.losses.instance import target_distance
 from ucir.memory import Bank, Features, features_of
-from ucir.methods.base import ClusteredParams, ClusteringMethod, Epoch, Term, cluster_figures, several
+from ucir.methods.base import (
+    ClusteredParams,
+    ClusteringMethod,
+    Epoch,
+    NeverWarm,
+    Term,
+    cluster_figures,
+    several,
+)
 from ucir.methods.step import DomainBatch
 from ucir.prototypes.clustering import Clusters, raw_centroids
 from ucir.prototypes.neighbours import diffused, reciprocal_graph
@@ -53,7 +61,7 @@ class ConsensusParams(ClusteredParams):
     """Whether the domains are brought together."""
     renew: Epoch = 0
     """Epochs after which the targets are made anew of the features as they are then; 0: never."""
-    kmeans_warm: Literal[0] = 0
+    kmeans_warm: NeverWarm = 0
 
     @model_validator(mode="after")
     def _one_k(self) -> Self:

@@ -22,7 +22,7 @@ from ucir.data.views import PictureViews
 from ucir.losses.instance import instance_contrast
 from ucir.losses.prototype import prototype_contrast
 from ucir.memory import Bank, Features, JointFeatures
-from ucir.methods.base import ClusteredParams, ClusteringMethod, Epoch, KeyedParams, Term, Weight
+from ucir.methods.base import ClusteredParams, ClusteringMethod, Epoch, KeyedParams, NeverWarm, Term, Weight
 from ucir.methods.step import DomainBatch, Rendered, Step
 from ucir.models.encoder import Encoder
 from ucir.models.features import extract_features
@@ -35,7 +35,7 @@ class DgdirParams(KeyedParams, ClusteredParams):
     temperature: Positive = 0.2
     retrieve_with: Literal["key", "query"] = "query"
     """The release ranks the query encoder's, before the head: that is ``evaluate.features: pooled``."""
-    kmeans_warm: Literal[0] = 0
+    kmeans_warm: NeverWarm = 0
     cluster_weight: Weight = 0.1
     warmup: Epoch | None = None
     """Epochs without clusters; a tenth (20 of 200) unless given."""

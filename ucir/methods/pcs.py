@@ -7,7 +7,7 @@ domains one after the other; here they pass through the network together, as in 
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 import torch
 from pydantic import Field
@@ -20,6 +20,7 @@ from ucir.memory import Features
 from ucir.methods.base import (
     ClusteredParams,
     ClusteringMethod,
+    NeverWarm,
     SingleEncoder,
     SingleEncoderParams,
     Term,
@@ -47,7 +48,7 @@ class PcsParams(SingleEncoderParams, ClusteredParams):
     kmeans_iterations: Annotated[int, Field(ge=1)] = 40
     kmeans_restarts: Annotated[int, Field(ge=1)] = 1
     kmeans_max_points: Annotated[int, Field(ge=1)] = 10_000
-    kmeans_warm: Literal[0] = 0
+    kmeans_warm: NeverWarm = 0
     """Other clusterings in every epoch are the method."""
 
 

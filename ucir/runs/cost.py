@@ -6,6 +6,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -148,8 +149,9 @@ class Machine:
         )
         if key not in self.remembered:
             self.remembered[key] = asdict(self._measured(block, params, method))
-            PACES.parent.mkdir(exist_ok=True)
-            write_atomically(json.dumps(self.remembered, indent=1) + "\n", PACES)
+            with suppress(OSError):  # a folder that may only be read: the next plan measures again
+                PACES.parent.mkdir(exist_ok=True)
+                write_atomically(json.dumps(self.remembered, indent=1) + "\n", PACES)
         self.taken += key in self.before
         pace = self.remembered[key]
         return Pace(**{**pace, "network": pace["network"] and NetworkPace(**pace["network"])})
@@ -378,12 +380,6 @@ def describe_hours(params: Params, plan: StudyPlan) -> str:
                 on_gpu[gpu] += seconds * pace.network.on(gpu) if pace.network else 0.0
             lines.append(f"  {method} on {dataset}: {len(trainings)} runs, {_duration(seconds)}")
             progress.advance(1, f"{method} on {dataset}")
-    kind = "GPU" if device.type == "cuda" else "machine"
-    without = f" (without {', '.join(sorted(unknown))}: not prepared, so of unknown size)" if unknown else ""
-    lines.append(
-        f"left: about {_duration(total)} of training on one {kind} ({device}), one run at a time{without}; "
-        "`uv run dvc repro` also prepares, embeds, scores and reports"
-    )
     if machine.taken:
         lines.append(f"{machine.taken} of {len(groups)} were measured before: delete {PACES} to measure anew")
     for gpu, seconds in on_gpu.items():
@@ -391,6 +387,12 @@ def describe_hours(params: Params, plan: StudyPlan) -> str:
             lines.append(
                 f"on one {gpu} at least {_duration(seconds)}, by what is published of its training rate"
             )
+    kind = "GPU" if device.type == "cuda" else "machine"
+    without = f" (without {', '.join(sorted(unknown))}: not prepared, so of unknown size)" if unknown else ""
+    lines.append(
+        f"left: about {_duration(total)} of training on one {kind} ({device}), one run at a time{without}; "
+        "`uv run dvc repro` also prepares, embeds, scores and reports"
+    )
     return "\n".join(lines)
 
 
