@@ -60,18 +60,18 @@ class Page(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def server() -> Iterator[str]:
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Address of a page, which is the tracking server of a project where nothing was run."""
     running = HTTPServer(("127.0.0.1", 0), Page)
     threading.Thread(target=running.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{running.server_port}"
+    uri = f"http://127.0.0.1:{running.server_port}"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    yield uri
     running.shutdown()
 
 
-def test_a_page_that_answers_is_no_mlflow(
-    server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", server)
+def test_a_page_that_answers_is_no_mlflow(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "answers, but is no MLflow server" in doctor._mlflow().text
     monkeypatch.setattr(Page, "body", b"OK")
     assert doctor._mlflow().good
@@ -80,9 +80,7 @@ def test_a_page_that_answers_is_no_mlflow(
 def test_runs_that_wait_for_another_address_are_named_and_are_no_fault_of_this_one(
     server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(Page, "body", b"OK")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", server)
     elsewhere = "http://ada:secret@127.0.0.1:1"
     for uri in (elsewhere, server):
         tracking.tracked_run(uri, "ucir/x", "ucdir a-b s0", uri[-2:], {}, {}).log_scores({"mAP": 1.0})
