@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from typer.testing import CliRunner
 
 from tests.conftest import ROOT, run_python, ucir
 from ucir.cli import app
-from ucir.config.load import load_params
+from ucir.config.load import load_params, parse_yaml
 from ucir.errors import UserError
 
 UCIR = ("-c", "from ucir.cli import main; main()")
@@ -56,8 +57,10 @@ def test_mistakes_are_one_line_with_a_remedy(project: Path) -> None:
         ucir("train", "--dataset", "shapes")
     with pytest.raises(UserError, match="did you mean 'shapes'"):
         ucir("train", "--dataset", "shape")
-    with pytest.raises(UserError, match=r"--set datasets.shapes.source=x: .* write it into params.yaml"):
-        ucir("train", "--dataset", "shapes", "--set", "datasets.shapes.source=x")
+    elsewhere = json.dumps({**parse_yaml(project / "params.yaml")["datasets"]["shapes"], "source": "x"})
+    for override in ("datasets.shapes.source=x", f"datasets.shapes={elsewhere}", f"datasets.new={elsewhere}"):
+        with pytest.raises(UserError, match=r"--set datasets.\w+: source .* write it into params.yaml"):
+            ucir("train", "--dataset", "shapes", "--set", override)
     warm = "methods.pcs.shapes={clusters: 3, kmeans_warm: 5}"
     with pytest.raises(UserError, match=r"methods.pcs.shapes.kmeans_warm: 5 is refused: this method starts"):
         ucir("train", "--dataset", "shapes", "--method", "pcs", "--set", warm)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import resource
 import tempfile
 import threading
@@ -49,9 +50,12 @@ def test_addresses_of_servers_and_databases_are_taken_as_they_are(
 
 class Page(BaseHTTPRequestHandler):
     body = b"<html>welcome</html>"
+    status = 200
+    login: str | None = None
 
     def do_GET(self) -> None:
-        self.send_response(200)
+        type(self).login = self.headers.get("Authorization")
+        self.send_response(self.status)
         self.end_headers()
         self.wfile.write(self.body)
 
@@ -75,6 +79,38 @@ def test_a_page_that_answers_is_no_mlflow(server: str, monkeypatch: pytest.Monke
     assert "answers, but is no MLflow server" in doctor._mlflow().text
     monkeypatch.setattr(Page, "body", b"OK")
     assert doctor._mlflow().good
+
+
+def test_the_tracking_server_is_asked_as_trainings_ask_it_and_no_password_is_shown(
+    server: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Page, "body", b"OK")
+    named = server.replace("//", "//ada:secret@")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", named)
+    assert doctor._mlflow() == doctor.Finding(True, f"MLflow server {server.replace('//', '//ada:***@')}")
+    assert Page.login == f"Basic {base64.b64encode(b'ada:secret').decode()}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server)
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "ada")
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "secret")
+    Page.login = None
+    assert doctor._mlflow().good
+    assert Page.login == f"Basic {base64.b64encode(b'ada:secret').decode()}"
+    monkeypatch.setattr(Page, "status", 401)
+    assert "answers 401: set MLFLOW_TRACKING_USERNAME" in doctor._mlflow().text
+    gone = "http://ada:secret@127.0.0.1:1"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", gone)
+    assert "does not answer" in doctor._mlflow().text
+    assert "secret" not in doctor._mlflow().text
+    tracking.tracked_run(gone, "ucir/x", "ucdir a-b s0", "key", {}, {})
+    said = capsys.readouterr().out
+    assert "does not answer" in said
+    assert "secret" not in said
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "htp://ada:secret@x")
+    with pytest.raises(UserError, match=r"MLFLOW_TRACKING_URI=htp://ada:\*\*\*@x: unknown scheme"):
+        tracking.tracking_uri()
+    assert tracking.experiment_url(named) == server
+    assert tracking.scores_url(named, "1").startswith(f"{server}/#/")
+    assert tracking.experiment_url("postgresql://ada:secret@h/db").endswith(' "$MLFLOW_TRACKING_URI"')
 
 
 def test_runs_that_wait_for_another_address_are_named_and_are_no_fault_of_this_one(

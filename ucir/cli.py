@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -15,7 +14,7 @@ import typer
 from ucir import keep_bytecode
 from ucir.config.base import PARAMS_FILE
 from ucir.config.data import DatasetParams
-from ucir.config.load import load_params, without_study
+from ucir.config.load import Params, load_params, without_study
 from ucir.errors import UserError, nearest, run_main
 from ucir.paths import REPORTS
 
@@ -284,7 +283,7 @@ def train(
     changes = list(overrides or [])
     if num_workers is not None:
         changes.append(f"cluster.num_workers={num_workers}")
-    params = load_params(overrides=_trained_with(changes))
+    params = _params_to_train_with(changes)
     runs = plan_runs(
         params,
         dataset,
@@ -353,7 +352,7 @@ def tune(
     stopped; trials are runs like any other and never repeated. What was found lies in
     results/sweeps/NAME: best.yaml (look at it, then copy it into params.yaml), trials.csv, criteria.csv.
     """
-    params = load_params(overrides=_trained_with(overrides or []))
+    params = _params_to_train_with(overrides or [])
     if name is None:
         for sweep, block in params.sweeps.items():
             keys = ", ".join(block.space)
@@ -651,19 +650,21 @@ def import_(
     typer.echo(f"Next: `uv run ucir index photos/ --model {name}`")
 
 
-def _trained_with(overrides: Sequence[str]) -> Sequence[str]:
-    """The overrides, if trainings feel them: pictures are made by earlier stages, which read the file.
+def _params_to_train_with(overrides: Sequence[str]) -> Params:
+    """The params, with overrides that trainings feel: earlier stages, which make pictures, read the file.
 
     Raises:
-        UserError: one would change nothing.
+        UserError: an override would change nothing.
     """
-    for override in overrides:
-        if re.match(r"datasets\.[^.=]+\.(source|sample|catalogue)[.=]", override):
-            raise UserError(
-                f"--set {override}: says which pictures there are, which earlier stages have made: write it "
-                f"into {PARAMS_FILE} and run `uv run dvc repro prepare`"
-            )
-    return overrides
+    made = load_params(raw=without_study()).datasets
+    for name, block in load_params(overrides=overrides, raw=without_study()).datasets.items():
+        for field in ("source", "sample", "catalogue"):
+            if name not in made or getattr(block, field) != getattr(made[name], field):
+                raise UserError(
+                    f"--set datasets.{name}: {field} says which pictures there are, and earlier stages "
+                    f"make these: write it into {PARAMS_FILE} and run `uv run dvc repro prepare`"
+                )
+    return load_params(overrides=overrides)
 
 
 def _dataset_block(dataset: str) -> DatasetParams:

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import importlib.metadata as metadata
 import os
-import re
 import shutil
 import sys
 import tempfile
-import urllib.error
-import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass
-from http.client import HTTPException
 from pathlib import Path
 
 from ucir import tracking
@@ -119,33 +115,40 @@ def _mlflow() -> Finding:
         uri = tracking.tracking_uri()
     except UserError as error:
         return Finding(False, str(error))
+    shown = tracking.masked(uri)
     if not uri.startswith("http"):
-        return Finding(True, f"MLflow store {_masked(uri)}{_waiting(tracking.unsent())}")
-    try:
-        with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=10) as answer:
-            if answer.read(100).strip() == b"OK":
-                tracking.send_unsent(uri)
-                unsent = tracking.unsent()
-                return Finding(uri not in unsent, f"MLflow server {uri}{_waiting(unsent)}")
-        return Finding(False, f"{uri} answers, but is no MLflow server: correct MLFLOW_TRACKING_URI")
-    except urllib.error.HTTPError as error:
-        remedy = ": start it with --allowed-hosts naming this address" if error.code == 403 else ""
-        return Finding(False, f"MLflow server {uri} answers {error.code}{remedy}")
-    except (OSError, ValueError, HTTPException) as error:
-        return Finding(
-            False, f"MLflow server {uri} does not answer ({error}): start it or unset the variable"
+        return Finding(True, f"MLflow store {shown}{_waiting(tracking.unsent())}")
+    from mlflow.exceptions import MlflowException
+    from mlflow.utils.credentials import get_default_host_creds
+    from mlflow.utils.rest_utils import http_request
+
+    try:  # MLflow's own request: it logs in as a training will
+        answer = http_request(
+            get_default_host_creds(uri), "/health", "GET", max_retries=0, timeout=10, raise_on_status=False
         )
-
-
-def _masked(uri: str) -> str:
-    """An address without its password."""
-    return re.sub(r"(://[^:/@]+):[^@]+@", r"\1:***@", uri)
+    except MlflowException as error:
+        reason = tracking.masked(str(error))
+        return Finding(
+            False, f"MLflow server {shown} does not answer ({reason}): start it or unset the variable"
+        )
+    if not answer.ok:
+        remedy = {
+            401: ": set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN",
+            403: ": start it with --allowed-hosts naming this address",
+        }.get(answer.status_code, "")
+        return Finding(False, f"MLflow server {shown} answers {answer.status_code}{remedy}")
+    if answer.content.strip() != b"OK":
+        return Finding(False, f"{shown} answers, but is no MLflow server: correct MLFLOW_TRACKING_URI")
+    tracking.send_unsent(uri)
+    unsent = tracking.unsent()
+    return Finding(uri not in unsent, f"MLflow server {shown}{_waiting(unsent)}")
 
 
 def _waiting(unsent: Mapping[str, int]) -> str:
     """What waits for which address."""
     return "".join(
-        f"; {count} {'run waits' if count == 1 else 'runs wait'} in {tracking.UNSENT} for {_masked(uri)}"
+        f"; {count} {'run waits' if count == 1 else 'runs wait'} in {tracking.UNSENT} "
+        f"for {tracking.masked(uri)}"
         for uri, count in unsent.items()
     )
 

@@ -90,7 +90,7 @@ def tracking_uri() -> str:
     elif not there or not rest.strip("/"):
         fault = "it names no host and no file"
     if fault:
-        raise UserError(f"MLFLOW_TRACKING_URI={uri}: {fault}")
+        raise UserError(masked(f"MLFLOW_TRACKING_URI={uri}: {fault}"))
     if uri.startswith("sqlite:///") and not uri.startswith("sqlite:////"):
         uri = _address_of(Path(uri.removeprefix("sqlite:///")))
     return uri
@@ -100,6 +100,11 @@ def _address_of(database: Path) -> str:
     """A file as a database's address, in which '?' and '%' mean something else."""
     path = quote(str(database.resolve()), safe="/ #!$&'()*+,;=:@[]")
     return f"sqlite:///{path}"
+
+
+def masked(text: str) -> str:
+    """Text with no passwords in its addresses."""
+    return re.sub(r"(://[^:/@\s]*):[^@\s]+@", r"\1:***@", text)
 
 
 def init_store(uri: str) -> None:
@@ -221,10 +226,11 @@ class TrackedRun:
                 if not _is_down(error):
                     raise
                 _silent_until[self.uri] = time.monotonic() + SILENCE
-                reason = str(error).splitlines()[0][:200]
+                reason = masked(str(error)).splitlines()[0][:200]
                 print(
-                    f"MLflow at {self.uri} does not answer ({reason}): work goes on, and what belongs there "
-                    f"is kept in {self.unsent}; the next training or `uv run ucir doctor` sends it",
+                    f"MLflow at {masked(self.uri)} does not answer ({reason}): work goes on, and what "
+                    f"belongs there is kept in {self.unsent}; the next training or `uv run ucir doctor` "
+                    "sends it",
                     flush=True,
                 )
             else:
@@ -479,14 +485,22 @@ def _dataset_input(data: DataInput) -> Any:
 
 
 def experiment_url(uri: str) -> str:
-    """How to look at the store."""
-    return uri if uri.startswith("http") else f"uv run mlflow ui --backend-store-uri {shlex.quote(uri)}"
+    """How to look at the store; a browser asks for the password, a shell has it."""
+    if uri.startswith("http"):
+        return _page(uri)
+    store = shlex.quote(uri) if masked(uri) == uri else '"$MLFLOW_TRACKING_URI"'
+    return f"uv run mlflow ui --backend-store-uri {store}"
 
 
 def scores_url(uri: str, experiment_id: str) -> str:
     """Where all final scores of an experiment are compared, pairs x methods, once the page is there."""
-    base = uri if uri.startswith("http") else "http://127.0.0.1:5000"
+    base = _page(uri) if uri.startswith("http") else "http://127.0.0.1:5000"
     return f"{base.rstrip('/')}/#/experiments/{experiment_id}/{SCORES}"
+
+
+def _page(uri: str) -> str:
+    """A server's address without user and password."""
+    return re.sub(r"://[^/@]*@", "://", uri)
 
 
 def git_sha() -> str:
