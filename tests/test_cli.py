@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -64,10 +66,26 @@ def test_mistakes_are_one_line_with_a_remedy(project: Path) -> None:
     warm = "methods.pcs.shapes={clusters: 3, kmeans_warm: 5}"
     with pytest.raises(UserError, match=r"methods.pcs.shapes.kmeans_warm: 5 is refused: this method starts"):
         ucir("train", "--dataset", "shapes", "--method", "pcs", "--set", warm)
+    with pytest.raises(UserError, match="sweep 'nosuch' is unknown"):
+        ucir("tune", "nosuch")
+    assert not Path("results").exists()
     outside = run_python(*UCIR, "study", cwd=project.parent, check=False)
     assert outside.returncode == 2
     assert outside.stderr.startswith("error: params.yaml: no such file")
     assert outside.stderr.count("\n") == 1
+
+
+def test_a_study_is_not_changed_under_a_running_repro(project: Path) -> None:
+    lock = project / ".dvc/tmp/rwlock"
+    lock.parent.mkdir(parents=True)
+    before = (project / "params.yaml").read_bytes()
+    with subprocess.Popen([sys.executable, "-c", "input()", "repro"], stdin=subprocess.PIPE) as running:
+        lock.write_text(json.dumps({"read": {"params.yaml": [{"pid": running.pid, "cmd": "dvc repro"}]}}))
+        with pytest.raises(UserError, match=rf"`dvc repro` runs here \(process {running.pid}\)"):
+            ucir("study", "tiny")
+        assert (project / "params.yaml").read_bytes() == before
+        running.kill()
+    ucir("study", "tiny")
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from shlex import quote
 from typing import Annotated
 
 import typer
@@ -298,15 +299,13 @@ def train(
         typer.echo(describe(runs, params))
         return
     from ucir.cluster.launch import train_all
-    from ucir.reports.table import direction_table, display_name, plain
-    from ucir.retrieval.metrics import precision_name
+    from ucir.reports.table import direction_table, lead_metrics, plain
     from ucir.runs.scores import last_scores
 
     train_all(runs, params.cluster)
-    block = params.datasets[dataset]
-    metric = display_name(precision_name(block.evaluate.cutoffs[0]))
     if scores := last_scores(params, runs):
-        typer.echo("\n" + plain(direction_table(dataset, setting, {method: scores}, metric)))
+        for metric in lead_metrics(setting, f"P@{params.datasets[dataset].evaluate.cutoffs[0]}"):
+            typer.echo("\n" + plain(direction_table(dataset, setting, {method: scores}, metric)))
     else:
         typer.echo("no labels, so no scores: look at what is retrieved in the report of `uv run dvc repro`")
     for run in runs:
@@ -352,11 +351,13 @@ def tune(
     stopped; trials are runs like any other and never repeated. What was found lies in
     results/sweeps/NAME: best.yaml (look at it, then copy it into params.yaml), trials.csv, criteria.csv.
     """
+    from ucir.runs.sweep import count_candidates
+
     params = _params_to_train_with(overrides or [])
     if name is None:
         for sweep, block in params.sweeps.items():
-            keys = ", ".join(block.space)
-            typer.echo(f"{sweep}: {block.method} on {block.dataset}, {block.trials} trials over {keys}")
+            keys, tried = ", ".join(block.space), count_candidates(block, block.space)
+            typer.echo(f"{sweep}: {block.method} on {block.dataset}, {tried} candidates of {keys}")
         typer.echo("Next: `uv run ucir tune NAME`, or write your own under `sweeps` (`ucir tune --help`)")
         return
     if dry_run:
@@ -395,6 +396,14 @@ def index(
         typer.Option(
             help="Pictures like those that will be asked with: the limit beyond which nothing is like "
             "a query is learnt from them. Default: from the pictures that the model was trained on."
+        ),
+    ] = None,
+    false_rejections: Annotated[
+        float | None,
+        typer.Option(
+            min=0.001,
+            max=0.999,
+            help="Share of pictures like these that the limit rejects. Default: the index's, or 0.05.",
         ),
     ] = None,
     workers: Annotated[
@@ -450,10 +459,19 @@ def index(
 
     with Progress(f"index {source}", 0, "file") as bar:
         info = build.update_index(
-            source, folder, chosen, domain, compute, bar.reach, thumbnails, query_features=samples
+            source,
+            folder,
+            chosen,
+            domain,
+            compute,
+            bar.reach,
+            thumbnails,
+            samples,
+            false_rejections,
         )
     typer.echo(build.describe_index(folder, info))
-    typer.echo(f"Next: `uv run ucir search --index {folder} <picture>`, `uv run ucir serve {folder}`")
+    given = quote(str(folder))
+    typer.echo(f"Next: `uv run ucir search --index {given} <picture>`, `uv run ucir serve {given}`")
 
 
 @app.command()
@@ -625,7 +643,10 @@ def export(
         raise UserError("--domain goes with an .onnx file: a folder holds both domains")
     write_folder(chosen, out)
     typer.echo(f"{out}: look at its README.md before you give it away")
-    typer.echo(f"Next: `uv run ucir import {out} <name>` elsewhere, or `uv run hf upload <you>/<name> {out}`")
+    given = quote(str(out))
+    typer.echo(
+        f"Next: `uv run ucir import {given} <name>` elsewhere, or `uv run hf upload <you>/<name> {given}`"
+    )
 
 
 @app.command("import")

@@ -13,6 +13,7 @@ from ucir.config.load import load_params
 from ucir.models.checkpoints import load_state
 from ucir.retrieval.evaluation import cluster_agreement, score_directions
 from ucir.retrieval.gate import GateChoice
+from ucir.runs.params import gate_choice
 from ucir.runs.run import plan_runs
 from ucir.runs.scores import last_scores
 
@@ -28,6 +29,17 @@ def test_clusters_that_are_the_classes_agree_wholly_and_random_ones_not_at_all()
     features, names = {"x": clear, "y": noise}, {"x": labels, "y": labels}
     (score,) = score_directions(features, names, [("x", "y")], 0, "last", (5,), GateChoice("spread", 3))
     assert score.scores["NMI"] == pytest.approx(100), "of the query domain"
+
+
+def test_the_calibrated_gate_rejects_as_many_as_params_ask(project: Path) -> None:
+    labels = [str(i) for i in range(100)]
+    features = {"x": normalize(torch.randn(100, 8), dim=1), "y": normalize(torch.randn(100, 8), dim=1)}
+    names = {"x": labels, "y": labels}
+    for rate in (0.05, 0.3):
+        params = load_params(overrides=[f"datasets.shapes.evaluate.false_rejections={rate}"])
+        choice = gate_choice(params, "shapes", None)
+        (score,) = score_directions(features, names, [("x", "y")], 0, "last", (5,), choice)
+        assert score.scores["calibrated_shared"] == pytest.approx(100 * rate, abs=1.5)
 
 
 def test_pooled_features_and_either_encoder_give_other_scores(prepared: Path, store: str) -> None:

@@ -316,6 +316,10 @@ def test_queries_beyond_the_limit_are_told(photos: Path) -> None:
     assert len(sample) == 22
     info = update_index(photos, build.default_folder(photos), model, query_features={"drawn": sample})
     (limit,) = info.limits.values()
+    lax = update_index(photos, build.default_folder(photos), model, false_rejections=0.2)
+    assert lax.limits["drawn"] < limit
+    assert index(photos, model) == lax, "the rate is kept"
+    assert update_index(photos, build.default_folder(photos), model, false_rejections=0.05) == info
     searcher = Searcher.load(photos)
     scores = searcher.rows_ND @ searcher.rows_ND.T - 2 * np.eye(22, dtype=np.float32)
     nearest = np.sort(1 - scores.max(axis=1))
@@ -381,8 +385,11 @@ def test_the_commands_teach_and_print(photos: Path, tmp_path: Path, monkeypatch:
     monkeypatch.chdir(tmp_path)
     save_model(tiny_model(), tmp_path / "model.pt")
     (photos / "cross/notes.jpg").write_text("no picture")
-    few = ucir("index", "photos", "--model", "model.pt", "--queries", "photos/cross", "--out", "few")
-    assert "limit: none: it takes 19 pictures" in few
+    few = ("index", "photos", "--model", "model.pt", "--queries", "photos/cross", "--out", "few one")
+    text = ucir(*few)
+    assert "limit: none: it takes 19 pictures like a query to learn one that rejects 5 % of them" in text
+    assert "ucir search --index 'few one' <picture>" in text
+    assert "rejects about 20 % of pictures like these" in ucir(*few, "--false-rejections", "0.2")
     made = ucir("index", "photos", "--model", "model.pt", "--queries", "photos")
     assert "22 pictures of " in made
     assert "left out: cross/notes.jpg: not an image" in made

@@ -61,6 +61,7 @@ def run_sweep(params: Params, name: str) -> Path:
     Raises:
         UserError: as :func:`tune_all`; the folder cannot be written.
     """
+    check_sweep(params, name)
     out = RESULTS / "sweeps" / name
     check_writable(out)
     results = tune_all(params, name)

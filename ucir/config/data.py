@@ -86,6 +86,8 @@ class EvaluateParams(Block):
     keep_best: bool = True
     """Whether the weights of the epoch with the best P@K by labels are kept and scored, as the papers do,
     beside the last epoch's: half of a study's disk."""
+    false_rejections: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    """Share of the queries that the calibrated gate rejects, with a counterpart or without."""
     features: Literal["head", "pooled"] = "head"
     """What final scores are taken from: the head's output, as in the papers, or what goes into it."""
     grid_queries: Count = 8

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ucir.data.batches import seeded
-from ucir.data.views import PictureViews, Views
+from ucir.data.views import Views
 from ucir.distributed import gather_rows, own_rows, world_size
-from ucir.errors import UserError
 from ucir.memory import Features
 from ucir.models.encoder import Encoder, as_stepped, key_encoder_of, update_key_encoder
 from ucir.models.features import extract_features
@@ -86,9 +85,6 @@ class Step:
         views: of the domains' pictures.
         query: the encoder that is trained, on ``device``.
         device: where this worker computes.
-
-    Raises:
-        UserError: the method needs pixels, and the views are stored features.
     """
 
     views_per_image = 1
@@ -103,11 +99,6 @@ class Step:
         query: Encoder,
         device: torch.device,
     ) -> None:
-        if self.needs_pixels and not isinstance(views, PictureViews):
-            raise UserError(
-                f"{self.needs_pixels}, which stored features do not hold: set start.trained of the data set "
-                "to last or all"
-            )
         self.method, self.views, self.device = method, views, device
         keyed = method.keyed
         key = key_encoder_of(query, keyed.key_norm_groups) if keyed else None

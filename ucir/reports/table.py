@@ -192,6 +192,19 @@ class Table:
     """Rows with our highest value of each column, as it is displayed."""
 
 
+def lead_metrics(setting: str, first: str) -> list[str]:
+    """What a setting's results are judged by: the first P@K, or UEM's two and what the second costs."""
+    of_setting = {
+        "open": ["mAP@All", "open-set accuracy", "rejected though shared"],
+        "partial": ["mAP@All"],
+    }
+    return of_setting.get(setting, [first])
+
+
+RANKED_BY = {"open-set accuracy": "gate AUROC", "rejected though shared": "gate AUROC"}
+"""In place of metrics that are best where everything is rejected, or nothing."""
+
+
 def direction_table(dataset: str, setting: str, scores: Scores, metric: str, choice: str = LAST) -> Table:
     """One metric of one data set and setting; rows keep the methods' order."""
     directions = scored_directions(scores)

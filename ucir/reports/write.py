@@ -22,6 +22,7 @@ from ucir.reports.compare import SHOWN, Comparison, Direction
 from ucir.reports.embedding import embedding
 from ucir.reports.reference import AVERAGE, PrintedCell, printed_for
 from ucir.reports.table import (
+    RANKED_BY,
     ResultRow,
     Scores,
     Table,
@@ -32,6 +33,7 @@ from ucir.reports.table import (
     imbalance_cells,
     imbalance_table,
     latex,
+    lead_metrics,
     markdown,
     mean_cell,
     overview_table,
@@ -93,7 +95,7 @@ def write_report(params: Params, packs: Path, results: Path, out: Path) -> Writt
         printed = printed_for(block.catalogue, part.setting)
         rows += result_rows(part.dataset, part.setting, scores, printed)
         lead = lead_metrics(part.setting, f"P@{block.evaluate.cutoffs[0]}")
-        ranked = [RANKED_BY.get(metric, metric) for metric in lead]
+        ranked = dict.fromkeys(RANKED_BY.get(metric, metric) for metric in lead)
         standings = [t for m in ranked if (t := standing_table(part.dataset, part.setting, scores, m))]
         tables = _tables(part, scores, printed, block, lead, standings)
         headline += tables[: len(lead)]
@@ -161,15 +163,6 @@ def write_report(params: Params, packs: Path, results: Path, out: Path) -> Writt
     )
     (out / "report.html").write_text(page, encoding="utf-8")
     return Written(out / "report.html", headline, rows, silent)
-
-
-def lead_metrics(setting: str, first: str) -> list[str]:
-    """What a setting's results are judged by: the first P@K, or UEM's two."""
-    return {"open": ["mAP@All", "open-set accuracy"], "partial": ["mAP@All"]}.get(setting, [first])
-
-
-RANKED_BY = {"open-set accuracy": "gate AUROC"}
-"""In place of a metric that is best where everything is rejected."""
 
 
 def _tables(

@@ -111,9 +111,8 @@ def score_directions(
         domains = features[query], features[gallery]
         fitted = fit_gate(gate.kind, *domains, (clusterings[query], clusterings[gallery]), gate.merging_limit)
         nearest_Q = nearest_distances(*domains)
-        decisions = Decisions(
-            fitted.scores(*domains).numpy(), (nearest_Q - calibrated_limit(nearest_Q)).numpy()
-        )
+        limit = calibrated_limit(nearest_Q, gate.false_rejections)
+        decisions = Decisions(fitted.scores(*domains).numpy(), (nearest_Q - limit).numpy())
         named = metric_values(rank(*domains, labels[query], labels[gallery]), cutoffs, decisions)
         named |= cluster_agreement(features[query], labels[query], len(set(labels[query])))
         scores.append(DirectionScore(query, gallery, seed, epoch_choice, named))

@@ -46,6 +46,8 @@ class GateChoice:
     kind: str
     clusters: int | str
     merging_limit: MergingLimit = "domain"
+    false_rejections: float = FALSE_REJECTIONS
+    """What the calibrated gate beside it may reject, a share."""
 
     @classmethod
     def of(
@@ -53,10 +55,11 @@ class GateChoice:
         block: str | None,
         clusters: int | str | tuple[int, ...],
         merging_limit: MergingLimit = "domain",
+        false_rejections: float = FALSE_REJECTIONS,
     ) -> GateChoice:
         """That of a method's block (None: of the start), with its K, or the first of several."""
         k = clusters[0] if isinstance(clusters, tuple) else clusters
-        return cls(GATES.get(block or "", "spread"), k, merging_limit)
+        return cls(GATES.get(block or "", "spread"), k, merging_limit, false_rejections)
 
 
 @dataclass(frozen=True)
@@ -158,7 +161,7 @@ def calibrated_limit(nearest_Q: Tensor, false_rejections: float = FALSE_REJECTIO
 
     Args:
         nearest_Q: 1 - cosine of each query's nearest picture of the gallery.
-        false_rejections: from 0 to 1.
+        false_rejections: between 0 and 1.
 
     Returns:
         The limit; :data:`OPPOSITE` where there are too few queries to tell.

@@ -19,6 +19,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import re
 import sqlite3
 from collections import deque
@@ -109,6 +110,8 @@ class IndexInfo:
     recall_queries: str = ""
     limits: dict[str, float] = field(default_factory=dict)
     """By the query's domain: 1 - cosine of the nearest picture beyond which nothing is like a query."""
+    false_rejections: float = FALSE_REJECTIONS
+    """Share of pictures like those that the limits are learnt from which they reject."""
 
 
 @dataclass(frozen=True)
@@ -255,6 +258,7 @@ def update_index(
     progress: Callable[[int, int], None] = lambda done, total: None,
     thumbnails: bool = True,
     query_features: Mapping[str, torch.Tensor] | None = None,
+    false_rejections: float | None = None,
 ) -> IndexInfo:
     """Make an index, or bring it up to date: what its files show to be the same is not read again.
 
@@ -268,6 +272,8 @@ def update_index(
         thumbnails: whether they are kept; a page of hits needs them.
         query_features: unit features (Q, D) of pictures like those that will be asked with, by domain: what
             the limits are learnt from, now and later; those given before, or that the model brings, if None.
+        false_rejections: share of such pictures that the limits reject, now and later; between 0 and 1. What
+            was given before, or :data:`FALSE_REJECTIONS`, if None.
 
     Raises:
         UserError: no such collection, or no picture in it; the index is of another model or of another
@@ -307,8 +313,14 @@ def update_index(
             recall_queries="all are compared",
         )
         info = _with_cells(out, info, before, rows, ids, samples)
-        limits = before.limits if before and before.state == state and query_features is None else None
-        info = replace(info, limits=_limits(rows, samples) if limits is None else limits)
+        if false_rejections is None:
+            false_rejections = before.false_rejections if before else FALSE_REJECTIONS
+        kept = before and (before.state, before.false_rejections) == (state, false_rejections)
+        if before and kept and query_features is None:
+            limits = before.limits
+        else:
+            limits = _limits(rows, samples, false_rejections)
+        info = replace(info, limits=limits, false_rejections=false_rejections)
         write_atomically(json.dumps(asdict(info), indent=1) + "\n", out / INFO_FILE)
     for old in (*out.glob("rows-*"), *out.glob("ids-*"), *out.glob("ivf-*")):
         if state not in old.name:
@@ -394,11 +406,15 @@ def describe_index(folder: Path, info: IndexInfo) -> str:
     if info.limits:
         limits = ", ".join(f"{value:.2f} ({domain})" for domain, value in info.limits.items())
         lines.append(
-            f"limit: nothing is like a query farther than {limits}; rejects about {FALSE_REJECTIONS:.0%} "
-            "of pictures like these"
+            f"limit: nothing is like a query farther than {limits}; rejects about "
+            f"{100 * info.false_rejections:g} % of pictures like these"
         )
     else:
-        lines.append("limit: none: it takes 19 pictures like a query to learn it from, see --queries")
+        least = math.ceil(1 / info.false_rejections) - 1
+        lines.append(
+            f"limit: none: it takes {least} pictures like a query to learn one that rejects "
+            f"{100 * info.false_rejections:g} % of them, see --queries"
+        )
     return "\n".join(lines)
 
 
@@ -720,14 +736,16 @@ def exact_neighbours(
     return scores, places
 
 
-def _limits(rows: np.ndarray, samples: Mapping[str, torch.Tensor]) -> dict[str, float]:
+def _limits(
+    rows: np.ndarray, samples: Mapping[str, torch.Tensor], false_rejections: float
+) -> dict[str, float]:
     """Learnt from samples that are not in the collection themselves: these would be nearest to themselves."""
     limits = {}
     for domain, features in samples.items():
         scores, _ = exact_neighbours(features.float().numpy(), rows, 2)
         itself = scores[:, 0] > 1 - SAME
         nearest = np.where(itself, scores[:, -1], scores[:, 0])
-        limit = calibrated_limit(torch.from_numpy(1 - nearest))
+        limit = calibrated_limit(torch.from_numpy(1 - nearest), false_rejections)
         if limit < OPPOSITE:  # else there are too few to tell
             limits[domain] = limit
     return limits

@@ -15,7 +15,8 @@ def method_params(params: Params, method: str, dataset: str) -> MethodParams:
     """The checked block ``methods.<method>.<dataset>`` of params.yaml.
 
     Raises:
-        UserError: an unknown method, no block for the data set, an unknown key, a value out of range.
+        UserError: an unknown method, one that needs pixels where features are stored, no block for the data
+            set, an unknown key, a value out of range.
     """
     for name in (method, *params.methods):
         if name in params.methods and name in VARIANTS:
@@ -33,6 +34,12 @@ def method_params(params: Params, method: str, dataset: str) -> MethodParams:
                 )
     block = params_block(method)
     blocks = params.methods.get(block, {})
+    needs_pixels = METHODS[method].step_type.needs_pixels
+    if needs_pixels and params.datasets[dataset].start.trained == "head":
+        raise UserError(
+            f"{needs_pixels}, which stored features do not hold: {PARAMS_FILE}: datasets.{dataset}.start."
+            "trained must be last or all"
+        )
     if dataset not in blocks:
         raise UserError(
             f"{PARAMS_FILE}: methods.{block} has no block {dataset!r}; "
@@ -52,9 +59,11 @@ def gate_choice(params: Params, dataset: str, method: str | None) -> GateChoice:
 
     Who has no K takes the number of classes, as the papers' baselines are given it, or looks for one.
     """
-    known: int | str = params.datasets[dataset].entry.classes or "elbow"
+    block = params.datasets[dataset]
+    known: int | str = block.entry.classes or "elbow"
+    rate = block.evaluate.false_rejections
     if method is None:
-        return GateChoice.of(None, known)
+        return GateChoice.of(None, known, false_rejections=rate)
     given = method_params(params, method, dataset)
     limit: MergingLimit = getattr(given, "merging_limit", "domain")
-    return GateChoice.of(params_block(method), getattr(given, "clusters", known), limit)
+    return GateChoice.of(params_block(method), getattr(given, "clusters", known), limit, rate)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from itertools import product
+import contextlib
+import json
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
+import psutil
 from pydantic import Field
 
 from ucir.config.base import PARAMS_FILE, Block, checked
@@ -192,6 +195,22 @@ def study_faults(params: Params, name: str) -> list[str]:
     return list(dict.fromkeys(faults))
 
 
+def check_no_repro() -> None:
+    """Raises UserError: `dvc repro` runs here, and would look for the old study's stages in the new file."""
+    try:
+        lock = json.loads(Path(".dvc/tmp/rwlock").read_text("utf-8"))
+    except (FileNotFoundError, ValueError):
+        return
+    holders = [*lock.get("write", {}).values(), *chain.from_iterable(lock.get("read", {}).values())]
+    for number in {holder["pid"] for holder in holders}:
+        with contextlib.suppress(psutil.Error):  # entries of a killed one stay, and its number is given anew
+            if "repro" in psutil.Process(number).cmdline():
+                raise UserError(
+                    f"`dvc repro` runs here (process {number}) and reads {PARAMS_FILE}: wait for its end, or "
+                    "stop it: it goes on where it was"
+                )
+
+
 def activate(path: Path, name: str, blocks: StudyFile | None = None) -> tuple[str, list[str]]:
     """Write the study's block into params.yaml; comments and all other blocks stay.
 
@@ -204,10 +223,12 @@ def activate(path: Path, name: str, blocks: StudyFile | None = None) -> tuple[st
         The study's name, and a line for each block of params.yaml that others took the place of.
 
     Raises:
-        UserError: an unknown study, a fault in it or in its file, or data that is not there; params.yaml is
-            as it was.
+        UserError: `dvc repro` is at work; an unknown study, a fault in it or in its file; no such data;
+            params.yaml is as it was.
     """
     from ruamel.yaml import YAML
+
+    check_no_repro()
 
     yaml = YAML()
     yaml.preserve_quotes = True

@@ -116,7 +116,7 @@ def check_sweep(params: Params, name: str) -> tuple[SweepParams, dict[str, Dimen
                 f"{prefix.removesuffix('.')}; packs and start weights are made before them"
             )
         if field not in type(base).model_fields:
-            raise UserError(f"{where}.space: {key}: {nearest(field, type(base).model_fields)}")
+            raise UserError(f"{where}.space: {key} is unknown; {nearest(field, type(base).model_fields)}")
         space[field] = dimension
         for value in dimension.ends:
             try:
