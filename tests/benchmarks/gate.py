@@ -7,7 +7,9 @@ elbow's clusters and with as many as classes.
 
 `--calibrated`: what the calibrated gate rejects of queries with and without a counterpart, after open
 trainings (`uv run ucir study real-universal`): where its limit comes from all queries, of which half have
-none, and where it comes from one half of those that have one, and the other half is asked.
+none, and where it comes from one half of those that have one, and the other half is asked. Then what other
+limits without labels reject, learnt from all: the lower one of both directions (a gallery has no strangers if
+its queries have), and where the farther one of two normal distributions becomes the likelier.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from itertools import product
 
 import numpy as np
 import torch
+from sklearn.mixture import GaussianMixture
 
 from tests.benchmarks import argument_parser
 from ucir.config.load import Params, load_params
@@ -55,8 +58,15 @@ def rejected(
     return shares
 
 
+def mixture_limit(nearest_Q: torch.Tensor) -> float:
+    """Where a distance is likelier of the farther one of two normal distributions, fitted to all."""
+    values = nearest_Q.numpy()[:, None]
+    mixture = GaussianMixture(2, random_state=0).fit(values)
+    return float(values[mixture.predict(values) == mixture.means_[:, 0].argmin()].max())
+
+
 def rejected_by_calibrated(params: Params, run: PairRun) -> list[list[float]]:
-    """Percent of shared and private queries for each direction: by a limit of all, by one of shared ones."""
+    """Percent of shared and private queries for each direction: by limits of all, by one of shared ones."""
     features, names = run_features(params, run, run.folder / "last.pt", torch.device("cpu"))
     rows = []
     for query, gallery in run.directions:
@@ -67,15 +77,19 @@ def rejected_by_calibrated(params: Params, run: PairRun) -> list[list[float]]:
         ]
         given, asked = shared.tensor_split(2)
         private = nearest_Q[~shared_Q]
-        limits = calibrated_limit(nearest_Q), calibrated_limit(given)
-        asked_of = ((shared, limits[0]), (private, limits[0]), (asked, limits[1]), (private, limits[1]))
+        of_all, of_given = calibrated_limit(nearest_Q), calibrated_limit(given)
+        lower = min(of_all, calibrated_limit(nearest_distances(features[gallery], features[query])))
+        mixture = mixture_limit(nearest_Q)
+        asked_of = [(shared, of_all), (private, of_all), (asked, of_given), (private, of_given)]
+        asked_of += [(x, limit) for limit in (lower, mixture) for x in (shared, private)]
         rows.append([100 * float((x > limit).float().mean()) for x, limit in asked_of])
     return rows
 
 
 def show_calibrated(params: Params, dataset: str, methods: list[str]) -> None:
     runs_of = finished(params, dataset, "open", methods)
-    columns = ("of all: shared", "private", "of shared: shared", "private")
+    limits = ("of all", "of shared", "lower", "mixture")
+    columns = [f"{limit}: {queries}" for limit in limits for queries in ("shared", "private")]
     print(f"{'rejected, percent; limit':<24}" + "".join(f"{column:>20}" for column in columns))
     for method, runs in runs_of.items():
         rows = [row for run in runs for row in rejected_by_calibrated(params, run)]

@@ -171,7 +171,7 @@ def test_params() -> None:
     assert ours == (150, 50, 0.07, 0.99)
     assert (published.lr, published.momentum, published.batch_size) == (2e-4, 0.9, 64)
     assert published.clusters == "elbow"
-    with pytest.raises(ValueError, match="leaves no epoch of 3"):
+    with pytest.raises(ValueError, match=r"epochs 3: the second phase takes 3 of them .* leaves none"):
         UemParams(epochs=3, matching_epochs=3)
     with pytest.raises(ValueError, match="give one number"):
         UemParams(clusters=(3, 4))

@@ -85,12 +85,15 @@ def test_tables_hold_means_deviations_and_the_best(tmp_path: Path) -> None:
     write_csv(result_rows("x", "closed", results), tmp_path / "results.csv")
     written = list(csv.DictReader((tmp_path / "results.csv").open()))
     columns = "dataset,setting,method,query_domain,gallery_domain,metric,epoch_choice,mean,std,seeds,"
-    assert list(written[0]) == f"{columns}paper_value,paper_source".split(",")
+    assert list(written[0]) == f"{columns}paper_value,paper_source,reconstructed".split(",")
     key = ("method", "metric", "epoch_choice", "query_domain")
     lines = {tuple(line[name] for name in key): line for line in written}
     for query, mean in (("art", "50.5"), ("AVERAGE", "45.5")):
         line = lines["ucdir", "P@2", LAST, query]
         assert (line["mean"], line["std"], line["seeds"], line["paper_value"]) == (mean, "0.7071", "2", "")
+        assert line["reconstructed"] == "False"
+    write_csv(result_rows("x", "closed", {"darl": results["ucdir"]}), tmp_path / "results.csv")
+    assert {line["reconstructed"] for line in csv.DictReader((tmp_path / "results.csv").open())} == {"True"}
 
 
 def test_the_deviation_of_a_mean_is_over_seeds_not_over_directions() -> None:

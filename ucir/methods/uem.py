@@ -101,7 +101,8 @@ class UemParams(SingleEncoderParams, ClusteredParams):
     def _fits(self) -> Self:
         if self.matching_epochs >= self.epochs:
             raise ValueError(
-                f"matching_epochs {self.matching_epochs} leaves no epoch of {self.epochs} to the first phase"
+                f"epochs {self.epochs}: the second phase takes {self.matching_epochs} of them "
+                "(matching_epochs), which leaves none to the first: at least one more"
             )
         if self.clusters_every and not isinstance(self.clusters, str):
             raise ValueError("clusters_every: K is given, so that nothing is chosen; leave it out")

@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from ucir.data.pack import DomainImages
-from ucir.reports.table import Cell, Table, best_rows
+from ucir.reports.table import Cell, Table, best_rows, row_name
 from ucir.reports.thumbnails import Thumbnail, Thumbnails
 from ucir.retrieval.metrics import average_precision, precision_by_class
 from ucir.retrieval.ranking import Ranking, rank, top_ranked
@@ -200,7 +200,7 @@ class Comparison:
             f"P@{self.cutoff} in percent by class of the query, mean over directions, last epoch, one seed",
             classes,
             [
-                (method, ["" if c is None else str(c) for c in cells])
+                (row_name(method), ["" if c is None else str(c) for c in cells])
                 for method, cells in zip(self.by_class, rows, strict=True)
             ],
             best_rows(rows),

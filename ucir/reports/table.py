@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from ucir.data.splits import both_ways
+from ucir.methods import RECONSTRUCTED
 from ucir.reports.reference import AVERAGE, PrintedCell
 from ucir.retrieval.evaluation import LAST, PRETRAINED, DirectionScore, read_scores
 from ucir.retrieval.metrics import metrics
@@ -166,14 +167,11 @@ def result_rows(
 def write_csv(rows: list[ResultRow], path: Path) -> None:
     """``results.csv``; empty cells where there is no value."""
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(ResultRow)])
+        writer = csv.DictWriter(file, [*(field.name for field in fields(ResultRow)), "reconstructed"])
         writer.writeheader()
         for row in rows:
-            writer.writerow({k: round(v, 4) if isinstance(v, float) else v for k, v in asdict(row).items()})
-
-
-RECONSTRUCTED = ("darl", "dn2a")
-"""Methods of which neither code nor full text was to be had: built from descriptions, as tables say."""
+            cells = {k: round(v, 4) if isinstance(v, float) else v for k, v in asdict(row).items()}
+            writer.writerow({**cells, "reconstructed": row.method in RECONSTRUCTED})
 
 
 def row_name(method: str) -> str:

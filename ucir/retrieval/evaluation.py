@@ -24,6 +24,7 @@ from ucir.data.views import views_of
 from ucir.devices import choose_device
 from ucir.errors import UserError
 from ucir.memory import Features
+from ucir.methods import RECONSTRUCTED
 from ucir.models.checkpoints import load_encoder, load_state
 from ucir.models.encoder import new_encoder
 from ucir.models.features import extract_features
@@ -338,7 +339,11 @@ def _open(dataset: str, block: DatasetParams, domain: str, pictures: Sequence[Pi
 
 
 def _tracker(dataset: str, setting: str, method: str, block: DatasetParams) -> tracking.ScoreTracker:
-    params = {"trunk": block.start.encoder.trunk_name, "side": block.view.side}
+    params = {
+        "trunk": block.start.encoder.trunk_name,
+        "side": block.view.side,
+        "reconstructed": method in RECONSTRUCTED,
+    }
     return tracking.ScoreTracker(PACKS / dataset, block.source, setting, method, params)
 
 

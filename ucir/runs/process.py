@@ -14,6 +14,7 @@ from ucir import tracking
 from ucir.config.cluster import ClusterParams
 from ucir.devices import choose_device
 from ucir.errors import UserError
+from ucir.methods import RECONSTRUCTED
 from ucir.paths import RUNS, locked
 from ucir.progress import Progress
 from ucir.retrieval.metrics import precision_name
@@ -106,7 +107,12 @@ def reason(run: Run, error: Exception) -> str:
 
 
 def tracked_run_of(run: Run, uri: str) -> tracking.TrackedRun:
-    params = {**run.params.model_dump(), "trunk": run.encoder.trunk_name, "side": run.view.side}
+    params = {
+        **run.params.model_dump(),
+        "trunk": run.encoder.trunk_name,
+        "side": run.view.side,
+        "reconstructed": run.tags().get("method") in RECONSTRUCTED,
+    }
     return tracking.tracked_run(
         uri,
         f"ucir/{run.dataset}",

@@ -1,0 +1,231 @@
+"""Which epoch, and which method, would a criterion choose that sees no labels?
+
+Reads `criteria.csv`, which holds what studies left: the criteria and P@K of each training in its last epoch,
+and of the first seed's closed trainings, but for ablations, in all epochs. `--write STUDY ...` first puts in
+what the finished trainings of these studies left. Labels are read for P@K alone.
+
+For each criterion, and for two ways to join them all (the mean and the least of the ranks that they give):
+Spearman's rho with P@K, and points of P@K. Over the epochs of a training: what the epoch that it picks has
+more than the last one. Over the methods of a pair, in their last epoch: what the one that it picks has more
+than the best. Each with a 90 % interval (bootstrap over trainings; over pairs and seeds), and with what the
+criterion that is best on all other data sets does here. Where a study has several seeds, their agreement is
+a criterion of a method, too: the share of a picture's ten nearest of the other domain that two seeds have in
+common.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections import defaultdict
+from collections.abc import Iterator
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.stats import rankdata, spearmanr
+
+from tests.benchmarks import argument_parser
+from ucir.config.load import Params, load_params
+from ucir.errors import UserError, run_main
+from ucir.methods.registry import VARIANTS
+from ucir.retrieval.criteria import CRITERIA
+from ucir.retrieval.metrics import precision_name
+from ucir.retrieval.ranking import top_ranked
+from ucir.runs.run import PairRun, plan_runs
+from ucir.runs.scores import run_features
+from ucir.runs.study import study_runs
+
+TABLE = Path(__file__).with_suffix(".csv")
+TRAINING = ("dataset", "setting", "method", "pair", "seed")
+JOINED: dict[str, Any] = {"mean rank": np.mean, "worst rank": np.min}
+AGREEMENT = "seeds_agree"
+NAMES = [*CRITERIA, *JOINED, AGREEMENT]
+COLUMNS = [*TRAINING, "epoch", "metric", "value", *CRITERIA, AGREEMENT]
+NEAREST = 10
+LABELS = "labels"
+RESAMPLES = 2000
+
+Row = dict[str, Any]
+Figures = dict[str, list[tuple[float, float]]]
+
+
+def rows_of(params: Params, study: str) -> Iterator[Row]:
+    """Of finished trainings: all epochs of whole methods' first seed, closed; of others the last one."""
+    of_seeds: dict[tuple[str, ...], list[tuple[PairRun, Row]]] = defaultdict(list)
+    for _, part in study_runs(params, study):
+        dataset, seeds = part["dataset"], params.studies[study].seeds
+        metric = precision_name(params.datasets[dataset].evaluate.cutoffs[0])
+        for run in plan_runs(params, dataset, part["setting"], part["method"], part.get("pairs"), seeds):
+            if not run.done or f"val/{metric}" not in run.history()[-1]:
+                continue
+            named = (dataset, run.setting, run.method, "-".join(run.pair), str(run.seed))
+            rows = [
+                {
+                    **dict(zip(TRAINING, named, strict=True)),
+                    "epoch": int(entry["epoch"]),
+                    "metric": metric,
+                    "value": entry[f"val/{metric}"],
+                    **{name: entry[f"quality/{name}"] for name in CRITERIA},
+                }
+                for entry in run.history()
+            ]
+            of_seeds[named[:-1]].append((run, rows[-1]))
+            if run.setting == "closed" and run.seed == seeds[0] and run.method not in VARIANTS:
+                yield from rows[:-1]
+    for trainings in of_seeds.values():
+        agreed = agreement(params, [run for run, _ in trainings]) if len(trainings) > 1 else ""
+        yield from ({**row, AGREEMENT: agreed} for _, row in trainings)
+
+
+def agreement(params: Params, runs: list[PairRun]) -> float:
+    """Of trainings that differ in their seeds, mean over both directions and all two of them."""
+    neighbours = []
+    for run in runs:
+        features, _ = run_features(params, run, run.folder / "last.pt", torch.device("cpu"))
+        first, second = (features[domain] for domain in run.pair)
+        neighbours.append([top_ranked(q, g, NEAREST) for q, g in ((first, second), (second, first))])
+    common = [
+        (a[:, :, None] == b[:, None, :]).any(axis=2).mean()
+        for one, other in combinations(neighbours, 2)
+        for a, b in zip(one, other, strict=True)
+    ]
+    return float(np.mean(common))
+
+
+def training_of(row: Row) -> tuple[str, ...]:
+    return tuple(str(row[name]) for name in TRAINING)
+
+
+def read_table() -> list[Row]:
+    with TABLE.open(newline="", encoding="utf-8") as file:
+        texts = list(csv.DictReader(file))
+    text = {*TRAINING, "metric"}
+    return [{k: v if k in text else float(v) for k, v in row.items() if v != ""} for row in texts]
+
+
+def write_table(rows: list[Row]) -> None:
+    """Rows of the same trainings are replaced, all others stay."""
+    new = {training_of(row) for row in rows}
+    kept = [row for row in (read_table() if TABLE.exists() else []) if training_of(row) not in new]
+    with TABLE.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        for row in sorted([*kept, *rows], key=lambda row: (*training_of(row), row["epoch"])):
+            short = {name: f"{row[name]:.3g}" for name in (*CRITERIA, AGREEMENT) if row.get(name, "") != ""}
+            writer.writerow({**row, "value": f"{row['value']:.2f}", "epoch": int(row["epoch"]), **short})
+
+
+def choices(rows: list[Row]) -> dict[str, tuple[float, float]]:
+    """Rho with the labels' metric over these rows, and the metric of the chosen one, by criterion."""
+    truth = np.array([row["value"] for row in rows])
+    scores = {name: np.array([row[name] for row in rows]) for name in CRITERIA}
+    ranks = np.stack([rankdata(values) for values in scores.values()])
+    scores |= {name: join(ranks, axis=0) for name, join in JOINED.items()}
+    if all(AGREEMENT in row for row in rows):
+        scores[AGREEMENT] = np.array([row[AGREEMENT] for row in rows])
+    found = {LABELS: (1.0, float(truth.max()))}
+    for name, values in scores.items():
+        rho = float(spearmanr(values, truth).statistic) if np.ptp(values) and np.ptp(truth) else 0.0
+        found[name] = (rho, float(truth[values.argmax()]))
+    return found
+
+
+def over_epochs(rows: list[Row]) -> tuple[dict[str, Figures], dict[str, Figures]]:
+    """What a criterion's epoch has more than the last one: by data set, and by data set and method."""
+    trainings: dict[tuple[str, ...], list[Row]] = defaultdict(list)
+    for row in rows:
+        trainings[training_of(row)].append(row)
+    by_dataset: dict[str, Figures] = defaultdict(lambda: defaultdict(list))
+    by_method: dict[str, Figures] = defaultdict(lambda: defaultdict(list))
+    for epochs in trainings.values():
+        if len(epochs) > 2:
+            last = epochs[-1]
+            for name, (rho, chosen) in choices(epochs).items():
+                for figures in (
+                    by_dataset[last["dataset"]],
+                    by_method[f"{last['dataset']} {last['method']}"],
+                ):
+                    figures[name].append((rho, chosen - last["value"]))
+    return by_dataset, by_method
+
+
+def over_methods(rows: list[Row]) -> dict[str, Figures]:
+    """What a criterion's method has more than the best one, by data set."""
+    last = {training_of(row): row for row in rows}
+    by_pair: dict[tuple[str, ...], list[Row]] = defaultdict(list)
+    for row in last.values():
+        by_pair[tuple(row[name] for name in TRAINING if name != "method")].append(row)
+    by_dataset: dict[str, Figures] = defaultdict(lambda: defaultdict(list))
+    for of_pair in by_pair.values():
+        if len(of_pair) > 2:
+            found = choices(of_pair)
+            best = found.pop(LABELS)[1]
+            for name, (rho, chosen) in found.items():
+                by_dataset[of_pair[0]["dataset"]][name].append((rho, chosen - best))
+    return by_dataset
+
+
+def mean(values: list[tuple[float, float]]) -> tuple[float, float]:
+    rho, points = np.mean(values, axis=0)
+    return float(rho), float(points)
+
+
+def interval(values: list[tuple[float, float]]) -> str:
+    points = np.array([value for _, value in values])
+    drawn = np.random.default_rng(0).integers(len(points), size=(RESAMPLES, len(points)))
+    low, high = np.quantile(points[drawn].mean(axis=1), (0.05, 0.95))
+    return f"{low:.1f} to {high:.1f}"
+
+
+def show(title: str, figures: dict[str, Figures], intervals: bool = True) -> None:
+    print(f"\n{title}")
+    means = {row: {name: mean(values) for name, values in kept.items()} for row, kept in figures.items()}
+    names = [name for name in (*NAMES, LABELS) if any(name in kept for kept in means.values())]
+    print(f"{'':<24}" + "".join(f"{name[:13]:>14}" for name in names))
+    for row, kept in means.items():
+        cells = [f"{kept[n][0]:.2f} / {kept[n][1]:.1f}" if n in kept else "" for n in names]
+        print(f"{row:<24}" + "".join(f"{cell:>14}" for cell in cells))
+        if intervals:
+            cells = [interval(figures[row][n]) if n in kept else "" for n in names]
+            print(f"{'  90 %':<24}" + "".join(f"{cell:>14}" for cell in cells))
+    if not intervals:
+        return
+    for row, kept in means.items():
+        elsewhere = [other for name, other in means.items() if name != row]
+        able = [name for name in kept if name != LABELS and all(name in other for other in elsewhere)]
+        if elsewhere and able:
+            picked = max(able, key=lambda name: float(np.mean([other[name][1] for other in elsewhere])))
+            print(f"{row}: {picked}, the best elsewhere, has {kept[picked][1]:+.1f} points here")
+
+
+def main() -> None:
+    parser = argument_parser(__doc__)
+    parser.add_argument("--write", nargs="+", metavar="STUDY", default=[], help="put in what these left")
+    parser.add_argument("--methods", nargs="+", help="default: all")
+    parser.add_argument("--settings", nargs="+", default=["closed"], help="default: closed")
+    parser.add_argument("--by-method", action="store_true", help="epochs by method, too")
+    given = parser.parse_args()
+    if given.write:
+        params = load_params()
+        new = [row for study in given.write for row in rows_of(params, study)]
+        if not new:
+            raise UserError("no training of these studies is finished: `uv run dvc repro` makes them")
+        write_table(new)
+    rows = [
+        row
+        for row in read_table()
+        if row["setting"] in given.settings and (not given.methods or row["method"] in given.methods)
+    ]
+    if not rows:
+        raise UserError(f"{TABLE.name}: no training of these settings and methods")
+    by_dataset, by_method = over_epochs(rows)
+    show("rho over epochs / points that its epoch has more than the last one", by_dataset)
+    if given.by_method:
+        show("the same by method", by_method, intervals=False)
+    show("rho over methods / points that its method has more than the best one", over_methods(rows))
+
+
+if __name__ == "__main__":
+    run_main(main)

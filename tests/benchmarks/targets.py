@@ -1,0 +1,52 @@
+"""What `consensus` is taught, ranked as if it were features: no training, and all pictures are known.
+
+P@K, mean over the directions of a data set's pairs (K-means with seed 0), of what training begins with, of
+these features diffused over each domain's graph, and of those brought together cluster by cluster. Needs
+what `uv run dvc repro evaluate_start` leaves of a study with the data set, closed.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from tests.benchmarks import argument_parser
+from ucir.config.load import load_params
+from ucir.errors import run_main
+from ucir.memory import Features
+from ucir.methods.consensus import Consensus
+from ucir.paths import RESULTS
+from ucir.retrieval.evaluation import PRETRAINED, load_features, scored_domains
+from ucir.retrieval.metrics import metric_values, precision_name
+from ucir.retrieval.ranking import rank
+from ucir.runs.run import plan_runs
+
+ROWS = {"start": None, "diffused": "consensus-no-alignment", "and aligned": "consensus"}
+
+
+def main() -> None:
+    parser = argument_parser(__doc__)
+    parser.add_argument("datasets", nargs="*", default=["pacs", "office_caltech"], metavar="DATASET")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    params = load_params()
+    for dataset in given.datasets:
+        cutoff = params.datasets[dataset].evaluate.cutoffs[0]
+        kept = RESULTS / dataset / "closed/start" / PRETRAINED / "evaluate"
+        for row, method in ROWS.items():
+            values = []
+            for run in plan_runs(params, dataset, "closed", method or "consensus", seeds=(0,)):
+                _, labels = scored_domains(dataset, params.datasets[dataset], run.pair, run.spaces)
+                features = load_features(kept / f"{'-'.join(run.pair)}.npz")
+                first, second = (Features(features[domain]) for domain in run.pair)
+                if method:
+                    targets = Consensus(run.params, run.seed).targets((first, second))
+                    features = dict(zip(run.pair, targets, strict=True))
+                for query, gallery in run.directions:
+                    ranking = rank(features[query], features[gallery], labels[query], labels[gallery])
+                    values.append(metric_values(ranking, (cutoff,))[precision_name(cutoff)])
+            print(f"{dataset}, P@{cutoff}, {row:<12} {np.mean(values):5.1f}", flush=True)
+
+
+if __name__ == "__main__":
+    run_main(main)
