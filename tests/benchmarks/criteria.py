@@ -2,20 +2,22 @@
 
 Reads `criteria.csv`, which holds what studies left: the criteria and P@K of each training in its last epoch,
 and of the first seed's closed trainings, but for ablations, in all epochs. `--write STUDY ...` first puts in
-what the finished trainings of these studies left. Labels are read for P@K alone.
+what the finished trainings of these studies left, `--write-sweeps SWEEP ...` what the trials of sweeps did.
+Labels are read for P@K alone.
 
 For each criterion, and for two ways to join them all (the mean and the least of the ranks that they give):
 Spearman's rho with P@K, and points of P@K. Over the epochs of a training: what the epoch that it picks has
-more than the last one. Over the methods of a pair, in their last epoch: what the one that it picks has more
-than the best. Each with a 90 % interval (bootstrap over trainings; over pairs and seeds), and with what the
-criterion that is best on all other data sets does here. Where a study has several seeds, their agreement is
-a criterion of a method, too: the share of a picture's ten nearest of the other domain that two seeds have in
-common.
+more than the last one. Over the methods of a pair, in their last epoch, and over the settings of a method:
+what the one that it picks has more than the best. Each with a 90 % interval (bootstrap over trainings; pairs
+and seeds; methods), and with what the criterion that is best on all other data sets does here. Where a study
+has several seeds, their agreement is a criterion of a method, too: the share of a picture's ten nearest of
+the other domain that two seeds have in common.
 """
 
 from __future__ import annotations
 
 import csv
+import json
 from collections import defaultdict
 from collections.abc import Iterator
 from itertools import combinations
@@ -30,15 +32,18 @@ from tests.benchmarks import argument_parser
 from ucir.config.load import Params, load_params
 from ucir.errors import UserError, run_main
 from ucir.methods.registry import VARIANTS
+from ucir.paths import RESULTS
 from ucir.retrieval.criteria import CRITERIA
 from ucir.retrieval.metrics import precision_name
 from ucir.retrieval.ranking import top_ranked
 from ucir.runs.run import PairRun, plan_runs
 from ucir.runs.scores import run_features
 from ucir.runs.study import study_runs
+from ucir.runs.sweep import ORACLE, short
 
 TABLE = Path(__file__).with_suffix(".csv")
-TRAINING = ("dataset", "setting", "method", "pair", "seed")
+TRAINING = ("dataset", "setting", "method", "pair", "seed", "changes")
+"""``changes``: what a sweep's trial has in place of the shipped settings."""
 JOINED: dict[str, Any] = {"mean rank": np.mean, "worst rank": np.min}
 AGREEMENT = "seeds_agree"
 NAMES = [*CRITERIA, *JOINED, AGREEMENT]
@@ -60,7 +65,7 @@ def rows_of(params: Params, study: str) -> Iterator[Row]:
         for run in plan_runs(params, dataset, part["setting"], part["method"], part.get("pairs"), seeds):
             if not run.done or f"val/{metric}" not in run.history()[-1]:
                 continue
-            named = (dataset, run.setting, run.method, "-".join(run.pair), str(run.seed))
+            named = (dataset, run.setting, run.method, "-".join(run.pair), str(run.seed), "")
             rows = [
                 {
                     **dict(zip(TRAINING, named, strict=True)),
@@ -71,12 +76,35 @@ def rows_of(params: Params, study: str) -> Iterator[Row]:
                 }
                 for entry in run.history()
             ]
-            of_seeds[named[:-1]].append((run, rows[-1]))
+            of_seeds[named[:4]].append((run, rows[-1]))
             if run.setting == "closed" and run.seed == seeds[0] and run.method not in VARIANTS:
                 yield from rows[:-1]
     for trainings in of_seeds.values():
         agreed = agreement(params, [run for run, _ in trainings]) if len(trainings) > 1 else ""
         yield from ({**row, AGREEMENT: agreed} for _, row in trainings)
+
+
+def trials_of(params: Params, name: str) -> Iterator[Row]:
+    """Of the trials of a sweep that came to their end."""
+    sweep = params.sweeps[name]
+    metric = precision_name(params.datasets[sweep.dataset].evaluate.cutoffs[0])
+    with (RESULTS / "sweeps" / name / "trials.csv").open(newline="", encoding="utf-8") as file:
+        for trial in csv.DictReader(file):
+            if trial["state"] == "finished":
+                fields = [key.rsplit(".", 1)[-1] for key in sweep.space]
+                values = {field: json.loads(trial[field]) for field in fields}
+                yield {
+                    "dataset": sweep.dataset,
+                    "setting": sweep.setting,
+                    "method": sweep.method,
+                    "pair": "+".join(sweep.pairs or params.datasets[sweep.dataset].pairs),
+                    "seed": "+".join(map(str, sweep.seeds)),
+                    "changes": " ".join(f"{key}={short(value)}" for key, value in values.items()),
+                    "epoch": int(trial["epochs_done"]) - 1,
+                    "metric": metric,
+                    "value": float(trial[ORACLE]),
+                    **{criterion: float(trial[criterion]) for criterion in CRITERIA},
+                }
 
 
 def agreement(params: Params, runs: list[PairRun]) -> float:
@@ -102,7 +130,7 @@ def read_table() -> list[Row]:
     with TABLE.open(newline="", encoding="utf-8") as file:
         texts = list(csv.DictReader(file))
     text = {*TRAINING, "metric"}
-    return [{k: v if k in text else float(v) for k, v in row.items() if v != ""} for row in texts]
+    return [{k: v if k in text else float(v) for k, v in row.items() if v or k in text} for row in texts]
 
 
 def write_table(rows: list[Row]) -> None:
@@ -140,7 +168,7 @@ def over_epochs(rows: list[Row]) -> tuple[dict[str, Figures], dict[str, Figures]
     by_dataset: dict[str, Figures] = defaultdict(lambda: defaultdict(list))
     by_method: dict[str, Figures] = defaultdict(lambda: defaultdict(list))
     for epochs in trainings.values():
-        if len(epochs) > 2:
+        if len(epochs) > 2 and not epochs[0]["changes"]:
             last = epochs[-1]
             for name, (rho, chosen) in choices(epochs).items():
                 for figures in (
@@ -151,19 +179,24 @@ def over_epochs(rows: list[Row]) -> tuple[dict[str, Figures], dict[str, Figures]
     return by_dataset, by_method
 
 
-def over_methods(rows: list[Row]) -> dict[str, Figures]:
-    """What a criterion's method has more than the best one, by data set."""
+def over(choice: str, rows: list[Row]) -> dict[str, Figures]:
+    """What a criterion's choice among last epochs has more than the best one, by data set.
+
+    Args:
+        choice: ``method``, or ``changes`` for settings.
+        rows: of shipped settings, or of sweeps.
+    """
     last = {training_of(row): row for row in rows}
-    by_pair: dict[tuple[str, ...], list[Row]] = defaultdict(list)
+    groups: dict[tuple[str, ...], list[Row]] = defaultdict(list)
     for row in last.values():
-        by_pair[tuple(row[name] for name in TRAINING if name != "method")].append(row)
+        groups[tuple(row[name] for name in TRAINING if name != choice)].append(row)
     by_dataset: dict[str, Figures] = defaultdict(lambda: defaultdict(list))
-    for of_pair in by_pair.values():
-        if len(of_pair) > 2:
-            found = choices(of_pair)
+    for group in groups.values():
+        if len(group) > 2:
+            found = choices(group)
             best = found.pop(LABELS)[1]
             for name, (rho, chosen) in found.items():
-                by_dataset[of_pair[0]["dataset"]][name].append((rho, chosen - best))
+                by_dataset[group[0]["dataset"]][name].append((rho, chosen - best))
     return by_dataset
 
 
@@ -203,15 +236,17 @@ def show(title: str, figures: dict[str, Figures], intervals: bool = True) -> Non
 def main() -> None:
     parser = argument_parser(__doc__)
     parser.add_argument("--write", nargs="+", metavar="STUDY", default=[], help="put in what these left")
+    parser.add_argument("--write-sweeps", nargs="+", metavar="SWEEP", default=[], help="and what these tried")
     parser.add_argument("--methods", nargs="+", help="default: all")
     parser.add_argument("--settings", nargs="+", default=["closed"], help="default: closed")
     parser.add_argument("--by-method", action="store_true", help="epochs by method, too")
     given = parser.parse_args()
-    if given.write:
+    if given.write or given.write_sweeps:
         params = load_params()
         new = [row for study in given.write for row in rows_of(params, study)]
+        new += [row for sweep in given.write_sweeps for row in trials_of(params, sweep)]
         if not new:
-            raise UserError("no training of these studies is finished: `uv run dvc repro` makes them")
+            raise UserError("nothing of these is finished: `uv run dvc repro`, `uv run ucir tune` make them")
         write_table(new)
     rows = [
         row
@@ -224,7 +259,9 @@ def main() -> None:
     show("rho over epochs / points that its epoch has more than the last one", by_dataset)
     if given.by_method:
         show("the same by method", by_method, intervals=False)
-    show("rho over methods / points that its method has more than the best one", over_methods(rows))
+    shipped, tried = [r for r in rows if not r["changes"]], [r for r in rows if r["changes"]]
+    show("rho over methods / points that its method has more than the best one", over("method", shipped))
+    show("rho over settings / points that its settings have more than the best ones", over("changes", tried))
 
 
 if __name__ == "__main__":
