@@ -45,7 +45,7 @@ def with_sweep(folder: Path, **changes: Any) -> Params:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"space": {"temprature": [0.1]}}, "temprature: did you mean 'temperature'"),
+        ({"space": {"temprature": [0.1]}}, "temprature is unknown; did you mean 'temperature'"),
         ({"space": {"temperature": [0.1, -1]}}, "sweeps.try.space: temperature: .*greater than 0"),
         ({"space": {"temperature": {"uniform": [0.2, 0.1]}}}, "the first value must be below the second"),
         ({"space": {"temperature": {"uniform": [0.1, 0.2], "choice": [1]}}}, "give a list of values, or one"),
