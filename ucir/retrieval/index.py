@@ -315,8 +315,8 @@ def update_index(
         info = _with_cells(out, info, before, rows, ids, samples)
         if false_rejections is None:
             false_rejections = before.false_rejections if before else FALSE_REJECTIONS
-        kept = before and (before.state, before.false_rejections) == (state, false_rejections)
-        if before and kept and query_features is None:
+        learnt = (state, false_rejections)
+        if before and query_features is None and (before.state, before.false_rejections) == learnt:
             limits = before.limits
         else:
             limits = _limits(rows, samples, false_rejections)
