@@ -517,7 +517,7 @@ def search(
     \b
       uv run ucir search --index photos sketch.png --top 5
 
-    Scores are cosines. Where the nearest picture lies beyond the index's limit, nothing is listed but the
+    Scores are cosines, distances 1 - cosine. Where the nearest picture lies beyond the index's limit, nothing is listed but the
     reason.
     """
     from json import dumps

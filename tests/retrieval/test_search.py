@@ -328,7 +328,7 @@ def test_queries_beyond_the_limit_are_told(photos: Path) -> None:
     assert answer.accepted
     (answer,) = searcher.search(photos / "cross/1.png", 3, limit=-1)
     assert answer.accepted is False
-    assert answer.reason == "nothing like it here: nearest 0.00 beyond the limit -1.00"
+    assert answer.reason == "nothing like it here: nearest at distance 0.00, beyond the limit -1.00"
     assert len(answer.hits) == 3, "who wants them all the same has them"
     (photos / "cross/1.png").unlink()
     again = index(photos, model)

@@ -328,10 +328,13 @@ class Searcher:
         if limit is None and self.info.limits:
             limit = max(self.info.limits.values())
         if limit is None:
-            return None, f"nearest {distance:.2f}; no limit is known to this index"
+            return None, f"nearest at distance {distance:.2f}; no limit is known to this index"
         if distance > limit:
-            return False, f"nothing like it here: nearest {distance:.2f} beyond the limit {limit:.2f}"
-        return True, f"nearest {distance:.2f} within the limit {limit:.2f}"
+            return (
+                False,
+                f"nothing like it here: nearest at distance {distance:.2f}, beyond the limit {limit:.2f}",
+            )
+        return True, f"nearest at distance {distance:.2f}, within the limit {limit:.2f}"
 
     def _files(self, rows: np.ndarray) -> list[tuple[str, bytes, bytes] | None]:
         """Path, hash and look of rows; None of files that an update under way has taken out."""
