@@ -517,8 +517,8 @@ def search(
     \b
       uv run ucir search --index photos sketch.png --top 5
 
-    Scores are cosines, distances 1 - cosine. Where the nearest picture lies beyond the index's limit, nothing is listed but the
-    reason.
+    Scores are cosines, distances 1 - cosine. Where the nearest picture lies beyond the index's limit,
+    nothing is listed but the reason.
     """
     from json import dumps
 
