@@ -216,13 +216,13 @@ def show(title: str, figures: dict[str, Figures], intervals: bool = True) -> Non
     print(f"\n{title}")
     means = {row: {name: mean(values) for name, values in kept.items()} for row, kept in figures.items()}
     names = [name for name in (*NAMES, LABELS) if any(name in kept for kept in means.values())]
-    print(f"{'':<24}" + "".join(f"{name[:13]:>14}" for name in names))
+    print(f"{'':<24}" + "".join(f"{name[:13]:>17}" for name in names))
     for row, kept in means.items():
         cells = [f"{kept[n][0]:.2f} / {kept[n][1]:.1f}" if n in kept else "" for n in names]
-        print(f"{row:<24}" + "".join(f"{cell:>14}" for cell in cells))
+        print(f"{row:<24}" + "".join(f"{cell:>17}" for cell in cells))
         if intervals:
             cells = [interval(figures[row][n]) if n in kept else "" for n in names]
-            print(f"{'  90 %':<24}" + "".join(f"{cell:>14}" for cell in cells))
+            print(f"{'  90 %':<24}" + "".join(f"{cell:>17}" for cell in cells))
     if not intervals:
         return
     for row, kept in means.items():
