@@ -15,7 +15,7 @@ import typer
 from ucir import keep_bytecode
 from ucir.config.base import PARAMS_FILE
 from ucir.config.data import DatasetParams
-from ucir.config.load import Params, load_params, without_study
+from ucir.config.load import Params, load_params, parse_yaml, without_study
 from ucir.errors import UserError, nearest, run_main
 from ucir.paths import REPORTS
 
@@ -351,13 +351,11 @@ def tune(
     stopped; trials are runs like any other and never repeated. What was found lies in
     results/sweeps/NAME: best.yaml (look at it, then copy it into params.yaml), trials.csv, criteria.csv.
     """
-    from ucir.runs.sweep import count_candidates
-
     params = _params_to_train_with(overrides or [])
     if name is None:
         for sweep, block in params.sweeps.items():
-            keys, tried = ", ".join(block.space), count_candidates(block, block.space)
-            typer.echo(f"{sweep}: {block.method} on {block.dataset}, {tried} candidates of {keys}")
+            keys = ", ".join(block.space)
+            typer.echo(f"{sweep}: {block.method} on {block.dataset}, {block.candidates} candidates of {keys}")
         typer.echo("Next: `uv run ucir tune NAME`, or write your own under `sweeps` (`ucir tune --help`)")
         return
     if dry_run:
@@ -677,15 +675,16 @@ def _params_to_train_with(overrides: Sequence[str]) -> Params:
     Raises:
         UserError: an override would change nothing.
     """
-    made = load_params(raw=without_study()).datasets
-    for name, block in load_params(overrides=overrides, raw=without_study()).datasets.items():
+    raw = parse_yaml(Path(PARAMS_FILE))
+    made = load_params(raw=without_study(raw)).datasets
+    for name, block in load_params(overrides=overrides, raw=without_study(raw)).datasets.items():
         for field in ("source", "sample", "catalogue"):
             if name not in made or getattr(block, field) != getattr(made[name], field):
                 raise UserError(
                     f"--set datasets.{name}: {field} says which pictures there are, and earlier stages "
                     f"make these: write it into {PARAMS_FILE} and run `uv run dvc repro prepare`"
                 )
-    return load_params(overrides=overrides)
+    return load_params(overrides=overrides, raw=raw)  # the blocks are shared: overridden once more
 
 
 def _dataset_block(dataset: str) -> DatasetParams:

@@ -39,7 +39,7 @@ from ucir.retrieval.ranking import top_ranked
 from ucir.runs.run import PairRun, plan_runs
 from ucir.runs.scores import run_features
 from ucir.runs.study import study_runs
-from ucir.runs.sweep import ORACLE, short
+from ucir.runs.sweep import ORACLE, check_sweep, short
 
 TABLE = Path(__file__).with_suffix(".csv")
 TRAINING = ("dataset", "setting", "method", "pair", "seed", "changes")
@@ -86,13 +86,12 @@ def rows_of(params: Params, study: str) -> Iterator[Row]:
 
 def trials_of(params: Params, name: str) -> Iterator[Row]:
     """Of the trials of a sweep that came to their end."""
-    sweep = params.sweeps[name]
+    sweep, space = check_sweep(params, name)
     metric = precision_name(params.datasets[sweep.dataset].evaluate.cutoffs[0])
     with (RESULTS / "sweeps" / name / "trials.csv").open(newline="", encoding="utf-8") as file:
         for trial in csv.DictReader(file):
             if trial["state"] == "finished":
-                fields = [key.rsplit(".", 1)[-1] for key in sweep.space]
-                values = {field: json.loads(trial[field]) for field in fields}
+                values = {field: json.loads(trial[field]) for field in space}
                 yield {
                     "dataset": sweep.dataset,
                     "setting": sweep.setting,
@@ -141,8 +140,8 @@ def write_table(rows: list[Row]) -> None:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         for row in sorted([*kept, *rows], key=lambda row: (*training_of(row), row["epoch"])):
-            short = {name: f"{row[name]:.3g}" for name in (*CRITERIA, AGREEMENT) if row.get(name, "") != ""}
-            writer.writerow({**row, "value": f"{row['value']:.2f}", "epoch": int(row["epoch"]), **short})
+            rounded = {name: f"{row[name]:.3g}" for name in (*CRITERIA, AGREEMENT) if row.get(name, "") != ""}
+            writer.writerow({**row, "value": f"{row['value']:.2f}", "epoch": int(row["epoch"]), **rounded})
 
 
 def choices(rows: list[Row]) -> dict[str, tuple[float, float]]:
@@ -168,7 +167,7 @@ def over_epochs(rows: list[Row]) -> tuple[dict[str, Figures], dict[str, Figures]
     by_dataset: dict[str, Figures] = defaultdict(lambda: defaultdict(list))
     by_method: dict[str, Figures] = defaultdict(lambda: defaultdict(list))
     for epochs in trainings.values():
-        if len(epochs) > 2 and not epochs[0]["changes"]:
+        if len(epochs) > 2:
             last = epochs[-1]
             for name, (rho, chosen) in choices(epochs).items():
                 for figures in (
@@ -255,11 +254,11 @@ def main() -> None:
     ]
     if not rows:
         raise UserError(f"{TABLE.name}: no training of these settings and methods")
-    by_dataset, by_method = over_epochs(rows)
+    shipped, tried = [r for r in rows if not r["changes"]], [r for r in rows if r["changes"]]
+    by_dataset, by_method = over_epochs(shipped)
     show("rho over epochs / points that its epoch has more than the last one", by_dataset)
     if given.by_method:
         show("the same by method", by_method, intervals=False)
-    shipped, tried = [r for r in rows if not r["changes"]], [r for r in rows if r["changes"]]
     show("rho over methods / points that its method has more than the best one", over("method", shipped))
     show("rho over settings / points that its settings have more than the best ones", over("changes", tried))
 

@@ -35,7 +35,6 @@ from ucir.runs.sweep import (
     SweepResult,
     Trial,
     check_sweep,
-    count_candidates,
     describe_result,
     described,
     epoch_scores,
@@ -59,11 +58,9 @@ def run_sweep(params: Params, name: str) -> Path:
     """Run a sweep, or go on with it, write down and print what it found; returns the folder.
 
     Raises:
-        UserError: as :func:`tune_all`; the folder cannot be written.
+        UserError: as :func:`tune_all`.
     """
-    check_sweep(params, name)
     out = RESULTS / "sweeps" / name
-    check_writable(out)
     results = tune_all(params, name)
     write_result(results, params, name, out)
     for result in results:
@@ -75,9 +72,11 @@ def tune_all(params: Params, name: str) -> list[SweepResult]:
     """Run a sweep, or go on with it: one result, or one for each pair.
 
     Raises:
-        UserError: as :func:`check_sweep`; a trial does not fit the cluster; no trial came to its end.
+        UserError: as :func:`check_sweep`; the sweep's folder under results cannot be written; a trial does
+            not fit the cluster; no trial came to its end.
     """
     sweep, space = check_sweep(params, name)
+    check_writable(RESULTS / "sweeps" / name)
     print(described(params, name, sweep, space), flush=True)
     pairs = sweep.pairs or params.datasets[sweep.dataset].pairs
     groups = [pairs] if sweep.scope == "shared" else [(pair,) for pair in pairs]
@@ -121,7 +120,7 @@ def _tune(
     connect(params.cluster, uri)
     waiting = WAITING if params.cluster.num_workers >= 2 else 0.0
     concurrent = at_once(params.cluster, f"a trial of the sweep {name}", waiting)
-    count = count_candidates(sweep, space)
+    count = sweep.candidates
     task = TrialTask(params, sweep, pairs, parent, key, str(Path.cwd()))
 
     def trial(values: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
@@ -72,6 +73,13 @@ class SweepParams(SettingParams):
     """One setting for all pairs, scored by the mean over them; or a search for each."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Of the search."""
+
+    @property
+    def candidates(self) -> int:
+        """How many settings are tried, of all pairs or of each."""
+        if self.search == "grid":
+            return math.prod(len(dimension.ends) for dimension in self.space.values())
+        return self.trials
 
     @model_validator(mode="after")
     def _a_grid_has_values(self) -> Self:

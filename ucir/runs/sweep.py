@@ -6,7 +6,6 @@ A candidate is one drawing of a sweep's values; a trial runs it, see :mod:`ucir.
 from __future__ import annotations
 
 import csv
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,17 +143,13 @@ def describe_sweep(params: Params, name: str) -> str:
 
 def described(params: Params, name: str, sweep: SweepParams, space: Mapping[str, Dimension]) -> str:
     pairs = sweep.pairs or params.datasets[sweep.dataset].pairs
-    tried = count_candidates(sweep, space)
     trainings = len(plan_candidate(params, sweep, {}))
     times = f" for each of {len(pairs)} pairs" if sweep.scope == "per_pair" else ""
     return (
-        f"sweep {name}: {sweep.method} on {sweep.dataset}, {tried} candidates of {', '.join(space)}{times} "
-        f"({sweep.search}, {sweep.scheduler}), {trainings} trainings each, judged by {sweep.objective}"
+        f"sweep {name}: {sweep.method} on {sweep.dataset}, {sweep.candidates} candidates of "
+        f"{', '.join(space)}{times} ({sweep.search}, {sweep.scheduler}), "
+        f"{trainings} trainings each, judged by {sweep.objective}"
     )
-
-
-def count_candidates(sweep: SweepParams, space: Mapping[str, Dimension]) -> int:
-    return math.prod(len(d.ends) for d in space.values()) if sweep.search == "grid" else sweep.trials
 
 
 def epoch_scores(runs: Sequence[PairRun], entries: Sequence[Mapping[str, float]]) -> dict[str, float]:
