@@ -187,8 +187,13 @@ def plan(
 
 
 @app.command()
-def check(dataset: Annotated[str, typer.Argument(help="A data set of params.yaml.")]) -> None:
+def check(
+    dataset: Annotated[str, typer.Argument(help="A data set of params.yaml.")], overrides: Overrides = None
+) -> None:
     """Look whether a data set is right: reads and decodes every picture, writes nothing.
+
+    \b
+      uv run ucir check pacs --set datasets.pacs.source=/data/PACS.zip
 
     Compares what is there with what the papers' authors had, by domain and class; names missing classes,
     misspelt folders, broken files, and the same picture in two domains. Exit status 1 when anything differs.
@@ -197,7 +202,7 @@ def check(dataset: Annotated[str, typer.Argument(help="A data set of params.yaml
     from ucir.data.prepare import check_source
     from ucir.progress import by_domain
 
-    result = check_source(_dataset_block(dataset), by_domain("check"))
+    result = check_source(_dataset_block(dataset, overrides), by_domain("check"))
     typer.echo(table(result))
     odd = len(result.faults) + len(result.bad)
     typer.echo(f"{dataset}: {f'{odd} to LOOK at' if odd else 'as expected'}")
@@ -687,8 +692,8 @@ def _params_to_train_with(overrides: Sequence[str]) -> Params:
     return load_params(overrides=overrides, raw=raw)  # the blocks are shared: overridden once more
 
 
-def _dataset_block(dataset: str) -> DatasetParams:
-    params = load_params(raw=without_study())
+def _dataset_block(dataset: str, overrides: Sequence[str] | None = None) -> DatasetParams:
+    params = load_params(overrides=overrides or (), raw=without_study())
     if dataset not in params.datasets:
         raise UserError(f"data set {dataset!r} is unknown; {nearest(dataset, params.datasets)}")
     return params.datasets[dataset]

@@ -88,7 +88,10 @@ def trials_of(params: Params, name: str) -> Iterator[Row]:
     """Of the trials of a sweep that came to their end."""
     sweep, space = check_sweep(params, name)
     metric = precision_name(params.datasets[sweep.dataset].evaluate.cutoffs[0])
-    with (RESULTS / "sweeps" / name / "trials.csv").open(newline="", encoding="utf-8") as file:
+    trials = RESULTS / "sweeps" / name / "trials.csv"
+    if not trials.exists():
+        raise UserError(f"no {trials}: `uv run ucir tune {name}` makes it")
+    with trials.open(newline="", encoding="utf-8") as file:
         for trial in csv.DictReader(file):
             if trial["state"] == "finished":
                 values = {field: json.loads(trial[field]) for field in space}

@@ -194,6 +194,8 @@ def test_check_and_fetch_at_the_command_line(project: Path) -> None:
     from ucir.cli import app
 
     assert "shapes: as expected" in ucir("check", "shapes")
+    with pytest.raises(UserError, match="elsewhere"):
+        ucir("check", "shapes", "--set", "datasets.shapes.source=elsewhere")
     (project / "images/art/circle/broken.png").write_bytes(b"no image")
     done = CliRunner().invoke(app, ["check", "shapes"])
     assert done.exit_code == 1

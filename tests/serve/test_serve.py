@@ -95,6 +95,8 @@ def test_it_answers_as_the_search_does(client: TestClient, photos: Path) -> None
     assert answer["accepted"]
     assert answer["reason"] == expected.reason
     first = answer["hits"][0]
+    alone = client.post("/api/search?k=5", files=form(query.read_bytes())).json()
+    assert alone["hits"] == answer["hits"], "the only index needs no name"
     like = client.get(f"/api/like?index=photos&id={first['id']}&k=3").json()
     assert first["name"] not in [hit["name"] for hit in like["hits"]]
     small = client.get(f"/api/picture?index=photos&id={first['id']}")
@@ -110,6 +112,16 @@ def test_it_answers_as_the_search_does(client: TestClient, photos: Path) -> None
     ]
     for kind in ("jpeg", "webp", "gif", "bmp", "tiff", "avif"):
         assert client.post(SEARCH, files=form(encoded(Image.open(query), kind))).status_code == 200
+
+
+def test_of_several_indexes_one_is_named(photos: Path) -> None:
+    folder = build.default_folder(photos)
+    query = (photos / "circle/1.png").read_bytes()
+    app = create_app({"photos": folder, "again": folder}, BOUNDS, hosts=("testserver",))
+    with TestClient(app) as client:
+        answer = client.post("/api/search", files=form(query))
+        assert (answer.status_code, answer.json()["detail"]) == (404, "index= one of photos, again")
+        assert client.post("/api/search?index=again", files=form(query)).json()["hits"]
 
 
 def test_the_page_needs_nothing_from_elsewhere(client: TestClient) -> None:

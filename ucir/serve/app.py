@@ -88,7 +88,10 @@ class IndexOut(BaseModel):
     has_limit: bool
 
 
-Name = Annotated[str, Query(alias="index", max_length=200, description="One of /api/indexes.")]
+Name = Annotated[
+    str | None,
+    Query(alias="index", max_length=200, description="One of /api/indexes. Default: the only one."),
+]
 Top = Annotated[int, Query(ge=1, le=MOST_HITS, description="Hits.")]
 Folder = Annotated[
     str | None, Query(max_length=1000, description="Only pictures in this folder of the collection.")
@@ -174,10 +177,13 @@ class Engine:
         first = next(iter(self.searchers.values()))
         await asyncio.gather(*(self.decode(dot.getvalue(), first, 60.0) for _ in range(DECODERS)))
 
-    def searcher(self, name: str) -> Searcher:
-        """An index by its name, as it is now. Raises HTTPException: there is none."""
+    def searcher(self, name: str | None) -> Searcher:
+        """An index as it is now, by its name or the only one. Raises HTTPException: there is none."""
+        if name is None and len(self.searchers) == 1:
+            (name,) = self.searchers
         if name not in self.searchers:
-            raise HTTPException(404, f"no index {name[:80]!r} here")
+            named = "" if name is None else f"no index {name[:80]!r} here; "
+            raise HTTPException(404, f"{named}index= one of {', '.join(self.searchers)}")
         return self.searchers[name]
 
     async def _renew(self) -> None:
@@ -320,7 +326,7 @@ def create_app(
 
     @app.post("/api/search", openapi_extra=FORM, responses=REFUSALS)
     async def search(
-        request: Request, name: Name, k: Top = 40, folder: Folder = None, hide_duplicates: Hide = True
+        request: Request, name: Name = None, k: Top = 40, folder: Folder = None, hide_duplicates: Hide = True
     ) -> AnswerOut:
         """Pictures like the one that is sent."""
         began = time.perf_counter()
@@ -339,8 +345,8 @@ def create_app(
 
     @app.get("/api/like", responses={404: REFUSALS[404], 429: REFUSALS[429]})
     async def like(
-        name: Name,
         picture: Annotated[str, Query(alias="id", pattern="^[0-9a-f]{64}$", description="Of a hit.")],
+        name: Name = None,
         k: Top = 40,
         folder: Folder = None,
         hide_duplicates: Hide = True,
@@ -355,7 +361,7 @@ def create_app(
 
     @app.get("/api/picture", response_class=Response, responses={404: REFUSALS[404]})
     async def picture(
-        name: Name, picture: Annotated[str, Query(alias="id", pattern="^[0-9a-f]{64}$")]
+        picture: Annotated[str, Query(alias="id", pattern="^[0-9a-f]{64}$")], name: Name = None
     ) -> Response:
         """A picture's small form."""
         data = await asyncio.to_thread(engine.searcher(name).thumbnail, picture)
