@@ -79,8 +79,8 @@ def study(
       studies:
         mine: {datasets: [mine], settings: [closed], methods: [ucdir], seeds: [0]}
 
-    then `uv run ucir study mine.yaml` and `uv run dvc repro`. A block that params.yaml has already is
-    replaced as a whole, and you are told.
+    then `uv run ucir study mine.yaml` and `uv run dvc repro`. It may hold `sweeps`, too. A block that
+    params.yaml has already is replaced as a whole, and you are told.
     """
     from ucir.runs.study import activate, describe_recipes
 

@@ -163,11 +163,13 @@ def test_two_folders_without_labels_go_all_the_way(
     mine = {
         "datasets": {"mine": block},
         "methods": {"ucdir": {"mine": study["methods"]["ucdir"]["shapes"]}},
+        "sweeps": {"rates": {"dataset": "mine", "method": "ucdir", "trials": 2, "space": {"lr": [0.1, 0.2]}}},
         "studies": {"mine": study["studies"]["tiny"] | {"datasets": ["mine"]}},
     }
     (project / "mine.yaml").write_text(json.dumps(mine))
     text = ucir("study", "mine.yaml")
     assert "`uv run dvc repro` now runs the study 'mine'" in text
+    assert "rates: ucdir on mine, 2 candidates of lr" in ucir("tune")
     params = load_params()
     pack_block = params.datasets["mine"]
     write_pack(Path("mine"), prepared_domains(pack_block), PACKS / "mine", pack_block.pack)

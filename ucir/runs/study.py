@@ -34,6 +34,7 @@ class StudyFile(Block):
 
     datasets: dict[str, dict[str, Any]] = Field(default_factory=dict)
     methods: dict[str, dict[str, dict[str, Any]]] = Field(default_factory=dict)
+    sweeps: dict[str, dict[str, Any]] = Field(default_factory=dict)
     studies: dict[str, dict[str, Any]]
 
 
@@ -284,6 +285,7 @@ def _add_blocks(document: Any, blocks: StudyFile) -> list[str]:
             f"methods.{method}": (document["methods"].setdefault(method, {}), of_method, 2)
             for method, of_method in blocks.methods.items()
         },
+        "sweeps": (document.setdefault("sweeps", {}), blocks.sweeps, 1),
         "studies": (document["studies"], blocks.studies, 2),
     }
     replaced = []
