@@ -5,8 +5,7 @@ and of the first seed's closed trainings, but for ablations, in all epochs. `--w
 what the finished trainings of these studies left, `--write-sweeps SWEEP ...` what the trials of sweeps did.
 Labels are read for P@K alone.
 
-For each criterion, for the two that `ucir tune` joins (mean of the ranks that they give), and for two ways to
-join them all (mean and least of the ranks):
+For each criterion, and for two ways to join them all (the mean and the least of the ranks that they give):
 Spearman's rho with P@K, and points of P@K. Over the epochs of a training: what the epoch that it picks has
 more than the last one. Over the methods of a pair, in their last epoch, and over the settings of a method:
 what the one that it picks has more than the best. Each with a 90 % interval (bootstrap over trainings; pairs
@@ -45,11 +44,7 @@ from ucir.runs.sweep import ORACLE, check_sweep, short
 TABLE = Path(__file__).with_suffix(".csv")
 TRAINING = ("dataset", "setting", "method", "pair", "seed", "changes")
 """``changes``: what a sweep's trial has in place of the shipped settings."""
-JOINED: dict[str, tuple[Any, tuple[str, ...]]] = {
-    "transport, stability": (np.mean, ("transport", "stability")),
-    "mean rank": (np.mean, tuple(CRITERIA)),
-    "worst rank": (np.min, tuple(CRITERIA)),
-}
+JOINED: dict[str, Any] = {"mean rank": np.mean, "worst rank": np.min}
 AGREEMENT = "seeds_agree"
 NAMES = [*CRITERIA, *JOINED, AGREEMENT]
 COLUMNS = [*TRAINING, "epoch", "metric", "value", *CRITERIA, AGREEMENT]
@@ -156,8 +151,8 @@ def choices(rows: list[Row]) -> dict[str, tuple[float, float]]:
     """Rho with the labels' metric over these rows, and the metric of the chosen one, by criterion."""
     truth = np.array([row["value"] for row in rows])
     scores = {name: np.array([row[name] for row in rows]) for name in CRITERIA}
-    ranks = {name: rankdata(values) for name, values in scores.items()}
-    scores |= {name: join([ranks[one] for one in joined], axis=0) for name, (join, joined) in JOINED.items()}
+    ranks = np.stack([rankdata(values) for values in scores.values()])
+    scores |= {name: join(ranks, axis=0) for name, join in JOINED.items()}
     if all(AGREEMENT in row for row in rows):
         scores[AGREEMENT] = np.array([row[AGREEMENT] for row in rows])
     found = {LABELS: (1.0, float(truth.max()))}

@@ -110,8 +110,7 @@ def _tune(
         {"dataset": sweep.dataset, "setting": sweep.setting, "method": sweep.method, "stage": "sweep"},
         {
             "pairs": ", ".join(pairs),
-            **sweep.model_dump(include={"trials", "search", "scheduler"}),
-            "objective": " + ".join(sweep.objective),
+            **sweep.model_dump(include={"trials", "search", "scheduler", "objective"}),
         },
         f"`uv run ucir tune {name}`; what was found: `results/sweeps/{name}`",
         tracking.data_inputs(
@@ -268,11 +267,10 @@ class TrialTask:
                     tracked.log_history(
                         [{"epoch": float(i), **entry} for i, entry in enumerate(epochs_scores)]
                     )
-                scores = epochs_scores[-1]
-                if not set(self.sweep.objective) <= set(scores):
+                score = epochs_scores[-1].get(self.sweep.objective)
+                if score is None:
                     raise UserError("objective: oracle: the pictures have no labels; take another")
-                score = scores[self.sweep.objective[0]]
-                report({**_reported(scores, score), "epoch": epoch + 1, "epochs": asked})
+                report({**_reported(epochs_scores[-1], score), "epoch": epoch + 1, "epochs": asked})
 
     def track(self, values: dict[str, Any], trial: str) -> tracking.TrackedRun:
         """The trial's run in MLflow, below the sweep's."""

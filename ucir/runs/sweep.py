@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.stats import rankdata, spearmanr
+from scipy.stats import spearmanr
 
 from ucir.config.base import PARAMS_FILE, checked
 from ucir.config.load import Params
@@ -46,18 +46,12 @@ class SweepResult:
 
     name: str
     pairs: tuple[str, ...]
-    objective: tuple[str, ...]
+    objective: str
     trials: list[Trial]
 
     @property
     def finished(self) -> list[Trial]:
         return [trial for trial in self.trials if trial.state == "finished"]
-
-    @property
-    def best_first(self) -> list[Trial]:
-        """Those that came to the end, by their mean rank by the objective's criteria."""
-        trials = self.finished
-        return [trials[n] for n in np.argsort(-mean_rank(trials, self.objective), kind="stable")]
 
     @property
     def best(self) -> Trial:
@@ -69,7 +63,7 @@ class SweepResult:
         if not self.finished:
             states = "; ".join(dict.fromkeys(trial.state for trial in self.trials))
             raise UserError(f"sweep {self.name}: no trial came to its end: {states}")
-        return self.best_first[0]
+        return max(self.finished, key=lambda trial: trial.scores[self.objective])
 
     def ranked(self) -> list[dict[str, Any]]:
         """How well each criterion ranks the finished candidates: Spearman's rho with the oracle, and regret.
@@ -81,22 +75,14 @@ class SweepResult:
         if len(trials) < 3:
             return []
         truth = [trial.scores[ORACLE] for trial in trials]
-        judged = {name: [trial.scores[name] for trial in trials] for name in CRITERIA}
-        judged["loss"] = [-trial.scores["loss"] for trial in trials]
-        if len(self.objective) > 1:
-            judged[" + ".join(self.objective)] = list(mean_rank(trials, self.objective))
         rows = []
-        for name, values in judged.items():
+        for name in (*CRITERIA, "loss"):
+            sign = -1 if name == "loss" else 1
+            values = [sign * trial.scores[name] for trial in trials]
             rho = float(spearmanr(values, truth).statistic) if len(set(values)) > 1 < len(set(truth)) else 0.0
             regret = max(truth) - truth[int(np.argmax(values))]
             rows.append({"criterion": name, "spearman": rho, "regret": regret})
         return sorted(rows, key=lambda row: -row["spearman"])
-
-
-def mean_rank(trials: Sequence[Trial], criteria: Sequence[str]) -> np.ndarray:
-    """Of each trial (float64, N): its mean rank by these criteria, N of one that is the best by all."""
-    ranks = np.array([rankdata([trial.scores[name] for trial in trials]) for name in criteria])
-    return np.asarray(ranks.mean(axis=0))
 
 
 def check_sweep(params: Params, name: str) -> tuple[SweepParams, dict[str, Dimension]]:
@@ -114,9 +100,10 @@ def check_sweep(params: Params, name: str) -> tuple[SweepParams, dict[str, Dimen
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
     known = (*CRITERIA, ORACLE)
-    for criterion in sweep.objective:
-        if criterion not in known:
-            raise UserError(f"{where}.objective: {criterion!r} is unknown; {nearest(criterion, known)}")
+    if sweep.objective not in known:
+        raise UserError(
+            f"{where}.objective: {sweep.objective!r} is unknown; {nearest(sweep.objective, known)}"
+        )
     prefix = f"methods.{params_block(sweep.method)}.{sweep.dataset}."
     plan_candidate(params, sweep, {})
     space = {}
@@ -161,7 +148,7 @@ def described(params: Params, name: str, sweep: SweepParams, space: Mapping[str,
     return (
         f"sweep {name}: {sweep.method} on {sweep.dataset}, {sweep.candidates} candidates of "
         f"{', '.join(space)}{times} ({sweep.search}, {sweep.scheduler}), "
-        f"{trainings} trainings each, judged by {' + '.join(sweep.objective)}"
+        f"{trainings} trainings each, judged by {sweep.objective}"
     )
 
 
@@ -219,7 +206,7 @@ def write_result(results: list[SweepResult], params: Params, name: str, out: Pat
     best = {result.name: {**base, **result.best.values} for result in results}
     with (out / "best.yaml").open("w", encoding="utf-8") as file:
         file.write(
-            f"# Found by `ucir tune {name}` by {' + '.join(sweep.objective)}: look at it, then put the "
+            f"# Found by `ucir tune {name}` by the criterion {sweep.objective}: look at it, then put the "
             f"block into params.yaml as methods.{block}.{sweep.dataset}\n"
         )
         blocks = (
@@ -231,14 +218,13 @@ def write_result(results: list[SweepResult], params: Params, name: str, out: Pat
 def describe_result(one: SweepResult) -> str:
     """For the terminal: the best candidates, and how the criteria did."""
     lines = [f"{one.name}: {len(one.finished)} of {len(one.trials)} trials came to the end"]
-    for trial in one.best_first[:5]:
+    for trial in sorted(one.finished, key=lambda t: -t.scores[one.objective])[:5]:
         values = ", ".join(f"{key} {short(value)}" for key, value in trial.values.items())
-        scores = "  ".join(f"{name} {trial.scores[name]:.4f}" for name in one.objective)
         oracle = f"  P@K {trial.scores[ORACLE]:.1f}" if ORACLE in trial.scores else ""
-        lines.append(f"  {scores}{oracle}  {values}")
+        lines.append(f"  {one.objective} {trial.scores[one.objective]:.4f}{oracle}  {values}")
     if rows := one.ranked():
         lines.append(
             "criterion, Spearman's rho with P@K, regret in points (labels were read for this table alone)"
         )
-        lines += [f"  {row['criterion']:<25}{row['spearman']:>6.2f}{row['regret']:>8.2f}" for row in rows]
+        lines += [f"  {row['criterion']:<20}{row['spearman']:>6.2f}{row['regret']:>8.2f}" for row in rows]
     return "\n".join(lines)
