@@ -5,11 +5,13 @@ and of the first seed's closed trainings, but for ablations, in all epochs. `--w
 what the finished trainings of these studies left, `--write-sweeps SWEEP ...` what the trials of sweeps did.
 Labels are read for P@K alone.
 
-For each criterion, and for two ways to join them all (the mean and the least of the ranks that they give):
+For each criterion, for the product of four (silhouette, stability, cluster cycle, rank), and for two ways to
+join them all (the mean and the least of the ranks that they give):
 Spearman's rho with P@K, and points of P@K. Over the epochs of a training: what the epoch that it picks has
 more than the last one. Over the methods of a pair, in their last epoch, and over the settings of a method:
 what the one that it picks has more than the best. Each with a 90 % interval (bootstrap over trainings; pairs
-and seeds; methods), and with what the criterion that is best on all other data sets does here. Where a study
+and seeds; methods), and with what the criterion that is best on all other data sets (settings: for all other
+methods) does here. Where a study
 has several seeds, their agreement is a criterion of a method, too: the share of a picture's ten nearest of
 the other domain that two seeds have in common.
 """
@@ -39,14 +41,16 @@ from ucir.retrieval.ranking import top_ranked
 from ucir.runs.run import PairRun, plan_runs
 from ucir.runs.scores import run_features
 from ucir.runs.study import study_runs
-from ucir.runs.sweep import ORACLE, check_sweep, short
+from ucir.runs.sweep import ORACLE, check_sweep, score, short
 
 TABLE = Path(__file__).with_suffix(".csv")
 TRAINING = ("dataset", "setting", "method", "pair", "seed", "changes")
 """``changes``: what a sweep's trial has in place of the shipped settings."""
 JOINED: dict[str, Any] = {"mean rank": np.mean, "worst rank": np.min}
+PRODUCT = "product"
+FACTORS = ("silhouette", "stability", "cluster_cycle", "rank")
 AGREEMENT = "seeds_agree"
-NAMES = [*CRITERIA, *JOINED, AGREEMENT]
+NAMES = [*CRITERIA, PRODUCT, *JOINED, AGREEMENT]
 COLUMNS = [*TRAINING, "epoch", "metric", "value", *CRITERIA, AGREEMENT]
 NEAREST = 10
 LABELS = "labels"
@@ -153,6 +157,7 @@ def choices(rows: list[Row]) -> dict[str, tuple[float, float]]:
     scores = {name: np.array([row[name] for row in rows]) for name in CRITERIA}
     ranks = np.stack([rankdata(values) for values in scores.values()])
     scores |= {name: join(ranks, axis=0) for name, join in JOINED.items()}
+    scores[PRODUCT] = np.array([score(row, FACTORS) for row in rows])
     if all(AGREEMENT in row for row in rows):
         scores[AGREEMENT] = np.array([row[AGREEMENT] for row in rows])
     found = {LABELS: (1.0, float(truth.max()))}
@@ -181,25 +186,26 @@ def over_epochs(rows: list[Row]) -> tuple[dict[str, Figures], dict[str, Figures]
     return by_dataset, by_method
 
 
-def over(choice: str, rows: list[Row]) -> dict[str, Figures]:
-    """What a criterion's choice among last epochs has more than the best one, by data set.
+def over(choice: str, rows: list[Row], by: str = "dataset") -> dict[str, Figures]:
+    """What a criterion's choice among last epochs has more than the best one, by data set or method.
 
     Args:
         choice: ``method``, or ``changes`` for settings.
         rows: of shipped settings, or of sweeps.
+        by: ``dataset`` or ``method``.
     """
     last = {training_of(row): row for row in rows}
     groups: dict[tuple[str, ...], list[Row]] = defaultdict(list)
     for row in last.values():
         groups[tuple(row[name] for name in TRAINING if name != choice)].append(row)
-    by_dataset: dict[str, Figures] = defaultdict(lambda: defaultdict(list))
+    found_by: dict[str, Figures] = defaultdict(lambda: defaultdict(list))
     for group in groups.values():
         if len(group) > 2:
             found = choices(group)
             best = found.pop(LABELS)[1]
             for name, (rho, chosen) in found.items():
-                by_dataset[group[0]["dataset"]][name].append((rho, chosen - best))
-    return by_dataset
+                found_by[group[0][by]][name].append((rho, chosen - best))
+    return found_by
 
 
 def mean(values: list[tuple[float, float]]) -> tuple[float, float]:
@@ -214,7 +220,9 @@ def interval(values: list[tuple[float, float]]) -> str:
     return f"{low:.1f} to {high:.1f}"
 
 
-def show(title: str, figures: dict[str, Figures], intervals: bool = True) -> None:
+def show(
+    title: str, figures: dict[str, Figures], intervals: bool = True, left_out: bool | None = None
+) -> None:
     print(f"\n{title}")
     means = {row: {name: mean(values) for name, values in kept.items()} for row, kept in figures.items()}
     names = [name for name in (*NAMES, LABELS) if any(name in kept for kept in means.values())]
@@ -225,7 +233,7 @@ def show(title: str, figures: dict[str, Figures], intervals: bool = True) -> Non
         if intervals:
             cells = [interval(figures[row][n]) if n in kept else "" for n in names]
             print(f"{'  90 %':<24}" + "".join(f"{cell:>17}" for cell in cells))
-    if not intervals:
+    if not (intervals if left_out is None else left_out):
         return
     for row, kept in means.items():
         elsewhere = [other for name, other in means.items() if name != row]
@@ -264,6 +272,7 @@ def main() -> None:
         show("the same by method", by_method, intervals=False)
     show("rho over methods / points that its method has more than the best one", over("method", shipped))
     show("rho over settings / points that its settings have more than the best ones", over("changes", tried))
+    show("the same by method", over("changes", tried, by="method"), intervals=False, left_out=True)
 
 
 if __name__ == "__main__":

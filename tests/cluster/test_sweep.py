@@ -164,18 +164,26 @@ def test_a_setting_whose_loss_is_no_number_is_the_worst_and_the_rest_goes_on(
     assert len(reports) == 3
 
 
-def a_result(oracle: list[float], cycle: list[float]) -> SweepResult:
+def a_result(
+    oracle: list[float], cycle: list[float], objective: tuple[str, ...] = ("cluster_cycle",)
+) -> SweepResult:
     trials = [
         Trial(
             {"lr": 0.1 * number},
             4,
             "finished",
-            {**dict.fromkeys(CRITERIA, 0.5), "cluster_cycle": c, "loss": -c, "oracle": o},
+            {
+                **dict.fromkeys(CRITERIA, 0.5),
+                "cluster_cycle": c,
+                "rank": 4.0 - number,
+                "loss": -c,
+                "oracle": o,
+            },
         )
         for number, (o, c) in enumerate(zip(oracle, cycle, strict=True))
     ]
     stopped = Trial({"lr": 9.0}, 1, "stopped", {**trials[0].scores, "cluster_cycle": 1.0, "oracle": 99.0})
-    return SweepResult("try", ("art-photo",), "cluster_cycle", [*trials, stopped])
+    return SweepResult("try", ("art-photo",), objective, [*trials, stopped])
 
 
 def test_criteria_are_ranked_by_how_well_they_find_what_labels_would_choose(prepared: Path) -> None:
@@ -185,6 +193,18 @@ def test_criteria_are_ranked_by_how_well_they_find_what_labels_would_choose(prep
     assert rows["loss"]["spearman"] == pytest.approx(0.8)  # less is more
     assert rows["silhouette"]["spearman"] == 0.0  # says nothing
     assert a_result([10, 30], [0.1, 0.4]).ranked() == []
+
+
+def test_several_criteria_choose_by_their_product(prepared: Path) -> None:
+    assert check_sweep(with_sweep(prepared, objective="rank"), "try")[0].objective == ("rank",)
+    both = ("cluster_cycle", "rank")
+    assert check_sweep(with_sweep(prepared, objective=both), "try")[0].objective == both
+    # rank falls from 4 to 1: products 0.4, 1.05, 0.4, 0.4; a criterion below 0 counts as 0
+    result = a_result([10, 30, 20, 40], [0.1, 0.35, 0.2, 0.4], both)
+    assert result.best.values == {"lr": 0.1}
+    row = next(row for row in result.ranked() if row["criterion"] == "objective")
+    assert row["regret"] == pytest.approx(10)
+    assert a_result([10, 30], [0.0, -0.2], ("cluster_cycle", "cluster_cycle")).best.values == {"lr": 0.0}
 
 
 def test_what_is_found_is_a_block_for_params_yaml(prepared: Path) -> None:
@@ -199,7 +219,7 @@ def test_what_is_found_is_a_block_for_params_yaml(prepared: Path) -> None:
     assert [row["state"] for row in rows] == ["finished"] * 4 + ["stopped"]
     assert rows[1]["oracle"] == "30"
     with pytest.raises(UserError, match="no trial came to its end: failed: why"):
-        _ = SweepResult("x", (), "rank", [Trial({}, 1, "failed: why", {})]).best
+        _ = SweepResult("x", (), ("rank",), [Trial({}, 1, "failed: why", {})]).best
 
 
 def is_free() -> bool:

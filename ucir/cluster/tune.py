@@ -38,7 +38,9 @@ from ucir.runs.sweep import (
     describe_result,
     described,
     epoch_scores,
+    joined,
     plan_candidate,
+    score,
     short,
     write_result,
 )
@@ -110,7 +112,8 @@ def _tune(
         {"dataset": sweep.dataset, "setting": sweep.setting, "method": sweep.method, "stage": "sweep"},
         {
             "pairs": ", ".join(pairs),
-            **sweep.model_dump(include={"trials", "search", "scheduler", "objective"}),
+            **sweep.model_dump(include={"trials", "search", "scheduler"}),
+            "objective": joined(sweep.objective),
         },
         f"`uv run ucir tune {name}`; what was found: `results/sweeps/{name}`",
         tracking.data_inputs(
@@ -267,10 +270,11 @@ class TrialTask:
                     tracked.log_history(
                         [{"epoch": float(i), **entry} for i, entry in enumerate(epochs_scores)]
                     )
-                score = epochs_scores[-1].get(self.sweep.objective)
-                if score is None:
+                scores = epochs_scores[-1]
+                if not set(self.sweep.objective) <= set(scores):
                     raise UserError("objective: oracle: the pictures have no labels; take another")
-                report({**_reported(epochs_scores[-1], score), "epoch": epoch + 1, "epochs": asked})
+                judged = score(scores, self.sweep.objective)
+                report({**_reported(scores, judged), "epoch": epoch + 1, "epochs": asked})
 
     def track(self, values: dict[str, Any], trial: str) -> tracking.TrackedRun:
         """The trial's run in MLflow, below the sweep's."""

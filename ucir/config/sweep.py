@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from ucir.config.base import Block, Count, Positive, Seeds, Setting
 from ucir.config.study import SettingParams
@@ -67,12 +67,18 @@ class SweepParams(SettingParams):
     """Epochs that every trial has."""
     reduction: Annotated[int, Field(ge=2)] = 3
     """asha: one in so many goes on at each rung."""
-    objective: str = "transport"
-    """A label-free criterion of :mod:`ucir.retrieval.criteria`, or ``oracle``: P@K, which reads labels."""
+    objective: Annotated[tuple[str, ...], Field(min_length=1)] = ("transport",)
+    """Label-free criteria of :mod:`ucir.retrieval.criteria`, or ``oracle``: P@K, which reads labels. A
+    trial's score is their product, each at least 0."""
     scope: Literal["shared", "per_pair"] = "shared"
     """One setting for all pairs, scored by the mean over them; or a search for each."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Of the search."""
+
+    @field_validator("objective", mode="before")
+    @classmethod
+    def _one_is_a_list_of_one(cls, given: Any) -> Any:
+        return [given] if isinstance(given, str) else given
 
     @property
     def candidates(self) -> int:

@@ -6,6 +6,7 @@ A candidate is one drawing of a sweep's values; a trial runs it, see :mod:`ucir.
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,7 +47,7 @@ class SweepResult:
 
     name: str
     pairs: tuple[str, ...]
-    objective: str
+    objective: tuple[str, ...]
     trials: list[Trial]
 
     @property
@@ -63,7 +64,7 @@ class SweepResult:
         if not self.finished:
             states = "; ".join(dict.fromkeys(trial.state for trial in self.trials))
             raise UserError(f"sweep {self.name}: no trial came to its end: {states}")
-        return max(self.finished, key=lambda trial: trial.scores[self.objective])
+        return max(self.finished, key=lambda trial: score(trial.scores, self.objective))
 
     def ranked(self) -> list[dict[str, Any]]:
         """How well each criterion ranks the finished candidates: Spearman's rho with the oracle, and regret.
@@ -75,14 +76,30 @@ class SweepResult:
         if len(trials) < 3:
             return []
         truth = [trial.scores[ORACLE] for trial in trials]
+        judged = {name: [trial.scores[name] for trial in trials] for name in CRITERIA}
+        judged["loss"] = [-trial.scores["loss"] for trial in trials]
+        if len(self.objective) > 1:
+            judged["objective"] = [score(trial.scores, self.objective) for trial in trials]
         rows = []
-        for name in (*CRITERIA, "loss"):
-            sign = -1 if name == "loss" else 1
-            values = [sign * trial.scores[name] for trial in trials]
+        for name, values in judged.items():
             rho = float(spearmanr(values, truth).statistic) if len(set(values)) > 1 < len(set(truth)) else 0.0
             regret = max(truth) - truth[int(np.argmax(values))]
             rows.append({"criterion": name, "spearman": rho, "regret": regret})
         return sorted(rows, key=lambda row: -row["spearman"])
+
+
+def score(scores: Mapping[str, float], criteria: Sequence[str]) -> float:
+    """What a trial is judged by: one criterion as it is, of several the product, each at least 0.
+
+    A product, as each is high where another kind of collapse is and near 0 where it finds one.
+    """
+    if len(criteria) == 1:
+        return scores[criteria[0]]
+    return math.prod(max(scores[name], 0.0) for name in criteria)
+
+
+def joined(criteria: Sequence[str]) -> str:
+    return " x ".join(criteria)
 
 
 def check_sweep(params: Params, name: str) -> tuple[SweepParams, dict[str, Dimension]]:
@@ -100,10 +117,9 @@ def check_sweep(params: Params, name: str) -> tuple[SweepParams, dict[str, Dimen
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
     known = (*CRITERIA, ORACLE)
-    if sweep.objective not in known:
-        raise UserError(
-            f"{where}.objective: {sweep.objective!r} is unknown; {nearest(sweep.objective, known)}"
-        )
+    for criterion in sweep.objective:
+        if criterion not in known:
+            raise UserError(f"{where}.objective: {criterion!r} is unknown; {nearest(criterion, known)}")
     prefix = f"methods.{params_block(sweep.method)}.{sweep.dataset}."
     plan_candidate(params, sweep, {})
     space = {}
@@ -148,7 +164,7 @@ def described(params: Params, name: str, sweep: SweepParams, space: Mapping[str,
     return (
         f"sweep {name}: {sweep.method} on {sweep.dataset}, {sweep.candidates} candidates of "
         f"{', '.join(space)}{times} ({sweep.search}, {sweep.scheduler}), "
-        f"{trainings} trainings each, judged by {sweep.objective}"
+        f"{trainings} trainings each, judged by {joined(sweep.objective)}"
     )
 
 
@@ -206,7 +222,7 @@ def write_result(results: list[SweepResult], params: Params, name: str, out: Pat
     best = {result.name: {**base, **result.best.values} for result in results}
     with (out / "best.yaml").open("w", encoding="utf-8") as file:
         file.write(
-            f"# Found by `ucir tune {name}` by the criterion {sweep.objective}: look at it, then put the "
+            f"# Found by `ucir tune {name}` by {joined(sweep.objective)}: look at it, then put the "
             f"block into params.yaml as methods.{block}.{sweep.dataset}\n"
         )
         blocks = (
@@ -218,10 +234,10 @@ def write_result(results: list[SweepResult], params: Params, name: str, out: Pat
 def describe_result(one: SweepResult) -> str:
     """For the terminal: the best candidates, and how the criteria did."""
     lines = [f"{one.name}: {len(one.finished)} of {len(one.trials)} trials came to the end"]
-    for trial in sorted(one.finished, key=lambda t: -t.scores[one.objective])[:5]:
+    for trial in sorted(one.finished, key=lambda t: -score(t.scores, one.objective))[:5]:
         values = ", ".join(f"{key} {short(value)}" for key, value in trial.values.items())
         oracle = f"  P@K {trial.scores[ORACLE]:.1f}" if ORACLE in trial.scores else ""
-        lines.append(f"  {one.objective} {trial.scores[one.objective]:.4f}{oracle}  {values}")
+        lines.append(f"  objective {score(trial.scores, one.objective):.4f}{oracle}  {values}")
     if rows := one.ranked():
         lines.append(
             "criterion, Spearman's rho with P@K, regret in points (labels were read for this table alone)"
