@@ -341,7 +341,7 @@ def tune(
           grace: 4                  # epochs that every trial has
           epochs: 10                # of a trial, instead of the method's
           pairs: [printed-street]   # instead of the data set's
-          objective: transport      # or another criterion, a list of some, or oracle
+          objective: transport      # or a list of criteria, or oracle
           scope: shared             # or per_pair
           space:
             temperature: {loguniform: [0.05, 0.5]}
@@ -352,9 +352,10 @@ def tune(
     Criteria: transport, mixing, mutual_neighbours, rank, cluster_cycle, silhouette, stability, density.
 
     A trial trains all pairs with one candidate; its score is the mean of the objective over them, of a list
-    the product. No objective needs labels but `oracle` (P@K). The same command goes on where a killed one
-    stopped; trials are runs like any other and never repeated. What was found lies in
-    results/sweeps/NAME: best.yaml (look at it, then copy it into params.yaml), trials.csv, criteria.csv.
+    the product; default: silhouette, stability, cluster_cycle, rank. No objective needs labels but `oracle`
+    (P@K). The same command goes on where a killed one stopped; trials are runs like any other and never
+    repeated. What was found lies in results/sweeps/NAME: best.yaml (look at it, then copy it into
+    params.yaml), trials.csv, criteria.csv.
     """
     params = _params_to_train_with(overrides or [])
     if name is None:

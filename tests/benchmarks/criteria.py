@@ -32,6 +32,7 @@ from scipy.stats import rankdata, spearmanr
 
 from tests.benchmarks import argument_parser
 from ucir.config.load import Params, load_params
+from ucir.config.sweep import PRODUCT
 from ucir.errors import UserError, run_main
 from ucir.methods.registry import VARIANTS
 from ucir.paths import RESULTS
@@ -47,10 +48,8 @@ TABLE = Path(__file__).with_suffix(".csv")
 TRAINING = ("dataset", "setting", "method", "pair", "seed", "changes")
 """``changes``: what a sweep's trial has in place of the shipped settings."""
 JOINED: dict[str, Any] = {"mean rank": np.mean, "worst rank": np.min}
-PRODUCT = "product"
-FACTORS = ("silhouette", "stability", "cluster_cycle", "rank")
 AGREEMENT = "seeds_agree"
-NAMES = [*CRITERIA, PRODUCT, *JOINED, AGREEMENT]
+NAMES = [*CRITERIA, "product", *JOINED, AGREEMENT]
 COLUMNS = [*TRAINING, "epoch", "metric", "value", *CRITERIA, AGREEMENT]
 NEAREST = 10
 LABELS = "labels"
@@ -157,7 +156,7 @@ def choices(rows: list[Row]) -> dict[str, tuple[float, float]]:
     scores = {name: np.array([row[name] for row in rows]) for name in CRITERIA}
     ranks = np.stack([rankdata(values) for values in scores.values()])
     scores |= {name: join(ranks, axis=0) for name, join in JOINED.items()}
-    scores[PRODUCT] = np.array([score(row, FACTORS) for row in rows])
+    scores["product"] = np.array([score(row, PRODUCT) for row in rows])
     if all(AGREEMENT in row for row in rows):
         scores[AGREEMENT] = np.array([row[AGREEMENT] for row in rows])
     found = {LABELS: (1.0, float(truth.max()))}

@@ -10,6 +10,9 @@ from pydantic import Field, field_validator, model_validator
 from ucir.config.base import Block, Count, Positive, Seeds, Setting
 from ucir.config.study import SettingParams
 
+PRODUCT = ("silhouette", "stability", "cluster_cycle", "rank")
+"""Each is low for another kind of failure, so that the product misleads least: ucir/runs/README.md."""
+
 
 class Dimension(Block):
     """What a sweep tries for one key. Written as a list, it is ``choice``."""
@@ -67,7 +70,7 @@ class SweepParams(SettingParams):
     """Epochs that every trial has."""
     reduction: Annotated[int, Field(ge=2)] = 3
     """asha: one in so many goes on at each rung."""
-    objective: Annotated[tuple[str, ...], Field(min_length=1)] = ("transport",)
+    objective: Annotated[tuple[str, ...], Field(min_length=1)] = PRODUCT
     """Label-free criteria of :mod:`ucir.retrieval.criteria`, or ``oracle``: P@K, which reads labels. A
     trial's score is their product, each at least 0."""
     scope: Literal["shared", "per_pair"] = "shared"
