@@ -21,7 +21,7 @@ import schemathesis
 import uvicorn
 from fastapi import FastAPI
 from PIL import Image
-from schemathesis.specs.openapi.checks import negative_data_rejection
+from schemathesis.specs.openapi.checks import negative_data_rejection, positive_data_acceptance
 from starlette.testclient import TestClient
 
 from tests.conftest import draw, make_images
@@ -334,8 +334,10 @@ def test_the_description_is_kept_to(photos: Path) -> None:
         for operation in schema.get_all_operations():
             cases = operation.ok().as_strategy()  # type: ignore[union-attr]
             for case in draw_cases(cases, 20):
-                case.call_and_validate(
-                    session=client, headers={"host": "testserver"}, excluded_checks=[negative_data_rejection]
+                case.call_and_validate(  # no schema can say which bytes are a picture
+                    session=client,
+                    headers={"host": "testserver"},
+                    excluded_checks=[negative_data_rejection, positive_data_acceptance],
                 )
                 tried += 1
     assert tried > 50
