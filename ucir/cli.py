@@ -202,7 +202,7 @@ def check(
     from ucir.data.prepare import check_source
     from ucir.progress import by_domain
 
-    result = check_source(_dataset_block(dataset, overrides), by_domain("check"))
+    result = check_source(_dataset_block(dataset, overrides or []), by_domain("check"))
     typer.echo(table(result))
     odd = len(result.faults) + len(result.bad)
     typer.echo(f"{dataset}: {f'{odd} to LOOK at' if odd else 'as expected'}")
@@ -693,8 +693,8 @@ def _params_to_train_with(overrides: Sequence[str]) -> Params:
     return load_params(overrides=overrides, raw=raw)  # the blocks are shared: overridden once more
 
 
-def _dataset_block(dataset: str, overrides: Sequence[str] | None = None) -> DatasetParams:
-    params = load_params(overrides=overrides or (), raw=without_study())
+def _dataset_block(dataset: str, overrides: Sequence[str] = ()) -> DatasetParams:
+    params = load_params(overrides=overrides, raw=without_study())
     if dataset not in params.datasets:
         raise UserError(f"data set {dataset!r} is unknown; {nearest(dataset, params.datasets)}")
     return params.datasets[dataset]

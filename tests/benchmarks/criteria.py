@@ -6,12 +6,11 @@ what the finished trainings of these studies left, `--write-sweeps SWEEP ...` wh
 Labels are read for P@K alone.
 
 For each criterion, for the product of four (silhouette, stability, cluster cycle, rank), and for two ways to
-join them all (the mean and the least of the ranks that they give):
-Spearman's rho with P@K, and points of P@K. Over the epochs of a training: what the epoch that it picks has
-more than the last one. Over the methods of a pair, in their last epoch, and over the settings of a method:
-what the one that it picks has more than the best. Each with a 90 % interval (bootstrap over trainings; pairs
-and seeds; methods), and with what the criterion that is best on all other data sets (settings: for all other
-methods) does here. Where a study
+join them all (the mean and the least of the ranks that they give): Spearman's rho with P@K, and points of
+P@K. Over the epochs of a training: what the epoch that it picks has more than the last one. Over the methods
+of a pair, in their last epoch, and over the settings of a method: what the one that it picks has more than
+the best. Each with a 90 % interval (bootstrap over trainings; pairs and seeds; methods), and with what the
+criterion that is best on all other data sets (settings: for all other methods, too) does here. Where a study
 has several seeds, their agreement is a criterion of a method, too: the share of a picture's ten nearest of
 the other domain that two seeds have in common.
 """
@@ -57,6 +56,7 @@ RESAMPLES = 2000
 
 Row = dict[str, Any]
 Figures = dict[str, list[tuple[float, float]]]
+Means = dict[str, dict[str, tuple[float, float]]]
 
 
 def rows_of(params: Params, study: str) -> Iterator[Row]:
@@ -219,9 +219,8 @@ def interval(values: list[tuple[float, float]]) -> str:
     return f"{low:.1f} to {high:.1f}"
 
 
-def show(
-    title: str, figures: dict[str, Figures], intervals: bool = True, left_out: bool | None = None
-) -> None:
+def show(title: str, figures: dict[str, Figures], intervals: bool = True) -> Means:
+    """Print a table, and return what stands in it."""
     print(f"\n{title}")
     means = {row: {name: mean(values) for name, values in kept.items()} for row, kept in figures.items()}
     names = [name for name in (*NAMES, LABELS) if any(name in kept for kept in means.values())]
@@ -232,8 +231,11 @@ def show(
         if intervals:
             cells = [interval(figures[row][n]) if n in kept else "" for n in names]
             print(f"{'  90 %':<24}" + "".join(f"{cell:>17}" for cell in cells))
-    if not (intervals if left_out is None else left_out):
-        return
+    return means
+
+
+def show_left_out(means: Means) -> None:
+    """Of each row, what the criterion does that is the best on all other rows."""
     for row, kept in means.items():
         elsewhere = [other for name, other in means.items() if name != row]
         able = [name for name in kept if name != LABELS and all(name in other for other in elsewhere)]
@@ -266,12 +268,14 @@ def main() -> None:
         raise UserError(f"{TABLE.name}: no training of these settings and methods")
     shipped, tried = [r for r in rows if not r["changes"]], [r for r in rows if r["changes"]]
     by_dataset, by_method = over_epochs(shipped)
-    show("rho over epochs / points that its epoch has more than the last one", by_dataset)
+    show_left_out(show("rho over epochs / points that its epoch has more than the last one", by_dataset))
     if given.by_method:
         show("the same by method", by_method, intervals=False)
-    show("rho over methods / points that its method has more than the best one", over("method", shipped))
-    show("rho over settings / points that its settings have more than the best ones", over("changes", tried))
-    show("the same by method", over("changes", tried, by="method"), intervals=False, left_out=True)
+    title = "points that its method has more than the best one"
+    show_left_out(show(f"rho over methods / {title}", over("method", shipped)))
+    title = "points that its settings have more than the best ones"
+    show_left_out(show(f"rho over settings / {title}", over("changes", tried)))
+    show_left_out(show("the same by method", over("changes", tried, by="method"), intervals=False))
 
 
 if __name__ == "__main__":

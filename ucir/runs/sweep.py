@@ -99,6 +99,7 @@ def score(scores: Mapping[str, float], criteria: Sequence[str]) -> float:
 
 
 def joined(criteria: Sequence[str]) -> str:
+    """An objective's name."""
     return " x ".join(criteria)
 
 

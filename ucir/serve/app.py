@@ -178,9 +178,7 @@ class Engine:
         await asyncio.gather(*(self.decode(dot.getvalue(), first, 60.0) for _ in range(DECODERS)))
 
     def searcher(self, name: str | None) -> Searcher:
-        """An index as it is now, by its name or the only one. Raises HTTPException: there is none."""
-        if name is None and len(self.searchers) == 1:
-            (name,) = self.searchers
+        """An index by its name, as it is now. Raises HTTPException: there is none, or none is named."""
         if name not in self.searchers:
             named = "" if name is None else f"no index {name[:80]!r} here; "
             raise HTTPException(404, f"{named}index= one of {', '.join(self.searchers)}")
@@ -268,6 +266,7 @@ def create_app(
     """
     bounds = bounds or Bounds()
     engine = Engine(indexes, bounds)
+    only = next(iter(indexes)) if len(indexes) == 1 else None
     metrics = CollectorRegistry()
     requests = Counter(
         "ucir_requests", "Requests by address and status.", ("address", "status"), registry=metrics
@@ -326,7 +325,7 @@ def create_app(
 
     @app.post("/api/search", openapi_extra=FORM, responses=REFUSALS)
     async def search(
-        request: Request, name: Name = None, k: Top = 40, folder: Folder = None, hide_duplicates: Hide = True
+        request: Request, name: Name = only, k: Top = 40, folder: Folder = None, hide_duplicates: Hide = True
     ) -> AnswerOut:
         """Pictures like the one that is sent."""
         began = time.perf_counter()
@@ -346,7 +345,7 @@ def create_app(
     @app.get("/api/like", responses={404: REFUSALS[404], 429: REFUSALS[429]})
     async def like(
         picture: Annotated[str, Query(alias="id", pattern="^[0-9a-f]{64}$", description="Of a hit.")],
-        name: Name = None,
+        name: Name = only,
         k: Top = 40,
         folder: Folder = None,
         hide_duplicates: Hide = True,
@@ -361,7 +360,7 @@ def create_app(
 
     @app.get("/api/picture", response_class=Response, responses={404: REFUSALS[404]})
     async def picture(
-        picture: Annotated[str, Query(alias="id", pattern="^[0-9a-f]{64}$")], name: Name = None
+        picture: Annotated[str, Query(alias="id", pattern="^[0-9a-f]{64}$")], name: Name = only
     ) -> Response:
         """A picture's small form."""
         data = await asyncio.to_thread(engine.searcher(name).thumbnail, picture)
