@@ -29,6 +29,7 @@ from ucir.data.augment import InputFormat, draw_view, eval_views, render_views
 from ucir.data.batches import seeded
 from ucir.data.decode import decode_image, fitted
 from ucir.data.pack import DomainImages
+from ucir.losses.universal import product_dissimilarity
 from ucir.memory import Bank
 from ucir.methods.base import SETTLED
 from ucir.methods.registry import METHODS
@@ -176,6 +177,18 @@ def bank_losses(rows: int) -> Comparison:
 
     rounds = 9 if rows < 500_000 else 3
     return Comparison(f"UCDIR's bank losses, {rows} rows", official, ours, near(1e-4), rounds)
+
+
+def matching(rows: int) -> Comparison:
+    """UEM's D of a batch to a domain, eq. 15, as it is printed, and by one product."""
+    x_BD, row_ND = unit(B, 1), unit(rows, 2)
+
+    def official() -> Tensor:
+        cosine_BN = F.normalize(x_BD, dim=1) @ F.normalize(row_ND, dim=1).T
+        return (1 - cosine_BN) * torch.cdist(x_BD, row_ND, compute_mode="donot_use_mm_for_euclid_dist")
+
+    name = f"UEM's D of {B} pictures to {rows}"
+    return Comparison(name, official, lambda: product_dissimilarity(x_BD, row_ND), near(1e-5), rounds=9)
 
 
 def clustering(
