@@ -71,7 +71,7 @@ def test_the_plan_between_prototypes_is_pots() -> None:
 def targets(**changes: object) -> tuple[Tensor, Tensor]:
     method = make("consensus", **changes)
     assert isinstance(method, Consensus)
-    return method.banks[0].features_ND, method.banks[1].features_ND
+    return method.target_banks[0].features_ND, method.target_banks[1].features_ND
 
 
 def test_targets_are_neighbourhoods_moved_with_their_clusters() -> None:
@@ -136,26 +136,60 @@ def test_target_distance() -> None:
     )
 
 
-def test_losses_and_renewal() -> None:
-    method = make("consensus", renew=2)
+def test_losses() -> None:
+    """Both terms beside float64 loops; the bank takes up what was seen, the targets stay."""
+    method = make("consensus")
     assert isinstance(method, Consensus)
-    x, later = (features(0), features(1, N - 5)), (features(5), features(6, N - 5))
-    part = batch(2, False)
-    first = method.banks[0].features_ND.clone()
+    x, parts = (features(0), features(1, N - 5)), (batch(2, False), batch(4, False))
     figures = method.start_epoch(0, (Features(x[0]), Features(x[1])))
-    assert figures["targets/distance_a"] == pytest.approx(float(1 - (x[0] * first).sum(1).mean()), abs=1e-6)
-    terms = method.losses(0, (part, batch(4, False)))
-    assert {name: term.weight for name, term in terms.items()} == {"target_a": 1.0, "target_b": 1.0}
-    assert torch.allclose(terms["target_a"].value, target_distance(part.q_BD, first[part.slot_B]))
-    method.start_epoch(1, (Features(later[0]), Features(later[1])))
-    assert torch.equal(method.banks[0].features_ND, first)
-    method.start_epoch(2, (Features(later[0]), Features(later[1])))
-    anew = make("consensus")
+    terms = method.losses(0, parts)
+    assert {name: term.weight for name, term in terms.items()} == {
+        "target_a": 1.0,
+        "instance_a": 3.0,
+        "target_b": 1.0,
+        "instance_b": 3.0,
+    }
+    for side, domain, part, bank in zip("ab", x, parts, method.target_banks, strict=True):
+        target = bank.features_ND.clone()
+        away = [1 - dot(domain[i], target[i]) for i in range(len(domain))]
+        assert figures[f"targets/distance_{side}"] == pytest.approx(float(mean(away)), abs=1e-6)
+        q, slot = part.q_BD.detach().double(), part.slot_B.tolist()
+        learnt = mean([1 - dot(q[i], target[s].double()) for i, s in enumerate(slot)])
+        assert float(terms[f"target_{side}"].value.detach()) == pytest.approx(float(learnt), abs=1e-6)
+        told = mean(
+            [
+                torch.logsumexp(domain.double() @ q[i] / 1.5, dim=0) - dot(q[i], domain[s].double()) / 1.5
+                for i, s in enumerate(slot)
+            ]
+        )
+        assert float(terms[f"instance_{side}"].value.detach()) == pytest.approx(float(told), abs=1e-5)
+    before = [bank.features_ND.clone() for bank in method.target_banks]
+    method.after_step(parts)
+    for kept, bank in zip(before, method.target_banks, strict=True):
+        assert torch.equal(bank.features_ND, kept)
+    blended = normalize(x[0][parts[0].slot_B[-1]] + parts[0].k_BD[-1], dim=0)
+    assert torch.allclose(method.banks[0].features_ND[parts[0].slot_B[-1]], blended, atol=1e-6)
+    assert set(make("consensus-no-instance").losses(0, parts)) == {"target_a", "target_b"}
+
+
+def test_targets_are_renewed_of_the_features_as_they_are_then() -> None:
+    method = make("consensus", renew=2, clusters="elbow")
+    assert isinstance(method, Consensus)
+    later = Features(features(5)), Features(features(6, N - 5))
+    first = method.target_banks[0].features_ND.clone()
+    bank = method.banks[0].features_ND.clone()
+    method.start_epoch(1, later)
+    assert torch.equal(method.target_banks[0].features_ND, first)
+    method.start_epoch(2, later)
+    anew = make("consensus", clusters="elbow")
     assert isinstance(anew, Consensus)
-    assert torch.equal(method.banks[0].features_ND, anew.targets((Features(later[0]), Features(later[1])))[0])
-    once = make("consensus")
-    once.start_epoch(2, (Features(later[0]), Features(later[1])))
-    assert torch.equal(once.banks[0].features_ND, first)  # type: ignore[attr-defined]
+    assert torch.equal(method.target_banks[0].features_ND, anew.targets(later)[0])
+    assert torch.equal(method.banks[0].features_ND, bank)
+    assert method.chosen == anew.chosen
+    once = make("consensus-no-renewal", clusters="elbow")
+    assert isinstance(once, Consensus)
+    once.start_epoch(2, later)
+    assert torch.equal(once.target_banks[0].features_ND, first)
 
 
 def test_params() -> None:

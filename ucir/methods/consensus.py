@@ -8,10 +8,12 @@ on, and the two domains' targets are brought together cluster by cluster, not pi
    off (diffusion for retrieval: Iscen et al., CVPR 2017; first within, then across, as DUDE has it)
 2. both domains are clustered; entropic optimal transport between the clusters, weighted by their sizes, tells
    each cluster where the other domain has its like; every target moves with its cluster half of the way
-3. the network learns the targets from random views, so that new pictures need no graph:
-   sum over domains of mean over i of 1 - cos(q_i, t_i)
+3. the network learns the targets from random views, so that new pictures need no graph, and beside them
+   tells every picture from the others of its domain (Wu et al., CVPR 2018), at so high a temperature that
+   all others count, not the nearest ones alone: sum over domains of
+   mean over i of 1 - cos(q_i, t_i) + w * -log( e(q_i m_i) / sum_j e(q_i m_j) ), m the domain's bank
 
-The banks hold the targets. They are made once, of the start's features, or again after so many epochs.
+The targets are made of the start's features, and once more half-way, of what the network has learnt by then.
 """
 
 from __future__ import annotations
@@ -27,13 +29,17 @@ from torch.nn import functional as F
 from ucir.config.base import Count, Positive
 from ucir.errors import UserError
 from ucir.losses.instance import target_distance
+from ucir.losses.prototype import bank_discrimination
 from ucir.memory import Bank, Features, features_of
 from ucir.methods.base import (
     ClusteredParams,
     ClusteringMethod,
     Epoch,
     NeverWarm,
+    SingleEncoder,
+    SingleEncoderParams,
     Term,
+    Weight,
     cluster_figures,
     several,
 )
@@ -43,12 +49,12 @@ from ucir.prototypes.neighbours import diffused, reciprocal_graph
 from ucir.prototypes.transport import prototype_plan
 
 
-class ConsensusParams(ClusteredParams):
+class ConsensusParams(ClusteredParams, SingleEncoderParams):
     """``methods.consensus.<dataset>``."""
 
     epochs: Count = 20
     lr: Positive = 0.05
-    """A head on a frozen network takes five times as much."""
+    """A head on a frozen network takes some twenty times as much."""
     neighbours: Count | None = None
     """Nearest pictures of the graph; half the square root of the domain's pictures unless given."""
     diffusion: Annotated[int, Field(ge=0)] = 4
@@ -59,8 +65,12 @@ class ConsensusParams(ClusteredParams):
     """eps of the transport between clusters, whose cost is 1 - cosine."""
     alignment: bool = True
     """Whether the domains are brought together."""
-    renew: Epoch = 0
-    """Epochs after which the targets are made anew of the features as they are then; 0: never."""
+    renew: Epoch = 10
+    """Epochs after which the targets, and K, are made anew of the features as they are then; 0: never."""
+    instance_weight: Weight = 3.0
+    """w, of the instance discrimination."""
+    temperature: Positive = 1.5
+    """T of the instance discrimination."""
     kmeans_warm: NeverWarm = 0
 
     @model_validator(mode="after")
@@ -69,10 +79,12 @@ class ConsensusParams(ClusteredParams):
         return self
 
 
-class Consensus(ClusteringMethod[ConsensusParams]):
+class Consensus(SingleEncoder[ConsensusParams], ClusteringMethod[ConsensusParams]):
     """Pictures go to their neighbourhood, and clusters to where the other domain has their like."""
 
     params_type = ConsensusParams
+    lasting = (*ClusteringMethod.lasting, "target_banks")
+    target_banks: tuple[Bank, Bank]
 
     def __init__(self, params: ConsensusParams, seed: int) -> None:
         super().__init__(params, seed)
@@ -80,24 +92,32 @@ class Consensus(ClusteringMethod[ConsensusParams]):
         """Of the clusters, until the epoch after them has logged them."""
 
     def start(self, features: tuple[Features, Features]) -> None:
+        super().start(features)
+        self._renew(features)
+
+    def _renew(self, features: tuple[Features, Features]) -> None:
         first, second = self.targets(features)
-        self.banks = (Bank(first), Bank(second))
+        self.target_banks = (Bank(first), Bank(second))
 
     def start_epoch(self, epoch: int, features: tuple[Features, Features]) -> dict[str, float]:
         every = self.params.renew
         if every and epoch and epoch % every == 0:
-            self.start(features)
+            self._renew(features)
         figures, self.figures = self.figures, {}
-        for side, x, bank in zip("ab", map(features_of, features), self.banks, strict=True):
+        for side, x, bank in zip("ab", map(features_of, features), self.target_banks, strict=True):
             away = x.total((1 - (x.own_ND * bank.own_ND).sum(dim=1)).sum()) / len(x)
             figures[f"targets/distance_{side}"] = float(away)
         return figures
 
     def losses(self, epoch: int, batch: tuple[DomainBatch, DomainBatch]) -> dict[str, Term]:
-        return {
-            f"target_{side}": Term(1.0, target_distance(part.q_BD, bank.rows(part.slot_B)))
-            for side, bank, part in zip("ab", self.banks, batch, strict=True)
-        }
+        p, terms = self.params, {}
+        for number, (side, part) in enumerate(zip("ab", batch, strict=True)):
+            target_BD = self.target_banks[number].rows(part.slot_B)
+            terms[f"target_{side}"] = Term(1.0, target_distance(part.q_BD, target_BD))
+            if p.instance_weight > 0:
+                instance = bank_discrimination(part.q_BD, part.slot_B, self.banks[number], p.temperature)
+                terms[f"instance_{side}"] = Term(p.instance_weight, instance)
+        return terms
 
     @torch.no_grad()
     def targets(self, features: tuple[Features, Features]) -> tuple[Tensor, Tensor]:
@@ -107,6 +127,7 @@ class Consensus(ClusteringMethod[ConsensusParams]):
         if not p.alignment:
             return first, second
         both = Features(first), Features(second)
+        self.chosen = []  # K is of the features as they are now
         clusterings = self.cluster(0, both)
         self.figures = cluster_figures(clusterings)
         return self._aligned(both, (clusterings[0][0], clusterings[1][0]))

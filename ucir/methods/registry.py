@@ -31,6 +31,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "protoot-kmeans": ("protoot", {"assignment": "kmeans"}),
     "consensus-no-graph": ("consensus", {"diffusion": 0}),
     "consensus-no-alignment": ("consensus", {"alignment": False}),
+    "consensus-no-instance": ("consensus", {"instance_weight": 0.0}),
+    "consensus-no-renewal": ("consensus", {"renew": 0}),
     "uem-no-merging": ("uem", {"merging": False}),
     "uem-no-sel": ("uem", {"semantic_weight": 0.0}),
     "uem-dann": ("uem", {"structure_weight": 0.0}),
