@@ -175,8 +175,8 @@ def test_losses() -> None:
 def test_targets_are_renewed_of_the_features_as_they_are_then() -> None:
     method = make("consensus", renew=2, clusters="elbow")
     assert isinstance(method, Consensus)
-    later = Features(features(5)), Features(features(6, N - 5))
-    first = method.target_banks[0].features_ND.clone()
+    later = Features(features(5, 3).repeat(14, 1)[:N]), Features(features(6, 3).repeat(12, 1)[: N - 5])
+    first, count = method.target_banks[0].features_ND.clone(), method.chosen
     bank = method.banks[0].features_ND.clone()
     method.start_epoch(1, later)
     assert torch.equal(method.target_banks[0].features_ND, first)
@@ -185,7 +185,7 @@ def test_targets_are_renewed_of_the_features_as_they_are_then() -> None:
     assert isinstance(anew, Consensus)
     assert torch.equal(method.target_banks[0].features_ND, anew.targets(later)[0])
     assert torch.equal(method.banks[0].features_ND, bank)
-    assert method.chosen == anew.chosen
+    assert method.chosen == anew.chosen != count
     once = make("consensus-no-renewal", clusters="elbow")
     assert isinstance(once, Consensus)
     once.start_epoch(2, later)
