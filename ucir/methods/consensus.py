@@ -6,8 +6,9 @@ on, and the two domains' targets are brought together cluster by cluster, not pi
 
 1. the features of a domain are diffused over its graph of reciprocal neighbours, P^t X, and its mean is taken
    off (diffusion for retrieval: Iscen et al., CVPR 2017; first within, then across, as DUDE has it)
-2. both domains are clustered; entropic optimal transport between the clusters, weighted by their sizes, tells
-   each cluster where the other domain has its like; every target moves with its cluster half of the way
+2. both domains are clustered; entropic transport between the clusters, weighted by their sizes, tells each
+   cluster where the other domain has its like; every target moves with its cluster half of the way. It is
+   unbalanced, as a class may be frequent in one domain and rare in the other, or not be there
 3. the network learns the targets from random views, so that new pictures need no graph, and beside them
    tells every picture from the others of its domain (Wu et al., CVPR 2018), at so high a temperature that
    all others count, not the nearest ones alone: sum over domains of
@@ -46,7 +47,7 @@ from ucir.methods.base import (
 from ucir.methods.step import DomainBatch
 from ucir.prototypes.clustering import Clusters, raw_centroids
 from ucir.prototypes.neighbours import diffused, reciprocal_graph
-from ucir.prototypes.transport import prototype_plan
+from ucir.prototypes.transport import prototype_plan, relaxed_plan
 
 
 class ConsensusParams(ClusteredParams, SingleEncoderParams):
@@ -63,6 +64,8 @@ class ConsensusParams(ClusteredParams, SingleEncoderParams):
     """Of each domain, which are brought together."""
     regularisation: Positive = 0.1
     """eps of the transport between clusters, whose cost is 1 - cosine."""
+    relaxation: Positive | None = 0.1
+    """rho of KL(marginal || sizes) of both domains; null: the marginals hold."""
     alignment: bool = True
     """Whether the domains are brought together."""
     renew: Epoch = 10
@@ -147,15 +150,21 @@ class Consensus(SingleEncoder[ConsensusParams], ClusteringMethod[ConsensusParams
     def _aligned(
         self, both: tuple[Features, Features], clusters: tuple[Clusters, Clusters]
     ) -> tuple[Tensor, Tensor]:
-        (first, second), (one, other) = both, clusters
+        p, (first, second), (one, other) = self.params, both, clusters
         mean_KD, mean_LD = raw_centroids(first, one), raw_centroids(second, other)
-        plan_KL = prototype_plan(
-            F.normalize(mean_KD, dim=1),
-            F.normalize(mean_LD, dim=1),
-            one.size_K,
-            other.size_K,
-            2 * self.params.regularisation,  # of a cost that is twice 1 - cosine
-        )
+        unit_KD, unit_LD = F.normalize(mean_KD, dim=1), F.normalize(mean_LD, dim=1)
+        if p.relaxation is None:
+            # its cost is twice 1 - cosine
+            plan_KL = prototype_plan(unit_KD, unit_LD, one.size_K, other.size_K, 2 * p.regularisation)
+        else:
+            plan_KL = relaxed_plan(
+                unit_KD @ unit_LD.T,
+                other.size_K / other.size_K.sum(),
+                p.regularisation,
+                "unbalanced",
+                p.relaxation,
+                mass_N=one.size_K,
+            )
         return (
             _moved(first, one, mean_KD, plan_KL, mean_LD),
             _moved(second, other, mean_LD, plan_KL.T, mean_KD),
@@ -166,5 +175,6 @@ def _moved(
     features: Features, clusters: Clusters, mean_KD: Tensor, plan_KL: Tensor, other_LD: Tensor
 ) -> Tensor:
     """Features with their clusters' means half of the way to where the plan sends them, of unit length."""
-    sent_KD = plan_KL @ other_LD / plan_KL.sum(dim=1, keepdim=True)
+    mass_K1 = plan_KL.sum(dim=1, keepdim=True)
+    sent_KD = torch.where(mass_K1 > 0, plan_KL @ other_LD / mass_K1, mean_KD)
     return F.normalize(features.own_ND + ((sent_KD - mean_KD) / 2)[clusters.label_N], dim=1)

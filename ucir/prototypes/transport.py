@@ -278,9 +278,14 @@ def plan_rows(
 
 @torch.no_grad()
 def relaxed_plan(
-    similarity_NK: Tensor, marginal_K: Tensor, regularisation: float, kind: str, strength: float
+    similarity_NK: Tensor,
+    marginal_K: Tensor,
+    regularisation: float,
+    kind: str,
+    strength: float,
+    mass_N: Tensor | None = None,
 ) -> Tensor:
-    """A plan whose marginals need not hold, for ablations: POT's solvers in float64 on the whole matrix.
+    """A plan whose marginals need not hold: POT's solvers in float64 on the whole matrix.
 
     Args:
         similarity_NK: S.
@@ -288,6 +293,7 @@ def relaxed_plan(
         regularisation: eps.
         kind: ``unbalanced`` (KL-relaxed marginals) or ``partial`` (a share of the mass alone is moved).
         strength: weight of the KL terms, or the share that is moved.
+        mass_N: of the rows; it is made to sum to 1. None: all alike.
 
     Returns:
         (N, K) float32; its rows are not comparable in size, and one that nothing is moved from is 0.
@@ -299,7 +305,8 @@ def relaxed_plan(
     """
     ot = _pot()
     cost = 1 - similarity_NK.double().cpu()
-    rows = torch.full((len(cost),), 1 / len(cost), dtype=torch.float64)
+    mass = torch.ones(len(cost)) if mass_N is None else mass_N
+    rows = _shares(mass)
     takes = marginal_K.cpu() > 0  # the solvers divide by the shares
     columns = marginal_K.double().cpu()[takes]
     wanted = 1.0
@@ -316,15 +323,15 @@ def relaxed_plan(
             )
         else:
             raise ValueError(f"{kind!r} is neither 'unbalanced' nor 'partial'")
-    mass = float(part.sum())
-    moved = abs(mass - wanted) <= 0.01 * wanted if kind == "partial" else 0 < mass < 1.5
+    moved = float(part.sum())
+    sound = abs(moved - wanted) <= 0.01 * wanted if kind == "partial" else 0 < moved < 1.5
     unsettled = [
         str(w.message) for w in caught if "umerical" in str(w.message) or "onverge" in str(w.message)
     ]
-    if not bool(part.isfinite().all()) or not moved or unsettled:
+    if not bool(part.isfinite().all()) or not sound or unsettled:
         raise TransportError(
             f"{kind} transport at regularisation {regularisation:g} and relaxation {strength:g} moved a mass "
-            f"of {mass:.3g}{'; ' + unsettled[0] if unsettled else ''}: a larger regularisation may help"
+            f"of {moved:.3g}{'; ' + unsettled[0] if unsettled else ''}: a larger regularisation may help"
         )
     plan = torch.zeros_like(cost)
     plan[:, takes] = part
@@ -374,9 +381,8 @@ def prototype_plan(
         TransportError: the plan is not finite.
     """
     given, other = given_KD.double().cpu(), other_LD.double().cpu()
-    shares = [mass.double().cpu().clamp(min=1e-9) for mass in (mass_K, mass_L)]
     plan_KL: Tensor = _pot().bregman.sinkhorn_log(
-        *(share / share.sum() for share in shares),
+        *(_shares(mass) for mass in (mass_K, mass_L)),
         torch.cdist(given, other).square(),
         regularisation,
         numItermax=iterations,
@@ -386,6 +392,12 @@ def prototype_plan(
     if not plan_KL.isfinite().all():
         raise TransportError(f"plan between prototypes at regularisation {regularisation:g}: not finite")
     return plan_KL.float().to(given_KD.device)
+
+
+def _shares(mass_K: Tensor) -> Tensor:
+    """Marginal of a plan, float64 on the CPU; the solvers take the logarithm of none."""
+    share_K = mass_K.double().cpu().clamp(min=1e-9)
+    return share_K / share_K.sum()
 
 
 def _pot() -> Any:
