@@ -215,6 +215,10 @@ def test_params() -> None:
     with pytest.raises(ValueError, match="give one number"):
         ConsensusParams(clusters=(3, 4))
     assert (ConsensusParams().diffusion, ConsensusParams().clusters) == (4, "elbow")
-    names = {"consensus-no-graph": ("diffusion", 0), "consensus-no-alignment": ("alignment", False)}
+    names = {
+        "consensus-no-graph": ("diffusion", 0),
+        "consensus-no-alignment": ("alignment", False),
+        "consensus-balanced": ("relaxation", None),
+    }
     for name, (key, value) in names.items():
         assert getattr(make(name).params, key) == value

@@ -31,6 +31,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "protoot-kmeans": ("protoot", {"assignment": "kmeans"}),
     "consensus-no-graph": ("consensus", {"diffusion": 0}),
     "consensus-no-alignment": ("consensus", {"alignment": False}),
+    "consensus-balanced": ("consensus", {"relaxation": None}),
     "consensus-no-instance": ("consensus", {"instance_weight": 0.0}),
     "consensus-no-renewal": ("consensus", {"renew": 0}),
     "uem-no-merging": ("uem", {"merging": False}),
