@@ -114,11 +114,10 @@ class Consensus(SingleEncoder[ConsensusParams], ClusteringMethod[ConsensusParams
 
     def losses(self, epoch: int, batch: tuple[DomainBatch, DomainBatch]) -> dict[str, Term]:
         p, terms = self.params, {}
-        for number, (side, part) in enumerate(zip("ab", batch, strict=True)):
-            target_BD = self.target_banks[number].rows(part.slot_B)
-            terms[f"target_{side}"] = Term(1.0, target_distance(part.q_BD, target_BD))
+        for side, bank, targets, part in zip("ab", self.banks, self.target_banks, batch, strict=True):
+            terms[f"target_{side}"] = Term(1.0, target_distance(part.q_BD, targets.rows(part.slot_B)))
             if p.instance_weight > 0:
-                instance = bank_discrimination(part.q_BD, part.slot_B, self.banks[number], p.temperature)
+                instance = bank_discrimination(part.q_BD, part.slot_B, bank, p.temperature)
                 terms[f"instance_{side}"] = Term(p.instance_weight, instance)
         return terms
 

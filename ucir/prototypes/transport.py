@@ -305,8 +305,7 @@ def relaxed_plan(
     """
     ot = _pot()
     cost = 1 - similarity_NK.double().cpu()
-    mass = torch.ones(len(cost)) if mass_N is None else mass_N
-    rows = _shares(mass)
+    rows = _shares(torch.ones(len(cost)) if mass_N is None else mass_N)
     takes = marginal_K.cpu() > 0  # the solvers divide by the shares
     columns = marginal_K.double().cpu()[takes]
     wanted = 1.0
