@@ -10,7 +10,7 @@ from ucir.errors import run_main, stage_item
 from ucir.models.checkpoints import save_encoder
 from ucir.models.encoder import new_encoder
 from ucir.paths import STARTS, check_writable, link_or_copy, unshare
-from ucir.runs.run import PRETRAIN, plan_start
+from ucir.runs.run import PRETRAIN, plan_start, record_start_source
 from ucir.runs.study import load_study
 from ucir.training.start import given_start
 
@@ -35,6 +35,7 @@ def main() -> None:
     if start.encoder.head == "moco":  # else the frozen trunk is what results are held against
         seed = start.pretrain.seed if start.pretrain else 0
         save_encoder(new_encoder(start.encoder, seed), out / "untrained.pt")
+    record_start_source(block, dataset)
     print(f"pretrain: start weights in {out / 'start.pt'}")
 
 

@@ -39,11 +39,13 @@ from hypothesis import settings
 from PIL import Image
 from typer.testing import CliRunner
 
-from ucir.config.data import PackParams
+from ucir.config.data import DatasetParams, PackParams
 from ucir.config.load import load_params
 from ucir.data.prepare import write_pack
 from ucir.models.checkpoints import save_encoder
 from ucir.models.encoder import new_encoder
+from ucir.paths import STARTS
+from ucir.runs.run import record_start_source
 
 settings.register_profile("ucir", deadline=None, max_examples=25)
 settings.load_profile("ucir")
@@ -170,9 +172,15 @@ def prepared(project: Path) -> Path:
     block = params.datasets["shapes"]
     domains = ["art", "photo", "real-life"]
     write_pack(Path(block.source), domains, Path("data/packs/shapes"), block.pack)
-    for name in ("untrained.pt", "start.pt"):
-        save_encoder(new_encoder(block.start.encoder, 0), Path("data/start/shapes") / name)
+    write_start(block, "shapes")
     return project
+
+
+def write_start(block: DatasetParams, dataset: str) -> None:
+    """Random weights where those of the block's start belong."""
+    for name in ("untrained.pt", "start.pt"):
+        save_encoder(new_encoder(block.start.encoder, 0), STARTS / dataset / name)
+    record_start_source(block, dataset)
 
 
 @pytest.fixture(scope="session")

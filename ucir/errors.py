@@ -7,6 +7,9 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+LISTED = 60
+"""Names that a message holds."""
+
 
 class UserError(Exception):
     """Bad input, told in one line: which file or field, what is wrong, what to do.
@@ -16,12 +19,13 @@ class UserError(Exception):
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """The hint for a wrong name: the nearest known one, or all of them."""
+    """The hint for a wrong name: the nearest known one, or all of them if they are few."""
     known = sorted(known)
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     if not known:
         return "there is none"
-    return f"did you mean {near[0]!r}?" if near else f"there is: {', '.join(known)}"
+    more = f" and {len(known) - LISTED} more" if len(known) > LISTED else ""
+    return f"did you mean {near[0]!r}?" if near else f"there is: {', '.join(known[:LISTED])}{more}"
 
 
 def stage_item(known: Iterable[str]) -> str:

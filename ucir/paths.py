@@ -72,7 +72,7 @@ def link_or_copy(file: Path, to: Path) -> None:
 
 @contextmanager
 def locked(file: Path, busy: str | None = None) -> Iterator[None]:
-    """Hold a file for this process; a kill gives it back, too.
+    """Hold a file for this process, whose number it then has; a kill gives it back, too.
 
     Args:
         file: made if missing, in a folder that is there.
@@ -83,11 +83,15 @@ def locked(file: Path, busy: str | None = None) -> Iterator[None]:
     """
     import fcntl
 
-    with file.open("w") as lock:
+    with file.open("a+") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
         except BlockingIOError:
-            raise UserError(str(busy)) from None
+            lock.seek(0)
+            raise UserError(f"{busy} (process {lock.read() or 'unknown'}): wait for it, or stop it") from None
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
         yield
 
 

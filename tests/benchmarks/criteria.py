@@ -139,9 +139,14 @@ def read_table() -> list[Row]:
 
 
 def write_table(rows: list[Row]) -> None:
-    """Rows of the same trainings are replaced, all others stay."""
+    """Rows of the same trainings are replaced, but for what a study of one seed has not; all others stay."""
     new = {training_of(row) for row in rows}
-    kept = [row for row in (read_table() if TABLE.exists() else []) if training_of(row) not in new]
+    before = read_table() if TABLE.exists() else []
+    kept = [row for row in before if training_of(row) not in new]
+    agreed = {(*training_of(row), row["epoch"]): row[AGREEMENT] for row in before if AGREEMENT in row}
+    for row in rows:
+        if row.get(AGREEMENT, "") == "":
+            row[AGREEMENT] = agreed.get((*training_of(row), row["epoch"]), "")
     with TABLE.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
@@ -265,7 +270,10 @@ def main() -> None:
         if row["setting"] in given.settings and (not given.methods or row["method"] in given.methods)
     ]
     if not rows:
-        raise UserError(f"{TABLE.name}: no training of these settings and methods")
+        raise UserError(
+            f"{TABLE.name}: no training of these settings and methods: `--write STUDY` puts in what a "
+            "study's trainings left"
+        )
     shipped, tried = [r for r in rows if not r["changes"]], [r for r in rows if r["changes"]]
     by_dataset, by_method = over_epochs(shipped)
     show_left_out(show("rho over epochs / points that its epoch has more than the last one", by_dataset))

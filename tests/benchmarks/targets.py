@@ -12,7 +12,7 @@ import torch
 
 from tests.benchmarks import argument_parser
 from ucir.config.load import load_params
-from ucir.errors import run_main
+from ucir.errors import UserError, nearest, run_main
 from ucir.memory import Features
 from ucir.methods.consensus import Consensus
 from ucir.paths import RESULTS
@@ -31,13 +31,21 @@ def main() -> None:
     torch.set_num_threads(1)
     params = load_params()
     for dataset in given.datasets:
+        if dataset not in params.datasets:
+            raise UserError(f"data set {dataset!r} is unknown; {nearest(dataset, params.datasets)}")
         cutoff = params.datasets[dataset].evaluate.cutoffs[0]
         kept = RESULTS / dataset / "closed/start" / PRETRAINED / "evaluate"
         for row, method in ROWS.items():
             values = []
             for run in plan_runs(params, dataset, "closed", method or "consensus", seeds=(0,)):
                 _, labels = scored_domains(dataset, params.datasets[dataset], run.pair, run.spaces)
-                features = load_features(kept / f"{'-'.join(run.pair)}.npz")
+                start = kept / f"{'-'.join(run.pair)}.npz"
+                if not start.exists():
+                    raise UserError(
+                        f"{start}: not there: `uv run ucir study` with a study of all pairs of {dataset}, "
+                        "then `uv run dvc repro evaluate_start`"
+                    )
+                features = load_features(start)
                 first, second = (Features(features[domain]) for domain in run.pair)
                 if method:
                     targets = Consensus(run.params, run.seed).targets((first, second))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import shutil
 import signal
@@ -24,7 +23,7 @@ from ucir.cluster.index import embed_on_ray
 from ucir.cluster.launch import at_once, connect, embed_on_cluster, train_all
 from ucir.config.base import checked
 from ucir.config.cluster import ClusterParams
-from ucir.config.load import load_params
+from ucir.config.load import Params, load_params
 from ucir.devices import choose_device
 from ucir.errors import UserError
 from ucir.models.checkpoints import load_state, save_encoder
@@ -33,16 +32,20 @@ from ucir.models.encoder import new_encoder
 from ucir.paths import FEATURES
 from ucir.retrieval.index import Compute, FileEmbedder, left_out, update_index
 from ucir.runs.cost import describe
+from ucir.runs.process import lock_run
 from ucir.runs.reporter import RunReporter
-from ucir.runs.run import PairRun, embedder_of, materialise, plan_runs, plan_start
+from ucir.runs.run import PairRun, embedder_of, materialise, plan_runs, record_start_source
 from ucir.training.epochs import epochs
 from ucir.training.training import Training
 
 
+def changed(**changes: Any) -> Params:
+    """Params of the tiny study; changes are keys of params.yaml with dots as double underscores."""
+    return load_params(overrides=[f"{key.replace('__', '.')}={value}" for key, value in changes.items()])
+
+
 def plan(**changes: Any) -> list[PairRun]:
-    """Runs of the tiny study; changes are keys of params.yaml with dots as double underscores."""
-    overrides = [f"{key.replace('__', '.')}={value}" for key, value in changes.items()]
-    return plan_runs(load_params(overrides=overrides), "shapes", "closed", "ucdir")
+    return plan_runs(changed(**changes), "shapes", "closed", "ucdir")
 
 
 def test_a_key_changes_with_what_the_result_depends_on_and_nothing_else(prepared: Path) -> None:
@@ -60,7 +63,9 @@ def test_a_key_changes_with_what_the_result_depends_on_and_nothing_else(prepared
         {"datasets__shapes__view__side": 20},
         {"study__seeds": "[5]"},
     ):
+        record_start_source(changed(**matters).datasets["shapes"], "shapes")
         assert not {run.key for run in plan(**matters)} & set(keys.values())
+    record_start_source(changed().datasets["shapes"], "shapes")
     save_encoder(new_encoder(plan()[0].encoder, 1), Path("data/start/shapes/start.pt"))
     assert not {run.key for run in plan()} & set(keys.values())
 
@@ -70,7 +75,7 @@ def test_faults_are_found_before_any_training(prepared: Path) -> None:
         ({"methods__ucdir__shapes__clusters": 25}, "clusters = 25 exceeds the 22 images of domain art"),
         ({"methods__ucdir__shapes__batch_size": 64}, "batch_size = 64 exceeds the 28 images"),
         ({"datasets__shapes__pairs": "[art-film]"}, "no domain 'film'; there is: art, photo, real-life"),
-        ({"datasets__shapes__start__encoder__trunk": "{convnet: {width: 8}}"}, "does not fit the encoder"),
+        ({"datasets__shapes__start__encoder__trunk": "{convnet: {width: 8}}"}, "a start of other weights"),
         (
             {"datasets__shapes__pack__side": 30},
             "holds pictures of 20 px .squash., but datasets.shapes.pack says 30 px",
@@ -98,14 +103,22 @@ def test_faults_are_found_before_any_training(prepared: Path) -> None:
         plan()
 
 
-def test_a_start_that_was_pretrained_with_other_settings_is_not_trained_from(prepared: Path) -> None:
-    block = load_params().datasets["shapes"]
-    facts = {"run_key": plan_start(block, "shapes").key}
-    start = Path("data/start/shapes/start.pt")
-    save_encoder(new_encoder(block.start.encoder, 0), start, model={"facts": facts})
+def test_a_start_of_something_else_is_not_trained_from(prepared: Path) -> None:
+    given = {"datasets__shapes__start__pretrain": "null", "datasets__shapes__start__torchvision": "ONE"}
     assert plan()
-    with pytest.raises(UserError, match="a start of other settings, pictures or code"):
-        plan(datasets__shapes__start__pretrain__steps=4)
+    for other in ({"datasets__shapes__start__pretrain__steps": 4}, given):
+        with pytest.raises(UserError, match=r"names now: run `uv run dvc repro pretrain` first"):
+            plan(**other)
+    record_start_source(changed(**given).datasets["shapes"], "shapes")
+    assert plan(**given)
+    with pytest.raises(UserError, match="does not fit the encoder"):
+        plan(**given, datasets__shapes__start__encoder__trunk="{convnet: {width: 8}}")
+    with pytest.raises(UserError, match="names now"):
+        plan(**given | {"datasets__shapes__start__torchvision": "TWO"})
+    with pytest.raises(UserError, match="names now"):
+        plan()
+    with pytest.raises(UserError, match=r"ucdir art-photo s3, ucdir .* s3: asked for twice"):
+        plan_runs(changed(**given), "shapes", "closed", "ucdir", seeds=(3, 3))
 
 
 def test_a_pair_is_one_run_whichever_domain_comes_first(prepared: Path) -> None:
@@ -131,13 +144,16 @@ def test_partial_and_open_share_their_trainings(prepared: Path) -> None:
     assert len({run.key for run in [*partial.values(), *opened.values()]}) == 2
 
 
-def test_a_run_belongs_to_one_process_at_a_time(prepared: Path, store: str) -> None:
+def test_a_run_belongs_to_one_process_at_a_time(
+    prepared: Path, store: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = plan()[0]
     run.folder.mkdir(parents=True)
-    with (run.folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(UserError, match="ucdir art-photo s0: another process is training it"):
-            train_all([run], ClusterParams())
+    (run.folder / "state.pt").touch()
+    busy = rf"ucdir art-photo s0: another process is training it in .* \(process {os.getpid()}\): wait for it"
+    with lock_run(run), pytest.raises(UserError, match=busy):
+        train_all([run], ClusterParams())
+    assert "resumes" not in capsys.readouterr().out
 
 
 @pytest.mark.slow

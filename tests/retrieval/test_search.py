@@ -267,6 +267,10 @@ def test_folders_likes_and_mistakes(photos: Path) -> None:
     index(photos)
     index(photos / "cross")
     assert index(photos).count == 22, "an index beside its pictures is no picture"
+    (empty := photos.with_name("empty")).mkdir()
+    with pytest.raises(UserError, match="empty: no picture in it"):
+        index(empty)
+    assert not build.default_folder(empty).exists()
     searcher = Searcher.load(photos)
     query = photos / "circle/1.png"
     (answer,) = searcher.search(query, 100, below="cross")

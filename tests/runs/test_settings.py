@@ -9,14 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.conftest import make_images, tiny_params, ucir, write_params
+from tests.conftest import make_images, tiny_params, ucir, write_params, write_start
 from ucir.cluster.launch import train_all
 from ucir.config.load import load_params
 from ucir.data.pack import DomainImages, read_index
 from ucir.data.prepare import prepared_domains, write_pack
 from ucir.errors import UserError
-from ucir.models.checkpoints import save_encoder
-from ucir.models.encoder import new_encoder
 from ucir.paths import PACKS, REPORTS, RESULTS
 from ucir.reports.write import write_report
 from ucir.retrieval.evaluation import evaluate_method, evaluate_start, load_features, read_scores
@@ -173,8 +171,7 @@ def test_two_folders_without_labels_go_all_the_way(
     params = load_params()
     pack_block = params.datasets["mine"]
     write_pack(Path("mine"), prepared_domains(pack_block), PACKS / "mine", pack_block.pack)
-    for name in ("untrained.pt", "start.pt"):
-        save_encoder(new_encoder(pack_block.start.encoder, 0), Path("data/start/mine") / name)
+    write_start(pack_block, "mine")
     run_study()
     assert read_scores(RESULTS / "mine/closed/ucdir/metrics.json") == []
     assert not (RESULTS / "mine/closed/ucdir/train/sketches-photos-s0/best.pt").exists()

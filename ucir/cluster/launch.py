@@ -90,10 +90,11 @@ def train_all(runs: Sequence[Run], cluster: ClusterParams, title: str = "train")
         connect(cluster, uri)
         concurrent = at_once(cluster, "a training")
     with Progress(title, sum(run.params.epochs for run in open_runs), "epoch") as progress:
-        for run in open_runs:
-            history, steps = run.kept()
-            if (resumed := len(history)) or steps:
-                within = f" and step {steps} of the next" if steps else ""
+        for run in filter(lambda run: (run.folder / "state.pt").exists(), open_runs):
+            # one that another process trains is refused when its turn comes
+            with contextlib.suppress(UserError), lock_run(run):
+                history, steps = run.kept()
+                resumed, within = len(history), f" and step {steps} of the next" if steps else ""
                 progress.message(f"{run.name}: resumes after epoch {resumed} of {run.params.epochs}{within}")
                 progress.skip(resumed)
         try:

@@ -22,10 +22,12 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from ucir.config.base import known_setting
+from ucir.config.base import PARAMS_FILE, known_setting
 from ucir.config.data import SplitParams
 from ucir.data.pack import Picture, split_pair
 from ucir.errors import UserError, nearest
+
+SHARED = f"{PARAMS_FILE}: split.shared of the data set"
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,14 @@ class LabelSpaces:
         return float(self.ratio ** (-j / max(1, classes - 1)))
 
 
+def check_setting(setting: str) -> None:
+    """Raises UserError: it is not one of this module's."""
+    try:
+        known_setting(setting)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
 def label_spaces(setting: str, classes: Sequence[str], split: SplitParams) -> LabelSpaces:
     """Who has which classes in a setting.
 
@@ -91,10 +101,7 @@ def label_spaces(setting: str, classes: Sequence[str], split: SplitParams) -> La
         UserError: an unknown setting; one other than ``closed`` without at least two classes; an unknown
             class in ``split.shared``, or all of them.
     """
-    try:
-        known_setting(setting)
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    check_setting(setting)
     if setting == "closed":
         return LabelSpaces(None, None)
     if len(classes) < 2:
@@ -108,10 +115,10 @@ def label_spaces(setting: str, classes: Sequence[str], split: SplitParams) -> La
     shared = split.shared or order[: len(classes) // 2]
     for label in shared:
         if label not in classes:
-            raise UserError(f"split.shared: class {label!r} is unknown; {nearest(label, classes)}")
+            raise UserError(f"{SHARED}: class {label!r} is unknown; {nearest(label, classes)}")
     every, half = tuple(sorted(classes)), tuple(sorted(set(shared)))
     if every == half:
-        raise UserError("split.shared: all classes are shared, which is the setting 'closed'")
+        raise UserError(f"{SHARED}: all classes are shared, which is the setting 'closed'")
     return LabelSpaces(half, every) if setting == "partial" else LabelSpaces(every, half)
 
 

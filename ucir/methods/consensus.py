@@ -27,7 +27,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from torch import Tensor
 from torch.nn import functional as F
 
-from ucir.config.base import Count, Positive
+from ucir.config.base import PARAMS_FILE, Count, Positive
 from ucir.errors import UserError
 from ucir.losses.instance import target_distance
 from ucir.losses.prototype import bank_discrimination
@@ -138,8 +138,8 @@ class Consensus(SingleEncoder[ConsensusParams], ClusteringMethod[ConsensusParams
         p = self.params
         if p.neighbours and p.neighbours >= len(x_ND):
             raise UserError(
-                f"consensus: neighbours = {p.neighbours} of a domain's {len(x_ND)} pictures: set fewer, or "
-                "leave it out for half the square root of the pictures"
+                f"{PARAMS_FILE}: methods.consensus: neighbours = {p.neighbours} of a domain's {len(x_ND)} "
+                "pictures: set fewer, or leave it out for half the square root of the pictures"
             )
         if p.diffusion:
             neighbours = p.neighbours or max(2, round(math.sqrt(len(x_ND)) / 2))

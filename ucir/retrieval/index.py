@@ -282,6 +282,8 @@ def update_index(
     if source.is_dir() and out.resolve().is_relative_to(source.resolve()):
         raise UserError(f"--out {out}: lies in the collection, whose pictures it is not: put it beside")
     files, reads = _collection(source, model)
+    if not files:
+        raise UserError(f"{source}: no picture in it: give a folder of picture files")
     check_writable(out)
     digest = model.digest()
     alone = locked(out / "lock", f"{out}: another process is writing this index")

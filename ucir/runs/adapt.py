@@ -30,7 +30,7 @@ from ucir.models.card import model_card
 from ucir.models.encoder import new_encoder
 from ucir.models.model import load_model, save_model
 from ucir.models.pretrained import EMBEDDED, EMBEDDED_SIDE, EMBEDDED_TRUNK, HUB
-from ucir.models.trunk import check_trunk
+from ucir.models.trunks.timm import options as check_timm
 from ucir.paths import MODELS, PACKS, RESULTS, SOURCES, write_atomically
 from ucir.progress import clock
 from ucir.retrieval.evaluation import checkpoint_features
@@ -204,7 +204,7 @@ def plan_adaptation(first: Path, second: Path, name: str | None, options: Option
 def _check_network(options: Options) -> None:
     """Raises UserError: what was said of the network cannot be, by the option's name."""
     if options.trunk:
-        check_trunk({"timm": options.trunk}, "--trunk")
+        check_timm(options.trunk, "--trunk")
     if options.weights not in (None, EMBEDDED, HUB) and not Path(str(options.weights)).exists():
         raise UserError(f"--weights {options.weights}: no such file; give hub, or a file or folder")
     if options.trained not in (None, "all", "last", "head"):

@@ -31,7 +31,15 @@ from ucir.config.load import Params
 from ucir.config.model import EncoderParams
 from ucir.data.feature_pack import DomainFeatures, open_features, read_feature_info
 from ucir.data.pack import DomainImages, Picture, open_domain, read_index, read_info
-from ucir.data.splits import LabelSpaces, both_ways, directions, label_spaces, training_order, trainings
+from ucir.data.splits import (
+    LabelSpaces,
+    both_ways,
+    check_setting,
+    directions,
+    label_spaces,
+    training_order,
+    trainings,
+)
 from ucir.errors import UserError, nearest
 from ucir.methods.base import MethodParams
 from ucir.methods.registry import METHODS, params_block
@@ -40,7 +48,16 @@ from ucir.models.embedding import Embedder
 from ucir.models.encoder import Encoder, new_encoder
 from ucir.models.model import Model
 from ucir.models.trunk import trunk_module
-from ucir.paths import FEATURES, PACKS, RUNS, STARTS, check_writable, file_sha256, link_or_copy
+from ucir.paths import (
+    FEATURES,
+    PACKS,
+    RUNS,
+    STARTS,
+    check_writable,
+    file_sha256,
+    link_or_copy,
+    write_atomically,
+)
 from ucir.retrieval.evaluation import CHECKPOINTS
 from ucir.runs.dependencies import EMBEDDING, START, code_version, training_modules
 from ucir.runs.params import method_params
@@ -49,6 +66,8 @@ from ucir.training.training import Training
 
 PRETRAIN = "pretrain"
 """What a start's training is called where a method is named."""
+START_SOURCE = "source.json"
+"""Beside start weights: what they come from."""
 
 
 @dataclass(frozen=True)
@@ -162,7 +181,12 @@ class PairRun(Run):
 
     @property
     def name(self) -> str:
-        return f"{self.method} {'-'.join(self.pair)} s{self.seed}"
+        return f"{self.method} {self._between} s{self.seed}"
+
+    @property
+    def _between(self) -> str:
+        """The pair as ``--pair`` takes it: ``Art-Real``, or ``Art>Real`` where it is one direction."""
+        return ("-" if both_ways(self.setting) else ">").join(self.pair)
 
     @property
     def slug(self) -> str:
@@ -188,10 +212,9 @@ class PairRun(Run):
         return {domain: "training" for domain, _ in self.trained}
 
     def again(self) -> str:
-        one_way = not both_ways(self.setting)
         return (
             f"uv run ucir train --dataset {self.dataset} --setting {self.setting} --method {self.method} "
-            f"--pair '{('>' if one_way else '-').join(self.pair)}' --seed {self.seed}"
+            f"--pair '{self._between}' --seed {self.seed}"
         )
 
     def images(self) -> tuple[DomainImages, ...] | tuple[DomainFeatures, ...]:
@@ -343,13 +366,26 @@ def _features_key(block: DatasetParams, dataset: str, start_digest: str) -> str:
     return key
 
 
-def _check_pretrained(block: DatasetParams, dataset: str, start_state: dict[str, Any]) -> None:
-    """Raises UserError: the start was pretrained with something else than params.yaml says now."""
-    key = start_state.get("model", {}).get("facts", {}).get("run_key")
-    if key and key != plan_start(block, dataset).key:
+def start_source(block: DatasetParams, dataset: str) -> dict[str, str]:
+    """What a data set's start weights come from: the key of their training, or the block's words."""
+    if block.start.pretrain:
+        return {"pretrain": plan_start(block, dataset).key}
+    given = {"checkpoint", "weights", "torchvision", "digest"}
+    return block.start.model_dump(mode="json", include=given, exclude_none=True)
+
+
+def record_start_source(block: DatasetParams, dataset: str) -> None:
+    """Write it beside the start weights; :func:`plan_runs` reads it."""
+    write_atomically(json.dumps(start_source(block, dataset)) + "\n", STARTS / dataset / START_SOURCE)
+
+
+def _check_start_source(block: DatasetParams, dataset: str) -> None:
+    """Raises UserError: the start weights come from something else than params.yaml says now."""
+    record = STARTS / dataset / START_SOURCE
+    if not record.exists() or json.loads(record.read_text("utf-8")) != start_source(block, dataset):
         raise UserError(
-            f"{STARTS / dataset}: a start of other settings, pictures or code than params.yaml names now: "
-            "run `uv run dvc repro pretrain` first"
+            f"{STARTS / dataset}: a start of other weights, settings, pictures or code than "
+            f"params.yaml (datasets.{dataset}.start) names now: run `uv run dvc repro pretrain` first"
         )
 
 
@@ -370,12 +406,13 @@ def plan_runs(
 
     Raises:
         UserError: an unknown name; no pack or start; more clusters than images; a batch larger than
-            the domains; a start checkpoint that does not fit, or was pretrained with something else; a runs
-            folder that cannot be written.
+            the domains; start weights that do not fit, or come from something else; a pair or seed given
+            twice; a runs folder that cannot be written.
     """
     if dataset not in params.datasets:
         raise UserError(f"data set {dataset!r} is unknown; {nearest(dataset, params.datasets)}")
     block = params.datasets[dataset]
+    check_setting(setting)
     wanted = method_params(params, method, dataset)
     info = read_info(PACKS / dataset)
     if (info.side, info.fit) != (block.pack.side, block.pack.fit):
@@ -387,8 +424,7 @@ def plan_runs(
     start = start_file(dataset)
     check_writable(RUNS)
     start_digest, features, start_state = file_sha256(start), "", load_state(start)
-    if block.start.pretrain:
-        _check_pretrained(block, dataset, start_state)
+    _check_start_source(block, dataset)
     if block.start.trained == "head":
         features = _features_key(block, dataset, start_digest)  # made by these weights: they fit
     else:
@@ -442,6 +478,9 @@ def plan_runs(
                     weights=start_state.get("weights", {}),
                 )
             )
+    names = [run.name for run in runs]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise UserError(f"{', '.join(sorted(twice))}: asked for twice: give each pair and seed once")
     return runs
 
 
