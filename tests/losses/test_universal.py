@@ -67,25 +67,27 @@ def test_semantic_pull(kind: str, t: float) -> None:
 
 @pytest.mark.parametrize("frozen", [unit(B, D, seed=5), unit(1, D, seed=5).expand(B, D), unit(B, D, seed=0)])
 def test_structure_change(frozen: Tensor) -> None:
-    """Eq. 14; other features, one point, the same features."""
+    """Eq. 14; other features, one point, the same features; distances of these, and of longer ones."""
+    far = 3 * frozen.roll(1, dims=1)
 
-    def slow(q: Tensor) -> Tensor:
+    def slow(q: Tensor, longer: float = 1, far: Tensor = frozen) -> Tensor:
         values = []
         for i in range(B):
             for j in range(B):
                 cosine = dot(q[i], q[j]) - dot(frozen[i], frozen[j])
-                distance = norm(q[i] - q[j]) - norm(frozen[i] - frozen[j])
+                distance = norm(longer * (q[i] - q[j])) - norm(far[i] - far[j])
                 values.append(cosine * cosine + distance * distance)
         return mean(values)
 
-    agree(lambda q: structure_change(q, frozen), slow)
+    agree(lambda q: structure_change(q, frozen, q, frozen), slow)
+    agree(lambda q: structure_change(q, frozen, 2 * q, far), lambda q: slow(q, 2, far))
 
 
 def test_structure_change_is_nothing_for_the_same_features_and_for_turned_ones() -> None:
     q = unit(B, D, seed=0)
     turn = torch.linalg.qr(torch.randn(D, D, generator=torch.Generator().manual_seed(1)).double())[0]
-    assert float(structure_change(q, q)) == 0
-    assert float(structure_change(q @ turn, q)) == pytest.approx(0, abs=1e-20)
+    assert float(structure_change(q, q, q, q)) == 0
+    assert float(structure_change(q @ turn, q, q @ turn, q)) == pytest.approx(0, abs=1e-20)
 
 
 def test_domain_confusion() -> None:
@@ -157,7 +159,7 @@ def test_gradcheck() -> None:
     frozen, bank, prototypes = unit(B, D, seed=5), unit(N, D, seed=2), PROTOTYPES["random"]
     index = torch.tensor([0, 1, 2, 3, 0])
     reliable = torch.tensor([True, False, True, False, True])
-    assert torch.autograd.gradcheck(lambda x: structure_change(x, frozen), (q,))
+    assert torch.autograd.gradcheck(lambda x: structure_change(x, frozen, x, frozen), (q,))
     assert torch.autograd.gradcheck(lambda x: semantic_pull(x, prototypes, 0.07), (q,))
     assert torch.autograd.gradcheck(
         lambda x: switchable_match(x, index, bank[index], reliable, prototypes, Bank(bank), 0.07), (q,)

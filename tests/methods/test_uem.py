@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -103,20 +104,26 @@ def test_the_first_phases_terms() -> None:
     assert torch.allclose(whole, bank_discrimination(part.q_BD, part.slot_B, Bank(x[0]), 0.07))
 
 
-def test_the_second_phases_match_is_switched_by_the_structure() -> None:
-    method = uem(clusters=3)
+@pytest.mark.parametrize("distances", ["unit", "raw"])
+def test_the_second_phases_match_is_switched_by_the_structure(distances: str) -> None:
+    method = uem(clusters=3, distances=distances)
     x = (features(0), features(1, N - 5))
+    parts = batch(2, False), batch(4, False)
+    far = x[1]
+    if distances == "raw":
+        first, far = (x_ND * torch.linspace(0.2, 5, len(x_ND))[:, None] for x_ND in x)
+        method.raw_banks = Bank(first), Bank(far)
+        parts = replace(parts[0], raw_BD=3 * parts[0].q_BD), parts[1]
     method.start_epoch(20, x)
     assert method.structures is not None
-    parts = batch(2, False), batch(4, False)
     terms = method.losses(20, parts)
     other = method.structures[1]
     target, near, reliable = [], [], []
-    for q in parts[0].q_BD.detach():
+    for q in parts[0].raw_BD.detach():
         cluster = int(product_dissimilarity(q[None], method.centres[0]).argmin())
         target.append(int(other.other_L[cluster]))
-        near.append(int(product_dissimilarity(q[None], x[1]).argmin()))
-        closest = int(product_dissimilarity(x[1][near[-1]][None], other.prototype_CD).argmin())
+        near.append(int(product_dissimilarity(q[None], far).argmin()))
+        closest = int(product_dissimilarity(far[near[-1]][None], other.prototype_CD).argmin())
         reliable.append(closest == target[-1])
     expected = switchable_match(
         parts[0].q_BD,
@@ -128,6 +135,12 @@ def test_the_second_phases_match_is_switched_by_the_structure() -> None:
         0.07,
     )
     assert torch.allclose(terms["matching_a"].value, expected)
+    if method.raw_banks:
+        assert near != [int(product_dissimilarity(q[None], x[1]).argmin()) for q in parts[0].q_BD.detach()]
+        slot_B, before = parts[0].slot_B, Bank(method.raw_banks[0])
+        method.after_step(parts)
+        blended = 0.99 * before.rows(slot_B) + 0.01 * parts[0].raw_BD.detach()
+        assert torch.allclose(method.raw_banks[0].rows(slot_B[[0, 3]]), blended[[0, 3]])
     plain = uem("uem-no-sn2m")
     plain.start_epoch(20, x)
     nearest_B = (parts[0].q_BD.detach() @ x[1].T).argmax(dim=1)

@@ -62,8 +62,11 @@ def test_a_run_killed_at_any_time_and_resumed_ends_as_an_undisturbed_one(
             assert losses == {k: v for k, v in two.metrics.items() if k.startswith("train/")}
 
 
-def test_the_frozen_copy_stays_and_a_kill_at_the_border_changes_nothing(pack: Path, start: Path) -> None:
-    options: dict[str, Any] = {"epochs": 3, "matching_epochs": 2, "clusters": (3,)}
+@pytest.mark.parametrize("distances", ["unit", "raw"])
+def test_the_frozen_copy_stays_and_a_kill_at_the_border_changes_nothing(
+    pack: Path, start: Path, distances: str
+) -> None:
+    options: dict[str, Any] = {"epochs": 3, "matching_epochs": 2, "clusters": (3,), "distances": distances}
     run = training(pack, start, name="uem", **options)
     train(run, Keep())
     frozen = run.networks.frozen

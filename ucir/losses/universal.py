@@ -53,16 +53,18 @@ def semantic_pull(q_BD: Tensor, prototype_CD: Tensor, temperature: float) -> Ten
     return (share_BC * lengths(q[:, None] - prototype_CD[None])).sum(dim=1).mean()
 
 
-def structure_change(q_BD: Tensor, frozen_BD: Tensor) -> Tensor:
+def structure_change(q_BD: Tensor, frozen_BD: Tensor, raw_BD: Tensor, raw_frozen_BD: Tensor) -> Tensor:
     """(1 / B^2) sum_ij [cos(q_i, q_j) - cos(f_i, f_j)]^2 + [||q_i - q_j|| - ||f_i - f_j||]^2: SPR, eq. 14.
 
     Args:
         q_BD: unit features, with gradient.
         frozen_BD: unit features of the same views by the frozen encoder.
+        raw_BD, raw_frozen_BD: what distances are of: the same, or both before they have unit length.
     """
     q, f = full_precision(q_BD), full_precision(frozen_BD)
     cosine = q @ q.T - f @ f.T
-    distance = lengths(q[:, None] - q[None]) - lengths(f[:, None] - f[None])
+    raw, raw_f = full_precision(raw_BD), full_precision(raw_frozen_BD)
+    distance = lengths(raw[:, None] - raw[None]) - lengths(raw_f[:, None] - raw_f[None])
     return (cosine.square() + distance.square()).mean()
 
 

@@ -200,7 +200,9 @@ class Step:
         q = self.queries(self.model, views)
         return q, q.detach() if views.key is None else self.keys(views)
 
-    def queries(self, model: nn.Module, views: Rendered, pooled: bool | Literal["both"] = False) -> Tensor:
+    def queries(
+        self, model: nn.Module, views: Rendered, pooled: bool | Literal["both", "raw"] = False
+    ) -> Tensor:
         """A network's features of the query views of all rows of the batch."""
         x = model(views.query.to(self.device), pooled, views.query_domain.to(self.device))
         return gather_rows(x, len(views.shuffle))

@@ -4,7 +4,8 @@ NeurIPS 2024.
 Two phases: in-domain semantic-enhanced learning, then cross-domain semantic-matched learning with a frozen
 copy of the first phase's network. There is no public code. What the paper leaves open, and our choice:
 
-- features: the head's unit output; the bank's rows are normalised after each blend
+- features: the head's unit output; the bank's rows are normalised after each blend. Where distances count
+  (eqs. 8, 9, 14 to 16) they may be what the head puts out before, with a bank of their own: ``distances``
 - sums over a batch (eqs. 6, 7, 13, 17) beside means (eqs. 11, 14): ``reduction``, means throughout
 - eq. 6's denominator, printed over the batch, in the text over all instances: ``instance_negatives``
 - K-means: of the bank, before each epoch; K by the elbow once, at the start, or again: ``clusters_every``
@@ -22,6 +23,7 @@ copy of the first phase's network. There is no public code. What the paper leave
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
@@ -55,6 +57,7 @@ from ucir.methods.base import (
 )
 from ucir.methods.step import DomainBatch, Rendered, Step
 from ucir.models.encoder import Encoder
+from ucir.models.features import extract_features
 from ucir.prototypes.clustering import Clusters
 from ucir.prototypes.merging import MergingLimit, Structure, centres, unify_domains
 
@@ -77,6 +80,9 @@ class UemParams(SingleEncoderParams, ClusteredParams):
     """beta of the bank."""
     instance_negatives: Literal["batch", "bank"] = "batch"
     reduction: Literal["mean", "sum"] = "mean"
+    distances: Literal["unit", "raw"] = "unit"
+    """Of which features eqs. 8, 9 and 14 to 16 are: the head's at unit length, as contrasts and the gate are
+    in any case, or before that: a cosine beside a distance says little more of features of one length."""
     merging: bool = True
     merging_limit: MergingLimit = "domain"
     """What a pair that merges must be nearer than: any two prototypes of one domain (eq. 9), or each of the
@@ -114,8 +120,11 @@ class UemParams(SingleEncoderParams, ClusteredParams):
 class FrozenBatch(DomainBatch):
     """A domain's part of a step, with the frozen encoder's features of the same views."""
 
+    raw_BD: Tensor
+    """What distances are of, with gradient: ``q_BD``, or it before it is brought to unit length."""
     frozen_BD: Tensor | None
     """None in the first phase."""
+    raw_frozen_BD: Tensor | None
 
 
 class FrozenStep(Step):
@@ -124,20 +133,35 @@ class FrozenStep(Step):
     method: Uem
 
     def begin_epoch(self, epoch: int) -> None:
+        if self.method.params.distances == "raw" and not self.method.raw_banks:
+            read = extract_features(self.networks.query, self.views, self.device, "raw")
+            first, second = (Bank(Features(self._unit_and_raw(x.own_ND)[1], x.count)) for x in read)
+            self.method.raw_banks = first, second
         if epoch >= self.method.border and self.networks.frozen is None:
             self.networks.freeze()
 
     def forward(self, views: Rendered) -> tuple[DomainBatch, DomainBatch]:
-        first, second = super().forward(views)
-        frozen: tuple[Tensor | None, ...] = (None, None)
+        wanted: Literal[False, "raw"] = "raw" if self.method.params.distances == "raw" else False
+        read = self.queries(self.model, views, wanted).tensor_split(2)
+        frozen: Sequence[tuple[Tensor | None, Tensor | None]] = [(None, None)] * 2
         if self.networks.frozen:
             with torch.no_grad():
-                frozen = self.queries(self.networks.frozen, views).tensor_split(2)
+                halves = self.queries(self.networks.frozen, views, wanted).tensor_split(2)
+            frozen = [self._unit_and_raw(x) for x in halves]
         first, second = (
-            FrozenBatch(part.slot_B, part.q_BD, part.k_BD, x)
-            for part, x in zip((first, second), frozen, strict=True)
+            FrozenBatch(slot.to(self.device), q, q.detach(), raw, *of_frozen)
+            for slot, (q, raw), of_frozen in zip(
+                views.slots, map(self._unit_and_raw, read), frozen, strict=True
+            )
         )
         return first, second
+
+    def _unit_and_raw(self, read_BX: Tensor) -> tuple[Tensor, Tensor]:
+        """A domain's unit features, and what distances are of."""
+        if self.method.params.distances == "unit":
+            return read_BX, read_BX
+        q_BD, raw_BD = read_BX.tensor_split(2, dim=1)
+        return q_BD, raw_BD
 
 
 class Uem(SingleEncoder[UemParams], ClusteringMethod[UemParams]):
@@ -146,6 +170,7 @@ class Uem(SingleEncoder[UemParams], ClusteringMethod[UemParams]):
     params_type = UemParams
     step_type = FrozenStep
     discriminator: nn.Sequential
+    lasting = (*ClusteringMethod.lasting, "raw_banks")
     within_epoch = ("centres", "labels", "structures")
 
     def __init__(self, params: UemParams, seed: int) -> None:
@@ -154,16 +179,24 @@ class Uem(SingleEncoder[UemParams], ClusteringMethod[UemParams]):
         self.centres: list[Tensor] = []
         self.labels: list[Tensor] = []
         self.structures: tuple[Structure, Structure] | None = None
+        self.raw_banks: tuple[Bank, Bank] | None = None
+        """Of features before they are brought to unit length, where distances are of these."""
+
+    @property
+    def distance_banks(self) -> tuple[Bank, Bank]:
+        """What distances are of."""
+        return self.raw_banks or self.banks
 
     def start_epoch(self, epoch: int, features: tuple[Features, Features]) -> dict[str, float]:
         if self.params.clusters_every and epoch % self.params.clusters_every == 0:
             self.chosen, self.labels_before = [], []
         clusterings = self.cluster(epoch, self.banks)
         one: tuple[Clusters, Clusters] = (clusterings[0][0], clusterings[1][0])
-        both = [centres(x, c) for x, c in zip(self.banks, one, strict=True)]
+        both = [centres(x, c) for x, c in zip(self.distance_banks, one, strict=True)]
         self.centres = [centre_KD for centre_KD, _ in both]
         self.labels = [label_N for _, label_N in both]
-        self.structures = unify_domains(self.banks, one, self.params.merging, self.params.merging_limit)
+        merging, limit = self.params.merging, self.params.merging_limit
+        self.structures = unify_domains(self.distance_banks, one, merging, limit)
         figures = cluster_figures(clusterings)
         figures["prototypes/merged"] = float(self.structures[0].merged_K.sum())
         if epoch < self.border:
@@ -213,31 +246,43 @@ class Uem(SingleEncoder[UemParams], ClusteringMethod[UemParams]):
             if p.structure_weight > 0:
                 assert isinstance(part, FrozenBatch)
                 assert part.frozen_BD is not None
-                kept = structure_change(part.q_BD, part.frozen_BD)
+                assert part.raw_frozen_BD is not None
+                kept = structure_change(part.q_BD, part.frozen_BD, part.raw_BD, part.raw_frozen_BD)
                 terms[f"structure_{side}"] = Term(p.structure_weight, kept)
-            terms[f"matching_{side}"] = Term(count, self._match(part.q_BD, number, self.banks[1 - number]))
+            terms[f"matching_{side}"] = Term(count, self._match(part, number))
         return terms
 
-    def _match(self, q_BD: Tensor, side: int, other_bank: Bank) -> Tensor:
-        """Eqs. 15 to 17 for a batch of domain ``own``."""
-        p = self.params
+    def _match(self, part: DomainBatch, side: int) -> Tensor:
+        """Eqs. 15 to 17 for a domain's batch."""
+        p, q_BD = self.params, part.q_BD
         assert self.structures is not None
-        other, fixed_BD = self.structures[1 - side], q_BD.detach()
+        assert isinstance(part, FrozenBatch)
+        other, other_bank = self.structures[1 - side], self.banks[1 - side]
+        raw_bank = self.distance_banks[1 - side]
         if p.matching == "nearest":
-            near_B = other_bank.closest(fixed_BD, lambda x, row_ND: -(x @ row_ND.T))
+            near_B = other_bank.closest(q_BD.detach(), lambda x, row_ND: -(x @ row_ND.T))
             return bank_discrimination(q_BD, near_B, other_bank, p.temperature)
+        fixed_BD = part.raw_BD.detach()
         target_B = other.other_L[product_dissimilarity(fixed_BD, self.centres[side]).argmin(dim=1)]
-        near_BD = other_bank.rows(other_bank.closest(fixed_BD, product_dissimilarity))
-        near_prototype_B = product_dissimilarity(near_BD, other.prototype_CD).argmin(dim=1)
+        near_B = raw_bank.closest(fixed_BD, product_dissimilarity)
+        near_prototype_B = product_dissimilarity(raw_bank.rows(near_B), other.prototype_CD).argmin(dim=1)
         return switchable_match(
             q_BD,
             target_B,
-            near_BD,
+            other_bank.rows(near_B),
             near_prototype_B == target_B,
             F.normalize(other.prototype_CD, dim=1),
             other_bank,
             p.temperature,
         )
+
+    def after_step(self, batch: tuple[DomainBatch, DomainBatch]) -> None:
+        super().after_step(batch)
+        if self.raw_banks:
+            for bank, part in zip(self.raw_banks, batch, strict=True):
+                assert isinstance(part, FrozenBatch)
+                row_BD = torch.lerp(part.raw_BD.detach(), bank.rows(part.slot_B), self.params.bank_momentum)
+                bank.write(part.slot_B, row_BD)
 
     def build(self, encoder: Encoder) -> nn.ModuleDict:
         """The domain classifier."""

@@ -39,14 +39,15 @@ class Encoder(nn.Module):
         self.head = HEADS[params.head](self.trunk.pooled_dim, params.feature_dim)
 
     def forward(
-        self, x: Tensor, pooled: bool | Literal["both", "grid"] = False, domain_B: Tensor | None = None
+        self, x: Tensor, pooled: bool | Literal["both", "grid", "raw"] = False, domain_B: Tensor | None = None
     ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
         """Normalised images (B, 3, s, s) to unit features (B, D), float32.
 
         Args:
             x: the images; pooled features (B, P) where the trunk is a :class:`StoredTrunk`.
             pooled: those before the head (2048 of a ResNet-50); ``both``: the head's and these side by side;
-                ``grid``: the head's, these, and those at L positions that they are pooled from (B, L, P).
+                ``grid``: the head's, these, and those at L positions that they are pooled from (B, L, P);
+                ``raw``: the head's, and the same before they are brought to unit length, side by side.
             domain_B: 0 or 1, which of the training's domains each image is of, int64; None: not known.
 
         Raises:
@@ -58,7 +59,10 @@ class Encoder(nn.Module):
             out = None if pooled is True else self.head(before, domain_B)
         if out is None:
             return F.normalize(before.float(), dim=1)
-        out = F.normalize(out.float(), dim=1)
+        raw = out.float()
+        out = F.normalize(raw, dim=1)
+        if pooled == "raw":
+            return torch.cat([out, raw], dim=1)
         if grid is not None:
             return out, F.normalize(before.float(), dim=1), F.normalize(grid.float(), dim=2)
         return torch.cat([out, F.normalize(before.float(), dim=1)], dim=1) if pooled else out

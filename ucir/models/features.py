@@ -22,7 +22,7 @@ def extract_features(
     encoder: Encoder,
     views: Views,
     device: torch.device,
-    pooled: bool | Literal["both"] = False,
+    pooled: bool | Literal["both", "raw"] = False,
     change: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Features, ...]:
     """Unit features of each domain, float32, on ``device``; each worker computes its share.
@@ -49,7 +49,7 @@ def _domain_features(
     views: Views,
     domain: int,
     device: torch.device,
-    pooled: bool | Literal["both"],
+    pooled: bool | Literal["both", "raw"],
     change: Callable[[Tensor], Tensor] | None,
 ) -> Features:
     count = views.counts[domain]
@@ -66,6 +66,6 @@ def _domain_features(
     starts = range(rows_of_worker.start, rows_of_worker.stop, CHUNK)
     parts = [embed(x) for x in prefetch(render, starts)]
     head, before = encoder.feature_dim, encoder.pooled_dim
-    length = {False: head, True: before, "both": head + before}[pooled]
+    length = {False: head, True: before, "both": head + before, "raw": 2 * head}[pooled]
     own_ND = torch.cat(parts) if parts else torch.empty(0, length, device=device)
     return Features(own_ND, count)
