@@ -190,13 +190,13 @@ def over_epochs(rows: list[Row]) -> tuple[dict[str, Figures], dict[str, Figures]
     return by_dataset, by_method
 
 
-def over(choice: str, rows: list[Row], by: str = "dataset") -> dict[str, Figures]:
-    """What a criterion's choice among last epochs has more than the best one, by data set or method.
+def over(choice: str, rows: list[Row], *by: str) -> dict[str, Figures]:
+    """What a criterion's choice among last epochs has more than the best one.
 
     Args:
         choice: ``method``, or ``changes`` for settings.
         rows: of shipped settings, or of sweeps.
-        by: ``dataset`` or ``method``.
+        by: columns that the figures are told apart by.
     """
     last = {training_of(row): row for row in rows}
     groups: dict[tuple[str, ...], list[Row]] = defaultdict(list)
@@ -208,7 +208,7 @@ def over(choice: str, rows: list[Row], by: str = "dataset") -> dict[str, Figures
             found = choices(group)
             best = found.pop(LABELS)[1]
             for name, (rho, chosen) in found.items():
-                found_by[group[0][by]][name].append((rho, chosen - best))
+                found_by[" ".join(group[0][column] for column in by)][name].append((rho, chosen - best))
     return found_by
 
 
@@ -280,10 +280,10 @@ def main() -> None:
     if given.by_method:
         show("the same by method", by_method, intervals=False)
     title = "points that its method has more than the best one"
-    show_left_out(show(f"rho over methods / {title}", over("method", shipped)))
+    show_left_out(show(f"rho over methods / {title}", over("method", shipped, "dataset")))
     title = "points that its settings have more than the best ones"
-    show_left_out(show(f"rho over settings / {title}", over("changes", tried)))
-    show_left_out(show("the same by method", over("changes", tried, by="method"), intervals=False))
+    show_left_out(show(f"rho over settings / {title}", over("changes", tried, "dataset")))
+    show_left_out(show("the same by method", over("changes", tried, "dataset", "method"), intervals=False))
 
 
 if __name__ == "__main__":
