@@ -12,7 +12,7 @@ import torch
 
 from tests.benchmarks import argument_parser
 from ucir.config.load import load_params
-from ucir.errors import UserError, nearest, run_main
+from ucir.errors import UserError, run_main
 from ucir.memory import Features
 from ucir.methods.consensus import Consensus
 from ucir.paths import RESULTS
@@ -31,13 +31,11 @@ def main() -> None:
     torch.set_num_threads(1)
     params = load_params()
     for dataset in given.datasets:
-        if dataset not in params.datasets:
-            raise UserError(f"data set {dataset!r} is unknown; {nearest(dataset, params.datasets)}")
-        cutoff = params.datasets[dataset].evaluate.cutoffs[0]
         kept = RESULTS / dataset / "closed/start" / PRETRAINED / "evaluate"
         for row, method in ROWS.items():
-            values = []
-            for run in plan_runs(params, dataset, "closed", method or "consensus", seeds=(0,)):
+            runs = plan_runs(params, dataset, "closed", method or "consensus", seeds=(0,))
+            cutoff, values = params.datasets[dataset].evaluate.cutoffs[0], []
+            for run in runs:
                 _, labels = scored_domains(dataset, params.datasets[dataset], run.pair, run.spaces)
                 start = kept / f"{'-'.join(run.pair)}.npz"
                 if not start.exists():

@@ -406,8 +406,8 @@ def plan_runs(
 
     Raises:
         UserError: an unknown name; no pack or start; more clusters than images; a batch larger than
-            the domains; start weights that do not fit, or come from something else; a pair or seed given
-            twice; a runs folder that cannot be written.
+            the domains; start weights that do not fit, or come from something else; a seed given twice; a
+            runs folder that cannot be written.
     """
     if dataset not in params.datasets:
         raise UserError(f"data set {dataset!r} is unknown; {nearest(dataset, params.datasets)}")
