@@ -171,44 +171,26 @@ def choices(rows: list[Row]) -> dict[str, tuple[float, float]]:
     return found
 
 
-def over_epochs(rows: list[Row]) -> tuple[dict[str, Figures], dict[str, Figures]]:
-    """What a criterion's epoch has more than the last one: by data set, and by data set and method."""
-    trainings: dict[tuple[str, ...], list[Row]] = defaultdict(list)
-    for row in rows:
-        trainings[training_of(row)].append(row)
-    by_dataset: dict[str, Figures] = defaultdict(lambda: defaultdict(list))
-    by_method: dict[str, Figures] = defaultdict(lambda: defaultdict(list))
-    for epochs in trainings.values():
-        if len(epochs) > 2:
-            last = epochs[-1]
-            for name, (rho, chosen) in choices(epochs).items():
-                for figures in (
-                    by_dataset[last["dataset"]],
-                    by_method[f"{last['dataset']} {last['method']}"],
-                ):
-                    figures[name].append((rho, chosen - last["value"]))
-    return by_dataset, by_method
-
-
 def over(choice: str, rows: list[Row], *by: str) -> dict[str, Figures]:
-    """What a criterion's choice among last epochs has more than the best one.
+    """What a criterion's choice has more than the last epoch, or than the best method or settings.
 
     Args:
-        choice: ``method``, or ``changes`` for settings.
+        choice: ``epoch`` of a training; of last epochs ``method``, or ``changes`` for settings.
         rows: of shipped settings, or of sweeps.
         by: columns that the figures are told apart by.
     """
-    last = {training_of(row): row for row in rows}
+    if choice != "epoch":
+        rows = list({training_of(row): row for row in rows}.values())
     groups: dict[tuple[str, ...], list[Row]] = defaultdict(list)
-    for row in last.values():
+    for row in rows:
         groups[tuple(row[name] for name in TRAINING if name != choice)].append(row)
     found_by: dict[str, Figures] = defaultdict(lambda: defaultdict(list))
     for group in groups.values():
         if len(group) > 2:
             found = choices(group)
-            best = found.pop(LABELS)[1]
+            against = group[-1]["value"] if choice == "epoch" else found.pop(LABELS)[1]
             for name, (rho, chosen) in found.items():
-                found_by[" ".join(group[0][column] for column in by)][name].append((rho, chosen - best))
+                found_by[" ".join(group[0][column] for column in by)][name].append((rho, chosen - against))
     return found_by
 
 
@@ -275,10 +257,10 @@ def main() -> None:
             "study's trainings left"
         )
     shipped, tried = [r for r in rows if not r["changes"]], [r for r in rows if r["changes"]]
-    by_dataset, by_method = over_epochs(shipped)
-    show_left_out(show("rho over epochs / points that its epoch has more than the last one", by_dataset))
+    title = "points that its epoch has more than the last one"
+    show_left_out(show(f"rho over epochs / {title}", over("epoch", shipped, "dataset")))
     if given.by_method:
-        show("the same by method", by_method, intervals=False)
+        show("the same by method", over("epoch", shipped, "dataset", "method"), intervals=False)
     title = "points that its method has more than the best one"
     show_left_out(show(f"rho over methods / {title}", over("method", shipped, "dataset")))
     title = "points that its settings have more than the best ones"
