@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ucir.cluster.launch import train_all
-from ucir.errors import run_main, stage_item
+from ucir.errors import listed, run_main, stage_item
 from ucir.paths import RESULTS, check_writable, unshare
 from ucir.runs.process import track_model
 from ucir.runs.run import materialise, plan_runs
@@ -23,7 +23,7 @@ def main() -> None:
         materialise(run, out)
         if run.seed == params.study.seeds[0]:  # as in the report's figures: a model of each pair is enough
             track_model(run, tracking_uri())
-    print(f"train: {', '.join(run.slug for run in runs)} in {out}")
+    print(f"train: {listed([run.slug for run in runs], 6)} in {out}")
 
 
 if __name__ == "__main__":

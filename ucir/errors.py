@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 LISTED = 60
@@ -24,8 +24,13 @@ def nearest(name: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     if not known:
         return "there is none"
-    more = f" and {len(known) - LISTED} more" if len(known) > LISTED else ""
-    return f"did you mean {near[0]!r}?" if near else f"there is: {', '.join(known[:LISTED])}{more}"
+    return f"did you mean {near[0]!r}?" if near else f"there is: {listed(known, LISTED)}"
+
+
+def listed(names: Sequence[str], at_most: int, between: str = ", ") -> str:
+    """Names in one line; of many the first ones, and how many more there are."""
+    more = f" and {len(names) - at_most} more" if len(names) > at_most else ""
+    return between.join(names[:at_most]) + more
 
 
 def stage_item(known: Iterable[str]) -> str:

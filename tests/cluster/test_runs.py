@@ -185,7 +185,7 @@ def test_runs_are_trained_tracked_and_never_repeated(
     train_all(runs, cluster)
     assert (runs[0].folder / "done.json").stat().st_mtime_ns == finished
     printed = capsys.readouterr().out
-    assert "ucdir art-photo s0: finished before" in printed
+    assert f"finished before: ucdir art-photo s0 ({runs[0].folder.name})\n" in printed
     assert "resumes after epoch 2 of 4" in printed
     train_all(runs, cluster)  # nothing left to do
 

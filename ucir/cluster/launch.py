@@ -30,7 +30,7 @@ os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
 from ucir import tracking
 from ucir.config.cluster import ClusterParams
 from ucir.devices import choose_device, set_threads, wants_gpu
-from ucir.errors import UserError
+from ucir.errors import UserError, listed
 from ucir.models.embedding import Chunk, Computed, Embedder
 from ucir.progress import Progress
 from ucir.runs.process import (
@@ -79,10 +79,11 @@ def train_all(runs: Sequence[Run], cluster: ClusterParams, title: str = "train")
     uri = tracking.tracking_uri()
     tracking.init_store(uri)
     open_runs = [run for run in runs if not run.done]
-    for run in runs:
-        if run.done:
-            print(f"{run.name}: finished before ({run.folder.name})")
-            track_finished(run, uri)
+    done = [run for run in runs if run.done]
+    for run in done:
+        track_finished(run, uri)
+    if done:
+        print(f"finished before: {listed([f'{run.name} ({run.folder.name})' for run in done], 3)}")
     if not open_runs:
         return
     concurrent = 0

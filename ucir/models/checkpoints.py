@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ucir.errors import UserError, nearest
+from ucir.errors import UserError, listed, nearest
 from ucir.models.encoder import HEAD, Encoder
 from ucir.models.trunk import StoredTrunk
 
@@ -81,8 +81,7 @@ def load_encoder(encoder: Encoder, path: Path, head_optional: bool = False) -> b
         ),
     ]
     if faults:
-        more = f" and {len(faults) - 5} more" if len(faults) > 5 else ""
-        raise UserError(f"{path}: does not fit the encoder: {'; '.join(faults[:5])}{more}")
+        raise UserError(f"{path}: does not fit the encoder: {listed(faults, 5, '; ')}")
     if infinite := [name for name, value in given.items() if not torch.isfinite(value).all()]:
         raise UserError(f"{path}: damaged: {infinite[0]} holds values that are not finite")
     encoder.load_moco_state(given)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ucir.data.fetch import verify
-from ucir.errors import UserError, nearest
+from ucir.errors import UserError, listed, nearest
 from ucir.models.checkpoints import load_tensors
 from ucir.models.trunk import Trunk
 from ucir.paths import file_sha256
@@ -172,8 +172,7 @@ def _fill(net: nn.Module, state: Mapping[str, Tensor], file: Path) -> None:
     if absent or odd:
         faults = [f"{name} is missing" for name in absent]
         faults += [f"{n} has shape {tuple(state[n].shape)}, not {tuple(wanted[n].shape)}" for n in odd]
-        more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
-        raise UserError(f"{file}: not weights of this trunk: {'; '.join(faults[:3])}{more}")
+        raise UserError(f"{file}: not weights of this trunk: {listed(faults, 3, '; ')}")
     infinite = [n for n in wanted if n in state and not torch.isfinite(state[n]).all()]
     if infinite:
         raise UserError(f"{file}: damaged: {infinite[0]} holds values that are not finite")
