@@ -418,7 +418,10 @@ def index(
         bool, typer.Option(help="Keep a small form of each picture, some 8 kB: pages and grids show these.")
     ] = True,
     rebuild: Annotated[
-        bool, typer.Option("--rebuild", help="Make it anew, e.g. with another model.")
+        bool,
+        typer.Option(
+            "--rebuild", help="Make it anew, e.g. with another model; the old one stays until then."
+        ),
     ] = False,
 ) -> None:
     """Make a collection searchable, or bring its index up to date.
@@ -439,8 +442,6 @@ def index(
 
     build.check_collection(source)
     folder = out or build.default_folder(source)
-    if rebuild:
-        build.remove_index(folder)
     cluster = ClusterParams(num_workers=workers)
     device = choose_device(cluster)
     there = folder / build.MODEL_FILE
@@ -472,6 +473,7 @@ def index(
             thumbnails,
             samples,
             false_rejections,
+            rebuild,
         )
     typer.echo(build.describe_index(folder, info))
     given = quote(str(folder))

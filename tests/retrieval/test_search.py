@@ -233,12 +233,12 @@ def test_models_are_never_mixed(photos: Path) -> None:
         index(photos, tiny_model(seed=1))
     with pytest.raises(UserError, match="of pictures seen as any domain"):
         update_index(photos, build.default_folder(photos), tiny_model(), "drawn")
-    build.remove_index(build.default_folder(photos))
-    index(photos, tiny_model(seed=1))
-    (photos / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match="no index: it holds"):
-        build.remove_index(photos)
-    assert (photos / "notes.txt").exists()
+    others = photos.with_name("others")
+    shutil.copytree(photos / "cross", others)
+    for rebuild in (False, True):
+        with pytest.raises(UserError, match=r"others: no index: it holds 0\.png"):
+            update_index(photos, others, tiny_model(), rebuild=rebuild)
+    assert len(list(others.iterdir())) == 8
     index_json = build.default_folder(photos) / "index.json"
     index_json.write_text(json.dumps({**json.loads(index_json.read_text()), "format": 99}))
     with pytest.raises(UserError, match="format 99, this version reads 1"):
@@ -261,6 +261,27 @@ def test_near_duplicates_are_folded_and_others_are_not(photos: Path) -> None:
     assert [hit.path for hit in others if not hit.duplicates].count("circle/turned.png") == 1
     assert sum(1 + len(hit.duplicates) for hit in folded.hits) == 26, "none is lost"
     assert [len(a.hits) for a in searcher.search([original] * 2, 20, hide_duplicates=True)] == [20, 20]
+
+
+def test_an_index_stays_until_the_one_made_anew_is_there(photos: Path) -> None:
+    folder, model = build.default_folder(photos), tiny_model()
+    queries = {"drawn": build.sample_features(model, photos)}
+    update_index(photos, folder, model, query_features=queries, false_rejections=0.2)
+    before = rows(folder)
+
+    def dies(embedder: FileEmbedder) -> build.Compute:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        update_index(photos, folder, model, compute=dies, rebuild=True)
+    assert rows(folder) == before
+    info = update_index(photos, folder, model, rebuild=True)
+    assert (list(info.limits), info.false_rejections) == (["drawn"], 0.2)
+    assert rows(folder) == before
+    other = update_index(photos, folder, tiny_model(seed=1), rebuild=True)
+    assert (other.limits, other.false_rejections) == ({}, 0.2), "features of queries are of one model"
+    assert rows(folder) != before
+    assert not list(photos.parent.glob("*.new"))
 
 
 def test_folders_likes_and_mistakes(photos: Path) -> None:
@@ -334,6 +355,9 @@ def test_queries_beyond_the_limit_are_told(photos: Path) -> None:
     assert answer.accepted is False
     assert answer.reason == "nothing like it here: nearest at distance 0.00, beyond the limit -1.00"
     assert len(answer.hits) == 3, "who wants them all the same has them"
+    searcher.info = replace(info, limits={"drawn": 0.5, "photo": -1.0})
+    found = [searcher.search(photos / "cross/1.png", domain=of)[0] for of in (None, "drawn", "photo")]
+    assert [answer.accepted for answer in found] == [True, True, False], "the widest, or the domain's own"
     (photos / "cross/1.png").unlink()
     again = index(photos, model)
     assert again.limits.keys() == {"drawn"}, "bringing it up to date learns from the same queries"
@@ -373,8 +397,7 @@ def test_an_inverted_file_is_used_where_it_recalls_and_can_forget(
     (new,) = searcher.search(many / "photo/cross/new.png", 1)
     assert new.hits[0].path == "photo/cross/new.png"
     monkeypatch.setattr(build, "RECALL", 2.0)  # which nothing reaches
-    build.remove_index(build.default_folder(many))
-    assert index(many, model).kind == "exact"
+    assert update_index(many, build.default_folder(many), model, rebuild=True).kind == "exact"
 
 
 def test_recall_counts_hits_as_near_as_the_true_ones() -> None:

@@ -21,6 +21,7 @@ import io
 import json
 import math
 import re
+import shutil
 import sqlite3
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -259,6 +260,7 @@ def update_index(
     thumbnails: bool = True,
     query_features: Mapping[str, torch.Tensor] | None = None,
     false_rejections: float | None = None,
+    rebuild: bool = False,
 ) -> IndexInfo:
     """Make an index, or bring it up to date: what its files show to be the same is not read again.
 
@@ -274,13 +276,22 @@ def update_index(
             the limits are learnt from, now and later; those given before, or that the model brings, if None.
         false_rejections: share of such pictures that the limits reject, now and later; between 0 and 1. What
             was given before, or :data:`FALSE_REJECTIONS`, if None.
+        rebuild: make it anew, in ``<out>.new`` until it takes the other's place; a killed attempt goes on.
 
     Raises:
-        UserError: no such collection, or no picture in it; the index is of another model or of another
-            version; another process writes it; the disk is full. What was done is kept.
+        UserError: no such collection, or no picture in it; ``out`` is something else; the index is of another
+            model or of another version; another process writes it; the disk is full. What was done is kept.
     """
     if source.is_dir() and out.resolve().is_relative_to(source.resolve()):
         raise UserError(f"--out {out}: lies in the collection, whose pictures it is not: put it beside")
+    _index_files(out)
+    if rebuild:
+        queries, share = _choices(out, model)
+        anew = _folder_anew(out, model, domain)
+        given = (query_features or queries, false_rejections or share)
+        info = update_index(source, anew, model, domain, compute, progress, thumbnails, *given)
+        _take_place(anew, out)
+        return info
     files, reads = _collection(source, model)
     if not files:
         raise UserError(f"{source}: no picture in it: give a folder of picture files")
@@ -373,19 +384,47 @@ def read_index_info(folder: Path) -> IndexInfo:
     return IndexInfo(**content)
 
 
-def remove_index(folder: Path) -> None:
-    """Delete an index, and nothing else. Raises UserError: the folder is something else."""
-    if not folder.exists():
-        return
+def _index_files(folder: Path) -> list[Path]:
+    """Files of an index; none where there is no such folder. Raises UserError: it is something else."""
+    files = sorted(folder.iterdir()) if folder.exists() else []
     ours = (INFO_FILE, MODEL_FILE, DATABASE, f"{DATABASE}-journal", "lock")
-    files = list(folder.iterdir())
-    strange = [
-        f.name for f in files if f.name not in ours and not re.match(r"(rows|ids|ivf)-|model\.pt\.", f.name)
-    ]
-    if strange:
-        raise UserError(f"{folder}: no index: it holds {strange[0]}")
-    for file in files:
-        file.unlink()
+    for name in (file.name for file in files):
+        if name not in ours and not re.match(r"(rows|ids|ivf)-|model\.pt\.", name):
+            raise UserError(f"{folder}: no index: it holds {name}: give another --out")
+    return files
+
+
+def _folder_anew(folder: Path, model: Model, domain: str | None) -> Path:
+    """Beside an index, with what a killed attempt left there if that was for the same model and domain."""
+    anew = folder.resolve().with_name(f"{folder.resolve().name}.new")
+    if (anew / DATABASE).exists():
+        with _database(anew) as database:
+            made = _made_by(database)
+        if made != (model.digest(), domain):
+            shutil.rmtree(anew)
+    return anew
+
+
+def _choices(folder: Path, model: Model) -> tuple[dict[str, torch.Tensor] | None, float | None]:
+    """Features of queries and share that an index was given: such features are of its own model alone."""
+    try:
+        info = read_index_info(folder)
+        with _database(folder) as database:
+            features = _given_queries(database) if info.model_digest == model.digest() else None
+    except UserError:  # damaged, which is why it is made anew
+        return None, None
+    return features or None, info.false_rejections
+
+
+def _take_place(anew: Path, folder: Path) -> None:
+    """Put an index in the place of another one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder / "lock", f"{folder}: another process is writing this index"):
+        for file in _index_files(folder):
+            file.unlink()
+        for file in sorted(anew.iterdir(), key=lambda file: file.name == INFO_FILE):
+            shutil.move(file, folder / file.name)
+    anew.rmdir()
 
 
 def describe_index(folder: Path, info: IndexInfo) -> str:
@@ -437,10 +476,14 @@ def _query_features(
         with database:
             database.execute("DELETE FROM query")
             database.executemany("INSERT INTO query VALUES (?, ?)", rows)
-    kept: dict[str, list[np.ndarray]] = {}
+    return _given_queries(database) or dict(model.samples)
+
+
+def _given_queries(database: sqlite3.Connection) -> dict[str, torch.Tensor]:
+    given: dict[str, list[np.ndarray]] = {}
     for domain, feature in database.execute("SELECT domain, feature FROM query ORDER BY rowid"):
-        kept.setdefault(domain, []).append(np.frombuffer(feature, np.float32))
-    return {domain: torch.from_numpy(np.stack(x)) for domain, x in kept.items()} or dict(model.samples)
+        given.setdefault(domain, []).append(np.frombuffer(feature, np.float32))
+    return {domain: torch.from_numpy(np.stack(x)) for domain, x in given.items()}
 
 
 @contextmanager
@@ -463,7 +506,7 @@ def _database(folder: Path) -> Iterator[sqlite3.Connection]:
 
 def _check_maker(out: Path, database: sqlite3.Connection, digest: str, domain: str | None) -> None:
     """An index is of one model: features of two have nothing to do with each other."""
-    made = database.execute("SELECT model, domain FROM made_by").fetchone()
+    made = _made_by(database)
     wanted = (digest, domain)
     if made is None:
         with database:
@@ -473,6 +516,11 @@ def _check_maker(out: Path, database: sqlite3.Connection, digest: str, domain: s
             "by another model" if made[0] != wanted[0] else f"of pictures seen as {made[1] or 'any domain'}"
         )
         raise UserError(f"{out}: an index {what}: give another --out, or --rebuild to make it anew")
+
+
+def _made_by(database: sqlite3.Connection) -> tuple[str, str | None] | None:
+    """Model and domain."""
+    return database.execute("SELECT model, domain FROM made_by").fetchone()  # type: ignore[no-any-return]
 
 
 def _collection(

@@ -164,6 +164,8 @@ class Searcher:
         seen = self.embed(
             [stored_picture(open_query(query, pack.max_pixels), pack) for query in several], domain
         )
+        if limit is None and domain is not None:
+            limit = self.info.limits.get(domain)
         return self.search_features(
             seen, k, below=below, hide_duplicates=hide_duplicates, limit=limit, expand=expand
         )
