@@ -174,9 +174,11 @@ def plan(
     also tells what one would take at least. Says which pictures and weights are not there yet.
     """
     from ucir.runs.cost import describe_hours, describe_runs, plan_study
+    from ucir.runs.params import check_methods
     from ucir.runs.study import study_faults
 
     params = load_params(overrides=list(overrides or []))
+    check_methods(params)
     study_name = name or params.study.name
     chosen = plan_study(params, study_name)
     typer.echo(describe_runs(params, chosen))
@@ -298,6 +300,7 @@ def train(
         tuple(pair) if pair else None,
         tuple(seed) if seed else None,
     )
+    _check_read(params, changes, method, dataset)
     if dry_run:
         from ucir.runs.cost import describe
 
@@ -359,11 +362,14 @@ def tune(
     """
     params = _params_to_train_with(overrides or [])
     if name is None:
-        for sweep, block in params.sweeps.items():
+        for title, block in params.sweeps.items():
             keys = ", ".join(block.space)
-            typer.echo(f"{sweep}: {block.method} on {block.dataset}, {block.candidates} candidates of {keys}")
+            typer.echo(f"{title}: {block.method} on {block.dataset}, {block.candidates} candidates of {keys}")
         typer.echo("Next: `uv run ucir tune NAME`, or write your own under `sweeps` (`ucir tune --help`)")
         return
+    if name in params.sweeps:
+        sweep = params.sweeps[name]
+        _check_read(params, overrides or [], sweep.method, sweep.dataset)
     if dry_run:
         from ucir.runs.sweep import describe_sweep
 
@@ -693,6 +699,20 @@ def _params_to_train_with(overrides: Sequence[str]) -> Params:
                     f"make these: write it into {PARAMS_FILE} and run `uv run dvc repro prepare`"
                 )
     return load_params(overrides=overrides, raw=raw)  # the blocks are shared: overridden once more
+
+
+def _check_read(params: Params, overrides: Sequence[str], method: str, dataset: str) -> None:
+    """Raises UserError: a method's block is wrong; a training of this method does not read an override."""
+    from ucir.methods.registry import params_block
+    from ucir.runs.params import check_methods
+
+    check_methods(params)
+    reads = {"methods": f"methods.{params_block(method)}.{dataset}.", "datasets": f"datasets.{dataset}."}
+    for override in overrides:
+        key = override.partition("=")[0] + "."
+        read = reads.get(key.partition(".")[0], key)
+        if not key.startswith(read) and not read.startswith(key):
+            raise UserError(f"--set {override}: {method} on {dataset} reads {read[:-1]}")
 
 
 def _dataset_block(dataset: str, overrides: Sequence[str] = ()) -> DatasetParams:

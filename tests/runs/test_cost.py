@@ -13,6 +13,7 @@ from tests.conftest import ROOT, ucir
 from ucir.cluster.launch import train_all
 from ucir.config.load import Params, load_params
 from ucir.data.splits import directions
+from ucir.errors import UserError
 from ucir.methods.registry import METHODS
 from ucir.reports.reference import printed_cells
 from ucir.reports.table import MEAN
@@ -146,6 +147,23 @@ def test_a_machine_is_measured_without_any_picture_and_once(
     again = Machine(torch.device("cpu"))
     assert again.pace(params.datasets["shapes"], wanted, method) == pace
     assert again.taken == 1
+
+
+@pytest.mark.parametrize(
+    ("command", "override", "message"),
+    [
+        ("plan", "methods.uem.shapes.lrr=1", r"methods\.uem\.shapes\.lrr: unknown key; did you mean 'lr'"),
+        ("train", "methods.uem.shapes.lr=1", r"ucdir on shapes reads methods\.ucdir\.shapes$"),
+        ("train", "methods.ucdir.shapes.lr=1e30", "ucdir with these settings, on noise: .* not finite"),
+    ],
+)
+def test_settings_that_are_wrong_or_not_read_are_refused(
+    prepared: Path, store: str, command: str, override: str, message: str
+) -> None:
+    arguments = ("--dataset", "shapes", "--dry-run") if command == "train" else ()
+    with pytest.raises(UserError, match=message) as error:
+        ucir(command, *arguments, "--set", override)
+    assert "\n" not in str(error.value)
 
 
 def test_a_machine_is_measured_where_nothing_may_be_written(

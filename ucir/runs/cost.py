@@ -41,6 +41,7 @@ from ucir.runs.dependencies import code_version, training_modules
 from ucir.runs.params import method_params
 from ucir.runs.run import PairRun, content_key, plan_runs
 from ucir.runs.study import known_domains, study_runs
+from ucir.training.diagnosis import NotFiniteError
 from ucir.training.training import Training
 
 STEPS = 3
@@ -148,7 +149,10 @@ class Machine:
             }
         )
         if key not in self.remembered:
-            self.remembered[key] = asdict(self._measured(block, params, method))
+            try:
+                self.remembered[key] = asdict(self._measured(block, params, method))
+            except NotFiniteError as error:
+                raise UserError(f"{method} with these settings, on noise: {error}") from None
             with suppress(OSError):  # a folder that may only be read: the next plan measures again
                 PACES.parent.mkdir(exist_ok=True)
                 write_atomically(json.dumps(self.remembered, indent=1) + "\n", PACES)

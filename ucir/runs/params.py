@@ -54,6 +54,13 @@ def method_params(params: Params, method: str, dataset: str) -> MethodParams:
     return checked(kind, given, PARAMS_FILE, where)
 
 
+def check_methods(params: Params) -> None:
+    """Every block under ``methods``. Raises UserError: as :func:`method_params`."""
+    for method, blocks in params.methods.items():
+        for dataset in blocks:
+            method_params(params, method, dataset)
+
+
 def gate_choice(params: Params, dataset: str, method: str | None) -> GateChoice:
     """A method's gate with its own K; None: that of the start.
 

@@ -23,7 +23,7 @@ from ucir.methods.registry import METHODS, params_block
 from ucir.models.pretrained import EMBEDDED_TRUNK, check_weights
 from ucir.models.trunk import check_trunk
 from ucir.paths import PACKS
-from ucir.runs.params import method_params
+from ucir.runs.params import check_methods, method_params
 
 DATASET_BLOCKS = ("pack", "view", "evaluate", "split")
 """Blocks of a data set that may be left out, but that dvc.yaml's stages depend on by name."""
@@ -39,7 +39,7 @@ class StudyFile(Block):
 
 
 def load_study(encoders: bool = False) -> Params:
-    """params.yaml with every method block of the active study checked: a typo must not wait for its stage.
+    """params.yaml with every method block checked: a typo must not wait for its stage.
 
     Args:
         encoders: check the data sets' trunks, too, as the first stages do: timm, which knows its networks'
@@ -50,6 +50,7 @@ def load_study(encoders: bool = False) -> Params:
             :func:`ucir.models.trunk.check_trunk`.
     """
     params = load_params()
+    check_methods(params)
     for run in params.study.runs.values():
         method_params(params, run.method, run.dataset)
     if encoders:
