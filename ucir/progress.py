@@ -103,6 +103,11 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
+def counted(count: int, name: str) -> str:
+    """``1 run``, ``2 runs``."""
+    return f"{count} {name}{'' if count == 1 else 's'}"
+
+
 def by_domain(title: str) -> Callable[[str, int, int], None]:
     """A callback (domain, files done, files in all) with a bar for each domain."""
     bars: dict[str, Progress] = {}

@@ -24,6 +24,7 @@ from tests.benchmarks import argument_parser
 from ucir.config.load import Params, load_params
 from ucir.errors import UserError, run_main
 from ucir.methods.registry import params_block
+from ucir.progress import counted
 from ucir.prototypes.merging import MergingLimit
 from ucir.retrieval.gate import GATES, calibrated_limit, cluster_for_gate, fit_gate, nearest_distances
 from ucir.runs.run import PairRun, plan_runs
@@ -94,7 +95,7 @@ def show_calibrated(params: Params, dataset: str, methods: list[str]) -> None:
     for method, runs in runs_of.items():
         rows = [row for run in runs for row in rejected_by_calibrated(params, run)]
         cells = "".join(f"{cell:>20.1f}" for cell in np.mean(rows, axis=0))
-        print(f"{method:<24}{cells}   {len(rows)} directions", flush=True)
+        print(f"{method:<24}{cells}   {counted(len(rows), 'direction')}", flush=True)
 
 
 def finished(params: Params, dataset: str, setting: str, methods: list[str]) -> dict[str, list[PairRun]]:

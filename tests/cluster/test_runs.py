@@ -117,7 +117,7 @@ def test_a_start_of_something_else_is_not_trained_from(prepared: Path) -> None:
         plan(**given | {"datasets__shapes__start__torchvision": "TWO"})
     with pytest.raises(UserError, match="names now"):
         plan()
-    with pytest.raises(UserError, match=r"ucdir art-photo s3, ucdir .* s3: asked for twice"):
+    with pytest.raises(UserError, match="seeds 3, 3: one stands there twice"):
         plan_runs(changed(**given), "shapes", "closed", "ucdir", seeds=(3, 3))
 
 

@@ -44,6 +44,7 @@ from ucir.errors import UserError
 from ucir.models.embedding import one_thread_a_core
 from ucir.models.model import Model, save_model, stored_picture
 from ucir.paths import check_writable, locked, write_atomically
+from ucir.progress import counted
 from ucir.retrieval.gate import FALSE_REJECTIONS, OPPOSITE, calibrated_limit
 
 FORMAT = 1
@@ -429,7 +430,7 @@ def _take_place(anew: Path, folder: Path) -> None:
 
 def describe_index(folder: Path, info: IndexInfo) -> str:
     """What was made, for people."""
-    lines = [f"{folder}: {info.count} pictures of {info.source}, by {info.model}"]
+    lines = [f"{folder}: {counted(info.count, 'picture')} of {info.source}, by {info.model}"]
     if info.domain:
         lines.append(f"seen as pictures of {info.domain}")
     faults = left_out(folder)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -36,7 +36,7 @@ from ucir.models.encoder import Encoder, new_encoder
 from ucir.models.runtime import compiled
 from ucir.models.trunk import StoredTrunk, trunk_module
 from ucir.paths import PACES, PACKS, write_atomically
-from ucir.progress import Progress, clock
+from ucir.progress import Progress, clock, counted
 from ucir.runs.dependencies import code_version, training_modules
 from ucir.runs.params import method_params
 from ucir.runs.run import PairRun, content_key, plan_runs
@@ -341,22 +341,20 @@ def describe_runs(params: Params, plan: StudyPlan) -> str:
         methods = list(dict.fromkeys(t.method for t in group))
         pairs = list(dict.fromkeys(t.pair for t in group))
         label = "" if part == ONE_PART else f"{part}: "
-        lines.append(
-            f"  {label}{dataset}, {setting}: {_counted(methods, 'method')} x {_counted(pairs, 'training')} x "
-            f"{_counted(params.studies[plan.name].seeds, 'seed')} = {_counted(group, 'run')}"
-        )
+        seeds = params.studies[plan.name].seeds
+        factors = ((methods, "method"), (pairs, "training"), (seeds, "seed"))
+        product = " x ".join(counted(len(things), name) for things, name in factors)
+        lines.append(f"  {label}{dataset}, {setting}: {product} = {counted(len(group), 'run')}")
         for method in methods:
             trainings = [t for t in group if t.method == method]
             done = sum(_identity(t) in plan.done for t in trainings)
-            lines.append(f"    {method:<16}{len(trainings):>5} runs, {done} done")
-    lines.append(f"in all: {len(plan.once)} different runs, {len(plan.once) - len(plan.left)} done")
+            lines.append(f"    {method:<16}{counted(len(trainings), 'run'):>10}, {done} done")
+    lines.append(
+        f"in all: {counted(len(plan.once), 'different run')}, {len(plan.once) - len(plan.left)} done"
+    )
     disk = _size(_disk(params, plan.once))
     lines.append(f"disk: about {disk}; DVC's cache, on the same file system, takes none (links)")
     return "\n".join(lines)
-
-
-def _counted(things: Sequence[object], name: str) -> str:
-    return f"{len(things)} {name}{'' if len(things) == 1 else 's'}"
 
 
 def describe_hours(params: Params, plan: StudyPlan) -> str:
@@ -382,7 +380,7 @@ def describe_hours(params: Params, plan: StudyPlan) -> str:
             total += seconds
             for gpu in on_gpu:
                 on_gpu[gpu] += seconds * pace.network.on(gpu) if pace.network else 0.0
-            lines.append(f"  {method} on {dataset}: {len(trainings)} runs, {_duration(seconds)}")
+            lines.append(f"  {method} on {dataset}: {counted(len(trainings), 'run')}, {_duration(seconds)}")
             progress.advance(1, f"{method} on {dataset}")
     if machine.taken:
         lines.append(f"{machine.taken} of {len(groups)} were measured before: delete {PACES} to measure anew")

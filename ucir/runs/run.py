@@ -412,6 +412,9 @@ def plan_runs(
     if dataset not in params.datasets:
         raise UserError(f"data set {dataset!r} is unknown; {nearest(dataset, params.datasets)}")
     block = params.datasets[dataset]
+    seeds = params.study.seeds if seeds is None else seeds
+    if len(set(seeds)) < len(seeds):
+        raise UserError(f"seeds {', '.join(map(str, seeds))}: one stands there twice: give each once")
     check_setting(setting)
     wanted = method_params(params, method, dataset)
     info = read_info(PACKS / dataset)
@@ -451,7 +454,7 @@ def plan_runs(
         counts = (len(kept[0]), len(kept[1]))
         where = f"{PARAMS_FILE}: methods.{params_block(method)}.{dataset}"
         _check_sizes(wanted, where, setting, pair, counts)
-        for seed in params.study.seeds if seeds is None else seeds:
+        for seed in seeds:
             order = pair[:: training_order(setting)]
             slots = dict(zip(pair, kept, strict=True))
             data = [(domain, info.fingerprints[domain], slots[domain]) for domain in order]
@@ -478,9 +481,6 @@ def plan_runs(
                     weights=start_state.get("weights", {}),
                 )
             )
-    names = [run.name for run in runs]
-    if twice := {name for name in names if names.count(name) > 1}:
-        raise UserError(f"{', '.join(sorted(twice))}: asked for twice: give each pair and seed once")
     return runs
 
 

@@ -20,6 +20,7 @@ from ucir.config.load import Params
 from ucir.config.sweep import Dimension, SweepParams
 from ucir.errors import UserError, nearest
 from ucir.methods.registry import params_block
+from ucir.progress import counted
 from ucir.retrieval.criteria import CRITERIA
 from ucir.retrieval.metrics import precision_name
 from ucir.runs.params import method_params
@@ -165,7 +166,7 @@ def described(params: Params, name: str, sweep: SweepParams, space: Mapping[str,
     return (
         f"sweep {name}: {sweep.method} on {sweep.dataset}, {sweep.candidates} candidates of "
         f"{', '.join(space)}{times} ({sweep.search}, {sweep.scheduler}), "
-        f"{trainings} trainings each, judged by {joined(sweep.objective)}"
+        f"{counted(trainings, 'training')} each, judged by {joined(sweep.objective)}"
     )
 
 
