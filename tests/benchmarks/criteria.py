@@ -10,9 +10,10 @@ join them all (the mean and the least of the ranks that they give): Spearman's r
 P@K. Over the epochs of a training: what the epoch that it picks has more than the last one. Over the methods
 of a pair, in their last epoch, and over the settings of a method: what the one that it picks has more than
 the best. Each with a 90 % interval (bootstrap over trainings; pairs and seeds; methods), and with what the
-criterion that is best on all other data sets (settings: for all other methods, too) does here. Where a study
-has several seeds, their agreement is a criterion of a method, too: the share of a picture's ten nearest of
-the other domain that two seeds have in common.
+criterion that is best on all other data sets (settings: for all other methods, too) does here, and over
+settings also the join of two to four criteria that is. Where a study has several seeds, their agreement is a
+criterion of a method, too: the share of a picture's ten nearest of the other domain that two seeds have in
+common.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ TABLE = Path(__file__).with_suffix(".csv")
 TRAINING = ("dataset", "setting", "method", "pair", "seed", "changes")
 """``changes``: what a sweep's trial has in place of the shipped settings."""
 JOINED: dict[str, Any] = {"mean rank": np.mean, "worst rank": np.min}
+WAYS = ("product", *JOINED)
 AGREEMENT = "seeds_agree"
 NAMES = [*CRITERIA, "product", *JOINED, AGREEMENT]
 COLUMNS = [*TRAINING, "epoch", "metric", "value", *CRITERIA, AGREEMENT]
@@ -231,6 +233,32 @@ def show_left_out(means: Means) -> None:
             print(f"{row}: {picked}, the best elsewhere, has {kept[picked][1]:+.1f} points here")
 
 
+def show_joins(rows: list[Row]) -> None:
+    """Of each method, what the join of two to four criteria does that is the best for all other methods."""
+    of_method: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        of_method[row["method"]].append(row)
+    joins = [(how, names) for n in (2, 3, 4) for names in combinations(CRITERIA, n) for how in WAYS]
+    lost = np.array([[_lost(group, *join) for join in joins] for group in of_method.values()])
+    here = []
+    for i, method in enumerate(of_method):
+        best = int(np.delete(lost, i, axis=0).mean(axis=0).argmin())
+        here.append(lost[i, best])
+        how, names = joins[best]
+        print(f"{method}: {how} of {', '.join(names)}, the best elsewhere, has {-here[-1]:+.1f} points here")
+    best_of_all = -lost.mean(axis=0).min()
+    print(f"mean {-np.mean(here):+.1f}; of all {len(joins)} joins the best has {best_of_all:+.1f}")
+
+
+def _lost(rows: list[Row], how: str, names: tuple[str, ...]) -> float:
+    if how == "product":
+        joined = np.array([score(row, names) for row in rows])
+    else:
+        joined = JOINED[how]([rankdata([row[name] for row in rows]) for name in names], axis=0)
+    truth = np.array([row["value"] for row in rows])
+    return float(truth.max() - truth[joined.argmax()])
+
+
 def main() -> None:
     parser = argument_parser(__doc__)
     parser.add_argument("--write", nargs="+", metavar="STUDY", default=[], help="put in what these left")
@@ -266,6 +294,11 @@ def main() -> None:
     title = "points that its settings have more than the best ones"
     show_left_out(show(f"rho over settings / {title}", over("changes", tried, "dataset")))
     show_left_out(show("the same by method", over("changes", tried, "dataset", "method"), intervals=False))
+    for dataset in dict.fromkeys(row["dataset"] for row in tried):
+        here = [row for row in tried if row["dataset"] == dataset]
+        if len({row["method"] for row in here}) > 1:
+            print(f"\n{dataset}: joins of criteria, chosen for all methods but the one that it is judged by")
+            show_joins(here)
 
 
 if __name__ == "__main__":
