@@ -703,16 +703,20 @@ def _params_to_train_with(overrides: Sequence[str]) -> Params:
 
 def _check_read(params: Params, overrides: Sequence[str], method: str, dataset: str) -> None:
     """Raises UserError: a method's block is wrong; a training of this method does not read an override."""
-    from ucir.methods.registry import params_block
+    from ucir.methods.registry import VARIANTS, params_block
     from ucir.runs.params import check_methods
 
     check_methods(params)
-    reads = {"methods": f"methods.{params_block(method)}.{dataset}.", "datasets": f"datasets.{dataset}."}
+    block = f"methods.{params_block(method)}.{dataset}."
+    reads = {"methods": block, "datasets": f"datasets.{dataset}."}
     for override in overrides:
         key = override.partition("=")[0] + "."
         read = reads.get(key.partition(".")[0], key)
         if not key.startswith(read) and not read.startswith(key):
             raise UserError(f"--set {override}: {method} on {dataset} reads {read[:-1]}")
+        field = key.removeprefix(block)[:-1]
+        if method in VARIANTS and field in VARIANTS[method][1]:
+            raise UserError(f"--set {override}: {method} has {field} {VARIANTS[method][1][field]} for good")
 
 
 def _dataset_block(dataset: str, overrides: Sequence[str] = ()) -> DatasetParams:

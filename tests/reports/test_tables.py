@@ -231,6 +231,10 @@ def test_a_standing_has_rank_gain_and_a_paired_test_over_trainings() -> None:
     assert rows["same"] == [*rows["pretrained"][:2], "+0.0", "0 of 6", ""]
     assert "partly" not in rows
     assert table.best[1] == {1}
+    other = standing_table("x", "closed", results, "P@2", "mixed")
+    assert other is not None
+    assert dict(other.rows)["up"][2:4] == ["+4.0", "6 of 6"]
+    assert other.title.split(";")[0].endswith("gain over mixed")
     apart = standing_table("x", "open", results, "P@2")
     assert apart is not None
     assert dict(apart.rows)["up"][3:] == ["12 of 12", "0.00049"], "each direction has a training of its own"

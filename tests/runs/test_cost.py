@@ -154,15 +154,20 @@ def test_a_machine_is_measured_without_any_picture_and_once(
     [
         ("plan", "methods.uem.shapes.lrr=1", r"methods\.uem\.shapes\.lrr: unknown key; did you mean 'lr'"),
         ("train", "methods.uem.shapes.lr=1", r"ucdir on shapes reads methods\.ucdir\.shapes$"),
+        (
+            "train --method ucdir-v1",
+            "methods.ucdir.shapes.distance_weight=1",
+            "ucdir-v1 has distance_weight 0.0 for good",
+        ),
         ("train", "methods.ucdir.shapes.lr=1e30", "ucdir with these settings, on noise: .* not finite"),
     ],
 )
 def test_settings_that_are_wrong_or_not_read_are_refused(
     prepared: Path, store: str, command: str, override: str, message: str
 ) -> None:
-    arguments = ("--dataset", "shapes", "--dry-run") if command == "train" else ()
+    arguments = ("--dataset", "shapes", "--dry-run") if command != "plan" else ()
     with pytest.raises(UserError, match=message) as error:
-        ucir(command, *arguments, "--set", override)
+        ucir(*command.split(), *arguments, "--set", override)
     assert "\n" not in str(error.value)
 
 

@@ -224,19 +224,19 @@ FEWEST_TESTED = 5
 
 
 def standing_table(
-    dataset: str, setting: str, scores: Scores, metric: str, start: str = PRETRAINED
+    dataset: str, setting: str, scores: Scores, metric: str, against: str = PRETRAINED
 ) -> Table | None:
-    """Rank of each method's mean, and what it gains over the start, with a paired test; last epoch.
+    """Rank of each method's mean, and what it gains over another row, with a paired test; last epoch.
 
     The test is Wilcoxon's signed-rank test, two-sided, over trainings: both directions of a pair count as one
     where they come from one training, and seeds by their mean; left out where there are fewer trainings than
-    could tell anything. None where the start has no scores, or there is one training alone.
+    could tell anything. None where that row has no scores, or there is one training alone.
 
     Args:
         dataset, setting: their names.
         scores: of all methods and of the start, by their names.
         metric: as displayed, ``P@50``.
-        start: the name of what trainings begin with.
+        against: the other row; by default what trainings begin with.
     """
     from scipy.stats import wilcoxon  # type: ignore[import-untyped]
 
@@ -249,7 +249,7 @@ def standing_table(
         for method, results in scores.items()
     }
     whole = {m: np.array([c.mean for c in cells]) for m, cells in by_unit.items() if len(cells) == len(units)}
-    if start not in whole or len(units) < 2:
+    if against not in whole or len(units) < 2:
         return None
     less = metric in ERRORS
     means = {method: cell(scores[method], metric, LAST, directions) for method in whole}
@@ -261,16 +261,17 @@ def standing_table(
     width = len(columns) if tested else len(columns) - 1
     rows = []
     for method, values in whole.items():
-        gain = values - whole[start]
+        gain = values - whole[against]
         better = int(((gain < 0) if less else (gain > 0)).sum())
         ahead = [other for other in shown.values() if other != shown[method]]
         rank = 1 + sum((other < shown[method]) == less for other in ahead)
         beside = [""] * 3
-        if method != start:
+        if method != against:
             p = f"{wilcoxon(gain).pvalue:.2g}" if gain.any() else ""
             beside = [f"{gain.mean():+.1f}".replace("-", "−"), f"{better} of {len(units)}", p]
         rows.append((row_name(method), [str(rank), str(means[method]), *beside][:width]))
-    title = f"{dataset}, {setting}: {metric}, rank of the mean, and gain over the start ({row_name(start)})"
+    other = f"the start ({row_name(against)})" if against == PRETRAINED else row_name(against)
+    title = f"{dataset}, {setting}: {metric}, rank of the mean, and gain over {other}"
     return Table(title + test, columns[:width], rows, best[:width])
 
 
