@@ -51,7 +51,7 @@ def command(project: Path, store: str, monkeypatch: pytest.MonkeyPatch) -> Comma
     params = tiny_params("images")
     params["datasets"]["pacs"] = params["datasets"]["shapes"]
     params["methods"]["consensus"] = {"pacs": {"epochs": 2, "clusters": 3}}
-    params["methods"]["ucdir"]["pacs"] = {"epochs": 2}
+    params["methods"]["ucdir"]["pacs"] = {"epochs": 2, "clusters": 4}
     write_params(project, params)
 
     def repro(arguments: list[str]) -> int:

@@ -276,16 +276,21 @@ def _worker(rank: int, pack: Path, start: Path, names: list[str], out: Path) -> 
 def test_workers_change_speed_and_never_results(
     pack: Path, start: Path, tmp_path: Path, world: int, names: list[str]
 ) -> None:
-    """Losses, gradients and features of 1 and of several gloo workers on the same global batch."""
+    """Losses, gradients and features of 1 and of several gloo workers on the same global batch.
+
+    All agree to float32's rounding. On some processors it turns rectifiers of BrAD and of the label-free
+    start, by which gradients are up to a hundredth apart; a picture that counted twice would be a twentieth.
+    """
     alone = _steps(pack, start, names)
     run_workers(world, _worker, pack, start, names, tmp_path)
     for rank in range(world):
         together = torch.load(tmp_path / f"{rank}.pt")
-        for one, many in zip(alone, together, strict=True):
+        for (name, _), one, many in zip(product(names, (0, 3)), alone, together, strict=True):
             assert many["losses"] == pytest.approx(one["losses"], rel=1e-5, abs=1e-5)
             # CoDA's gradient on the tiny network is as small as float32's noise beside the others
             scale = max(0.01, *(float(gradient.norm()) for gradient in one["gradients"].values()))
-            for name, gradient in one["gradients"].items():
-                assert float((many["gradients"][name] - gradient).norm()) < 2e-5 * scale, name
+            near = 0.02 if name in ("brad", PRETRAIN) else 2e-5
+            for layer, gradient in one["gradients"].items():
+                assert float((many["gradients"][layer] - gradient).norm()) < near * scale, (name, layer)
             for x, y in zip(one["features"], many["features"], strict=True):
                 assert torch.allclose(x, y, atol=1e-5)
