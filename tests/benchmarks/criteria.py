@@ -157,13 +157,20 @@ def write_table(rows: list[Row]) -> None:
             writer.writerow({**row, "value": f"{row['value']:.2f}", "epoch": int(row["epoch"]), **rounded})
 
 
+def join(rows: list[Row], how: str, names: tuple[str, ...]) -> np.ndarray:
+    """Of each row the product of these criteria, or what :data:`JOINED` makes of the ranks that they give."""
+    if how == "product":
+        return np.array([score(row, names) for row in rows])
+    ranks = [rankdata([row[name] for row in rows]) for name in names]
+    return np.asarray(JOINED[how](ranks, axis=0))
+
+
 def choices(rows: list[Row]) -> dict[str, tuple[float, float]]:
     """Rho with the labels' metric over these rows, and the metric of the chosen one, by criterion."""
     truth = np.array([row["value"] for row in rows])
     scores = {name: np.array([row[name] for row in rows]) for name in CRITERIA}
-    ranks = np.stack([rankdata(values) for values in scores.values()])
-    scores |= {name: join(ranks, axis=0) for name, join in JOINED.items()}
-    scores["product"] = np.array([score(row, PRODUCT) for row in rows])
+    scores |= {how: join(rows, how, tuple(CRITERIA)) for how in JOINED}
+    scores["product"] = join(rows, "product", PRODUCT)
     if all(AGREEMENT in row for row in rows):
         scores[AGREEMENT] = np.array([row[AGREEMENT] for row in rows])
     found = {LABELS: (1.0, float(truth.max()))}
@@ -251,12 +258,8 @@ def show_joins(rows: list[Row]) -> None:
 
 
 def _lost(rows: list[Row], how: str, names: tuple[str, ...]) -> float:
-    if how == "product":
-        joined = np.array([score(row, names) for row in rows])
-    else:
-        joined = JOINED[how]([rankdata([row[name] for row in rows]) for name in names], axis=0)
     truth = np.array([row["value"] for row in rows])
-    return float(truth.max() - truth[joined.argmax()])
+    return float(truth.max() - truth[join(rows, how, names).argmax()])
 
 
 def main() -> None:
