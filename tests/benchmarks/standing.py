@@ -20,7 +20,7 @@ def main() -> None:
     parser = argument_parser(__doc__)
     parser.add_argument("dataset")
     parser.add_argument("setting")
-    parser.add_argument("metric", help="as the report names it: P@50, mAP@All, null AUROC ...")
+    parser.add_argument("metric", help="as the report names it: P@50, mAP@All, 'gate AUROC' ...")
     parser.add_argument("--without", nargs="+", metavar="PAIR", default=[], help="pairs that do not count")
     parser.add_argument("--against", metavar="METHOD", default=PRETRAINED, help="default: the start")
     given = parser.parse_args()
