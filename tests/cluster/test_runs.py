@@ -117,8 +117,13 @@ def test_a_start_of_something_else_is_not_trained_from(prepared: Path) -> None:
         plan(**given | {"datasets__shapes__start__torchvision": "TWO"})
     with pytest.raises(UserError, match="names now"):
         plan()
-    with pytest.raises(UserError, match="seeds 3, 3: one stands there twice"):
-        plan_runs(changed(**given), "shapes", "closed", "ucdir", seeds=(3, 3))
+
+
+def test_a_seed_or_pair_is_given_once(prepared: Path) -> None:
+    with pytest.raises(UserError, match="seeds: 3 stands there 2 times"):
+        plan_runs(load_params(), "shapes", "closed", "ucdir", seeds=(3, 3))
+    with pytest.raises(UserError, match="pairs: 'photo-art' stands there 2 times"):
+        plan_runs(load_params(), "shapes", "closed", "ucdir", ("photo-art", "photo-art"))
 
 
 def test_a_pair_is_one_run_whichever_domain_comes_first(prepared: Path) -> None:

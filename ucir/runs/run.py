@@ -25,7 +25,7 @@ from typing import Any, Literal
 
 import torch
 
-from ucir.config.base import PARAMS_FILE
+from ucir.config.base import PARAMS_FILE, distinct
 from ucir.config.data import DatasetParams, PackParams, ViewParams
 from ucir.config.load import Params
 from ucir.config.model import EncoderParams
@@ -406,15 +406,18 @@ def plan_runs(
 
     Raises:
         UserError: an unknown name; no pack or start; more clusters than images; a batch larger than
-            the domains; start weights that do not fit, or come from something else; a seed given twice; a
-            runs folder that cannot be written.
+            the domains; start weights that do not fit, or come from something else; a seed or
+            pair given twice; a runs folder that cannot be written.
     """
     if dataset not in params.datasets:
         raise UserError(f"data set {dataset!r} is unknown; {nearest(dataset, params.datasets)}")
     block = params.datasets[dataset]
     seeds = params.study.seeds if seeds is None else seeds
-    if len(set(seeds)) < len(seeds):
-        raise UserError(f"seeds {', '.join(map(str, seeds))}: one stands there twice: give each once")
+    for what, given in (("seeds", seeds), ("pairs", pairs or ())):
+        try:
+            distinct(given)
+        except ValueError as error:
+            raise UserError(f"{what}: {error}: give each once") from None
     check_setting(setting)
     wanted = method_params(params, method, dataset)
     info = read_info(PACKS / dataset)
