@@ -16,7 +16,7 @@ import numpy as np
 
 from tests.benchmarks import argument_parser
 from ucir.errors import run_main
-from ucir.retrieval import index as build
+from ucir.retrieval import knn
 
 
 def features(count: int, dim: int, seed: int) -> Any:
@@ -34,8 +34,8 @@ def main() -> None:
     parser.add_argument("--queries", type=int, default=256)
     arguments = parser.parse_args()
     rows, queries = features(arguments.count, arguments.dim, 1), features(arguments.queries, arguments.dim, 2)
-    depth = max(build.RECALL_DEPTHS)
-    true, _ = build.exact_neighbours(queries, rows, depth)
+    depth = max(knn.RECALL_DEPTHS)
+    true, _ = knn.exact_neighbours(queries, rows, depth)
     print(
         f"{arguments.count} x {arguments.dim}, {arguments.queries} queries, {faiss.omp_get_max_threads()} "
         "threads"
@@ -46,17 +46,17 @@ def main() -> None:
         began = time.perf_counter()
         scores = search(queries)
         pace = len(queries) / (time.perf_counter() - began)
-        recall = [build.recall_at(k, scores, true) for k in (10, 200)]
+        recall = [knn.recall_at(k, scores, true) for k in (10, 200)]
         print(f"{name:24}{seconds:9.1f}{pace:11.0f}{recall[0]:11.3f}{recall[1]:12.3f}", flush=True)
 
-    line("exact", 0.0, lambda q: build.exact_neighbours(q, rows, depth)[0])
+    line("exact", 0.0, lambda q: knn.exact_neighbours(q, rows, depth)[0])
     began = time.perf_counter()
-    inverted: Any = build.learn_cells(rows, np.arange(len(rows)))
+    inverted: Any = knn.learn_cells(rows, np.arange(len(rows)))
     seconds = time.perf_counter() - began
     for probes in (1, 4, 16, 64):
         inverted.nprobe = probes
         line(f"ivf, {probes} of {inverted.nlist} cells", seconds, lambda q: inverted.search(q, depth)[0])
-    probes, _ = build.fewest_probes(inverted, rows, queries)
+    probes, _ = knn.fewest_probes(inverted, rows, queries)
     print(
         f"ucir index would look into {probes or 'all'} cells"
         if probes

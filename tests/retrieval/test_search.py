@@ -24,6 +24,7 @@ from ucir.errors import UserError
 from ucir.models.encoder import new_encoder
 from ucir.models.model import Model, save_model
 from ucir.retrieval import index as build
+from ucir.retrieval import knn
 from ucir.retrieval.gate import calibrated_limit
 from ucir.retrieval.index import File, FileEmbedder, IndexInfo, Outcome, embed_files, update_index
 from ucir.retrieval.search import Searcher
@@ -369,8 +370,8 @@ def test_an_inverted_file_is_used_where_it_recalls_and_can_forget(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(build, "EXACT_UP_TO", 100)
-    monkeypatch.setattr(build, "POINTS_A_CELL", 8)
-    monkeypatch.setattr(build, "RECALL_DEPTHS", (5,))
+    monkeypatch.setattr(knn, "POINTS_A_CELL", 8)
+    monkeypatch.setattr(knn, "RECALL_DEPTHS", (5,))
     model, many = tiny_model(), make_images(tmp_path / "many", per_class=40)
     info = index(many, model)
     assert info.kind == "ivf"
@@ -393,19 +394,19 @@ def test_an_inverted_file_is_used_where_it_recalls_and_can_forget(
     assert later.kind == "ivf"
     assert later.learnt_from == info.count, "it forgets and learns without being built anew"
     searcher = Searcher.load(many)
-    assert sorted(build._held_ids(searcher.inverted)) == sorted(searcher.id_N)
+    assert sorted(knn.held_ids(searcher.inverted)) == sorted(searcher.id_N)
     (new,) = searcher.search(many / "photo/cross/new.png", 1)
     assert new.hits[0].path == "photo/cross/new.png"
-    monkeypatch.setattr(build, "RECALL", 2.0)  # which nothing reaches
+    monkeypatch.setattr(knn, "RECALL", 2.0)  # which nothing reaches
     assert update_index(many, build.default_folder(many), model, rebuild=True).kind == "exact"
 
 
 def test_recall_counts_hits_as_near_as_the_true_ones() -> None:
     true = np.array([[0.9, 0.8, 0.7], [0.5, 0.5, 0.5]], np.float32)
     found = np.array([[0.9, 0.7, 0.6], [0.5, 0.5, 0.5]], np.float32)
-    assert build.recall_at(1, found, true) == 1
-    assert build.recall_at(2, found, true) == 0.75
-    assert build.recall_at(3, found, true) == pytest.approx(5 / 6)
+    assert knn.recall_at(1, found, true) == 1
+    assert knn.recall_at(2, found, true) == 0.75
+    assert knn.recall_at(3, found, true) == pytest.approx(5 / 6)
 
 
 def test_the_commands_teach_and_print(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

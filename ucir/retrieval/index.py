@@ -46,6 +46,7 @@ from ucir.models.model import Model, save_model, stored_picture
 from ucir.paths import check_writable, locked, write_atomically
 from ucir.progress import counted
 from ucir.retrieval.gate import FALSE_REJECTIONS, OPPOSITE, calibrated_limit
+from ucir.retrieval.knn import RECALL_DEPTHS, add_rows, exact_neighbours, fewest_probes, held_ids, learn_cells
 
 FORMAT = 1
 BATCH = 32
@@ -55,12 +56,7 @@ THUMBNAIL = 192
 """Pixels of a thumbnail's longer side."""
 EXACT_UP_TO = 200_000
 """Pictures up to which all of them are compared with a query: milliseconds."""
-RECALL = 0.99
-"""What an inverted file must reach to be used: else all pictures are compared."""
-RECALL_DEPTHS = (10, 200)
 RECALL_QUERIES = 256
-POINTS_A_CELL = 64
-"""Pictures that each cell of an inverted file is learnt from, faiss's own advice being 30 to 256."""
 SAME = 1e-4
 """1 - cosine of a picture and itself, whose features were kept in float16."""
 LISTED = 10
@@ -688,7 +684,7 @@ def _with_cells(
     known = out / f"ivf-{before.state}.faiss" if before else target
     if before and known.exists() and before.learnt_from / 2 < info.count < 2 * before.learnt_from:
         inverted: Any = faiss.read_index(str(known))
-        held = _held_ids(inverted)
+        held = held_ids(inverted)
         inverted.remove_ids(np.setdiff1d(held, ids))
         add_rows(inverted, rows, ids, np.flatnonzero(~np.isin(ids, held)))
         learnt_from = before.learnt_from
@@ -711,36 +707,6 @@ def _with_cells(
     )
 
 
-def learn_cells(rows: np.ndarray, ids: np.ndarray) -> Any:
-    """faiss's inverted file of features (N, D) under their ids, int64; 4 sqrt(N) cells."""
-    cells, dim = round(4 * len(rows) ** 0.5), rows.shape[1]
-    inverted: Any = faiss.IndexIVFFlat(faiss.IndexFlatIP(dim), dim, cells, faiss.METRIC_INNER_PRODUCT)
-    inverted.cp.seed = 0
-    inverted.cp.max_points_per_centroid = POINTS_A_CELL
-    few = min(len(rows), POINTS_A_CELL * cells)
-    chosen = np.sort(np.random.default_rng(0).choice(len(rows), few, replace=False))
-    inverted.train(np.ascontiguousarray(rows[chosen]))
-    add_rows(inverted, rows, ids, np.arange(len(rows)))
-    return inverted
-
-
-def add_rows(inverted: Any, rows: np.ndarray, ids: np.ndarray, new: np.ndarray) -> None:
-    """Add some rows, by their numbers, to an inverted file."""
-    for first in range(0, len(new), 65536):
-        part = new[first : first + 65536]
-        inverted.add_with_ids(np.ascontiguousarray(rows[part]), np.ascontiguousarray(ids[part]))
-
-
-def _held_ids(inverted: Any) -> np.ndarray:
-    lists = inverted.invlists
-    parts = [
-        faiss.rev_swig_ptr(lists.get_ids(cell), size).copy()
-        for cell in range(inverted.nlist)
-        if (size := lists.list_size(cell))
-    ]
-    return np.concatenate(parts) if parts else np.empty(0, np.int64)
-
-
 def _recall_queries(rows: np.ndarray, samples: Mapping[str, torch.Tensor]) -> tuple[np.ndarray, str]:
     """What recall is measured with: pictures like those of queries if there are any, else rows themselves."""
     if samples:
@@ -749,42 +715,6 @@ def _recall_queries(rows: np.ndarray, samples: Mapping[str, torch.Tensor]) -> tu
         return queries, f"{len(queries)} pictures of {' and '.join(samples)}"
     chosen = np.random.default_rng(1).choice(len(rows), min(RECALL_QUERIES, len(rows)), replace=False)
     return np.ascontiguousarray(rows[np.sort(chosen)]), f"{len(chosen)} pictures of the index"
-
-
-def fewest_probes(inverted: Any, rows: np.ndarray, queries: np.ndarray) -> tuple[int, dict[str, float]]:
-    """The fewest cells to look into that reach RECALL at every depth; 0 if half of them do not."""
-    true, _ = exact_neighbours(queries, rows, max(RECALL_DEPTHS))
-    probes = 1
-    while probes <= inverted.nlist // 2:
-        inverted.nprobe = probes
-        scores, _ = inverted.search(queries, max(RECALL_DEPTHS))
-        recall = {str(depth): recall_at(depth, scores, true) for depth in RECALL_DEPTHS}
-        if min(recall.values()) >= RECALL:
-            return probes, recall
-        probes *= 2
-    return 0, {}
-
-
-def recall_at(depth: int, scores_QK: np.ndarray, true_QK: np.ndarray) -> float:
-    """Share of hits that are at least as near as the true ``depth``-th: ties cost nothing.
-
-    Args:
-        depth: k of recall@k, at most K.
-        scores_QK: similarities of what was returned, best first.
-        true_QK: those of an exact search.
-    """
-    limit_Q1 = true_QK[:, depth - 1 : depth] - 1e-6
-    return float((scores_QK[:, :depth] >= limit_Q1).mean())
-
-
-def exact_neighbours(
-    queries_QD: np.ndarray, rows_ND: np.ndarray, count: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Similarities and rows of the ``count`` most similar, best first, (Q, count); all rows are compared."""
-    scores, places = faiss.knn(
-        queries_QD, rows_ND, min(count, len(rows_ND)), metric=faiss.METRIC_INNER_PRODUCT
-    )
-    return scores, places
 
 
 def _limits(

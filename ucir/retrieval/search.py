@@ -33,9 +33,9 @@ from ucir.retrieval.index import (
     REMEDY,
     IndexInfo,
     default_folder,
-    exact_neighbours,
     read_index_info,
 )
+from ucir.retrieval.knn import exact_neighbours
 
 OUTLINE, COLOURS = 0.15, 14.0
 """What near duplicates may differ in: share of the outline's bits, mean of the colours' 255. On PACS (1,500
