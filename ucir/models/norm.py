@@ -51,13 +51,13 @@ class GroupedBatchNorm2d(nn.BatchNorm2d):
             self.running_var.copy_(torch.stack(variances).mean(dim=0))
             return torch.cat(parts)
         group_B = self._group_of_rows(len(x), x.device)
-        x32 = x.float()
-        member_GB = F.one_hot(group_B, self.groups).T.to(x32.dtype)
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))  # half precision is too narrow for sums
+        member_GB = F.one_hot(group_B, self.groups).T.to(wide.dtype)
         pixels = x.shape[2] * x.shape[3]
         # two passes: the one-pass variance cancels catastrophically in fp32
         count_G1 = all_reduce_sum(member_GB.sum(dim=1, keepdim=True)) * pixels
-        mean_GC = all_reduce_sum(member_GB @ x32.sum(dim=(2, 3))) / count_G1
-        centred = x32 - mean_GC[group_B][:, :, None, None]
+        mean_GC = all_reduce_sum(member_GB @ wide.sum(dim=(2, 3))) / count_G1
+        centred = wide - mean_GC[group_B][:, :, None, None]
         variance_GC = all_reduce_sum(member_GB @ centred.square().sum(dim=(2, 3))) / count_G1
         with torch.no_grad():
             unbiased = variance_GC * (count_G1 / (count_G1 - 1))
