@@ -23,7 +23,7 @@ from ucir.errors import UserError
 from ucir.models.model import load_model
 from ucir.retrieval.evaluation import load_features
 from ucir.runs.adapt import Options, plan_adaptation
-from ucir.runs.cost import embedding_pace
+from ucir.runs.pace import embedding_pace
 
 Command = Callable[..., None]
 MEASURED: list[float] = []

@@ -7,27 +7,16 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests.conftest import ROOT, ucir
 from ucir.cluster.launch import train_all
 from ucir.config.load import Params, load_params
 from ucir.data.splits import directions
 from ucir.errors import UserError
-from ucir.methods.registry import METHODS
 from ucir.reports.reference import printed_cells
 from ucir.reports.table import MEAN
-from ucir.runs import cost as plan
-from ucir.runs.cost import (
-    RESNET50_FLOPS,
-    Machine,
-    NetworkPace,
-    Pace,
-    describe_hours,
-    describe_runs,
-    planned_trainings,
-)
-from ucir.runs.params import method_params
+from ucir.runs.cost import StudyPlan, _identity, describe_hours, describe_runs, plan_study, planned_trainings
+from ucir.runs.pace import Machine, Pace
 from ucir.runs.run import plan_runs
 
 
@@ -91,30 +80,30 @@ def test_a_plan_counts_shared_runs_once(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(Machine, "pace", lambda *arguments: Pace(step=1.0, image=0.01))
-    study = plan.plan_study(shipped, "paper")
+    study = plan_study(shipped, "paper")
     text = describe_runs(shipped, study)
     assert "UCDIR Table 1: office_home, closed: 5 methods x 6 trainings x 3 seeds = 90 runs" in text
     assert "UEM Table 8: office_home, open: 8 methods x 12 trainings x 3 seeds = 288 runs" in text
     assert "    ucdir              18 runs, 0 done\n" in text
     # UCDIR's 6 pairs of Office-Home, closed, stand in UCDIR's Table 1 and UEM's Table 5
-    identities = {plan._identity(t) for t in study.planned}
+    identities = {_identity(t) for t in study.planned}
     assert f"in all: {len(identities)} different runs" in text
     one = ("office_home", "closed", "ucdir")
     closed = [t for t in study.planned if (t.dataset, t.setting, t.method) == one]
-    assert len(closed) == 2 * len({plan._identity(t) for t in closed}) == 36
+    assert len(closed) == 2 * len({_identity(t) for t in closed}) == 36
     # partial from A to B trains on the same pictures as open from B to A: UEM's Tables 2 and 8
     uem = [t for t in study.planned if (t.dataset, t.method) == ("office_home", "uem")]
     halves = [t for t in uem if t.setting != "closed"]
-    assert len({plan._identity(t) for t in halves}) == 12 * 3
+    assert len({_identity(t) for t in halves}) == 12 * 3
     assert len(halves) == 12 * 3 * 3  # Table 4 names those of Table 8 again
     # of 200 epochs each: the larger domain's steps of a second, and both domains' images
     sizes = {"Art": 2427, "Clipart": 4365, "Product": 4439, "Real": 4357}
     pairs = [pair.split("-") for pair in shipped.datasets["office_home"].pairs]
     seconds = 3 * 200 * sum(max(sizes[a], sizes[b]) // 64 + 0.01 * (sizes[a] + sizes[b]) for a, b in pairs)
-    only = plan.StudyPlan("paper", closed, set())
+    only = StudyPlan("paper", closed, set())
     hours = describe_hours(shipped, only)
     assert f"  ucdir on office_home: 18 runs, {seconds / 3600:.0f} h\n" in hours
-    everything = plan.StudyPlan("paper", closed, {plan._identity(t) for t in closed})
+    everything = StudyPlan("paper", closed, {_identity(t) for t in closed})
     assert describe_hours(shipped, everything) == "left: nothing"
 
 
@@ -132,21 +121,6 @@ def test_a_plan_knows_what_is_done(prepared: Path, store: str) -> None:
     source = Path(params.datasets["shapes"].source)
     source.rename(source.with_name("moved"))
     assert f"Before it can run: {source}: no such folder" in ucir("plan")
-
-
-@pytest.mark.parametrize("method", ["ucdir", "uem"])  # one phase, two phases
-def test_a_machine_is_measured_without_any_picture_and_once(
-    prepared: Path, method: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    params = load_params()
-    wanted = METHODS[method].params_type(**{"epochs": 4, "batch_size": 8, "clusters": 3})
-    pace = Machine(torch.device("cpu")).pace(params.datasets["shapes"], wanted, method)
-    assert 0 < pace.image < pace.step
-    assert pace.epoch(wanted, (80, 40)) == pytest.approx(10 * pace.step + 120 * pace.image)
-    monkeypatch.setattr(plan, "_timed", None)
-    again = Machine(torch.device("cpu"))
-    assert again.pace(params.datasets["shapes"], wanted, method) == pace
-    assert again.taken == 1
 
 
 @pytest.mark.parametrize(
@@ -171,46 +145,14 @@ def test_settings_that_are_wrong_or_not_read_are_refused(
     assert "\n" not in str(error.value)
 
 
-def test_a_machine_is_measured_where_nothing_may_be_written(
-    project: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    Path("data").touch()  # nobody can make a file in there, root neither
-    monkeypatch.setattr(plan, "_timed", lambda *given: (1.0, 0.01, None))
-    params = load_params()
-    machine = Machine(torch.device("cpu"))
-    pace = machine.pace(params.datasets["shapes"], method_params(params, "ucdir", "shapes"), "ucdir")
-    assert (pace.step, pace.image) == (1.0, 0.01)
-
-
 def test_of_a_head_no_trunk_is_counted_with_each_run(
     shipped: Params, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    studied = plan.plan_study(shipped, "pacs")
+    studied = plan_study(shipped, "pacs")
     head = 128 * 1280 + (512 * 1280 + 512) + (128 * 512 + 128) + 2 * 1280  # PCA, two layers, centres
     runs = 12 * 6 * 3
     stored = 9991 * (3 * 128**2 + 7 * 2 * 1280)  # pack; features of pictures and of six views
     (size,) = re.findall(r"disk: about ([0-9.]+) GiB", describe_runs(shipped, studied))
     last = 3 * 9991 * 12 * 3 * 2 * 128  # a domain is in three pairs: features of the last epoch
     assert float(size) * 2**30 == pytest.approx(2 * runs * 4 * head + stored + last, rel=0.03)
-
-
-def test_a_network_that_takes_long_is_timed_apart(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each method then counts what goes through it."""
-    monkeypatch.setattr(plan, "SHORT", 0.0)
-    monkeypatch.setattr(
-        plan, "_network_pace", lambda *arguments: NetworkPace(100.0, 10.0, 0.5 * RESNET50_FLOPS)
-    )
-    params = load_params()
-    machine = Machine(torch.device("cpu"))
-    for method, passes in (("ucdir", 16 * 110), ("id", 16 * 100)):
-        given = {"epochs": 4, "batch_size": 8, "clusters": 3}
-        kind = METHODS[method].params_type
-        wanted = kind(**{key: value for key, value in given.items() if key in kind.model_fields})
-        pace = machine.pace(params.datasets["shapes"], wanted, method)
-        assert passes < pace.step < passes + 9, method
-        assert pace.image == 10
-        assert pace.network is not None
-        assert pace.network.on("H100") == pytest.approx(0.5 / 7006 / 100)
-    text = describe_hours(params, plan.plan_study(params, "tiny"))
-    assert "on one H100 at least" in text

@@ -35,7 +35,8 @@ from ucir.paths import MODELS, PACKS, RESULTS, SOURCES, write_atomically
 from ucir.progress import clock
 from ucir.retrieval.evaluation import checkpoint_features
 from ucir.retrieval.index import SAMPLES
-from ucir.runs.cost import Machine, embedding_pace, stored_bytes
+from ucir.runs.cost import stored_bytes
+from ucir.runs.pace import Machine, embedding_pace
 from ucir.runs.params import method_params
 from ucir.runs.run import PairRun, plan_runs
 from ucir.runs.study import StudyFile, with_blocks
