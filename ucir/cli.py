@@ -448,6 +448,7 @@ def index(
 
     build.check_collection(source)
     folder = out or build.default_folder(source)
+    build.check_folder(folder)
     cluster = ClusterParams(num_workers=workers)
     device = choose_device(cluster)
     there = folder / build.MODEL_FILE

@@ -448,3 +448,7 @@ def test_the_commands_teach_and_print(photos: Path, tmp_path: Path, monkeypatch:
     (tmp_path / "my-photos ä").rename(photos)
     with pytest.raises(UserError, match="--model 'mine': neither a file nor one"):
         ucir("index", "photos", "--model", "mine")
+    (tmp_path / "dvc.lock").write_text("stages: {sample: {outs: [{path: photos}]}, look: {cmd: look}}")
+    assert "22 pictures" in ucir("index", "photos"), "beside an output, not in it"
+    with pytest.raises(UserError, match=r"photos/cross\.index: .* removes what else lies there: .* --out"):
+        ucir("index", "photos/cross")

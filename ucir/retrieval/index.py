@@ -37,6 +37,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ucir.config.load import parse_yaml
 from ucir.data.decode import decode_image
 from ucir.data.pack import map_rows, read_index, read_info
 from ucir.data.source import NO_PICTURES, Source
@@ -245,6 +246,25 @@ def default_folder(source: Path) -> Path:
     """Beside the collection: ``photos.index``."""
     source = source.resolve()
     return source.with_name(f"{source.name}.index")
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse what `dvc repro` would remove: it leaves in a stage's output what the stage made alone.
+
+    Raises:
+        UserError: the folder lies in an output that the `dvc.lock` above it names.
+    """
+    folder = folder.resolve()
+    for project in folder.parents:
+        if (lock := project / "dvc.lock").exists():
+            stages = parse_yaml(lock).get("stages", {}).values()
+            made = [project / out["path"] for stage in stages for out in stage.get("outs", ())]
+            if within := next((path for path in made if folder.is_relative_to(path)), None):
+                raise UserError(
+                    f"{folder}: `uv run dvc repro` makes {within} and removes what else lies there: "
+                    "name another folder with --out"
+                )
+            return
 
 
 def update_index(
