@@ -387,8 +387,8 @@ def index(
     model: Annotated[
         str | None,
         typer.Option(
-            help="A name under models/, or a file. Default: that of the index, or for a new one the network "
-            "that came with the installation (`embedded`)."
+            help="A name under models/, or a file, e.g. last.pt of a training. Default: that of the index, "
+            "or for a new one the network that came with the installation (`embedded`)."
         ),
     ] = None,
     out: Annotated[

@@ -186,7 +186,8 @@ def find_model(name: str, device: torch.device | str = "cpu") -> Model:
     if not path.is_file() and not by_name.exists():
         known = [EMBEDDED, *(file.parent.name for file in MODELS.glob("*/model.pt"))]
         raise UserError(
-            f"--model {name!r}: neither a file nor one of this project's models; {nearest(name, known)}"
+            f"--model {name!r}: neither a file nor one of this project's models; {nearest(name, known)}; "
+            "of a training give the file: results/<dataset>/<setting>/<method>/train/<run>/last.pt"
         )
     return load_model(path if path.is_file() else by_name, device)
 
