@@ -14,7 +14,7 @@ from ucir.memory import Bank
 from ucir.methods.base import Method
 from ucir.methods.brad import BridgeBatch
 from ucir.methods.dgdir import PhaseFeatures, SpectralBatch
-from ucir.methods.registry import METHODS, VARIANTS
+from ucir.methods.registry import METHODS, fixed_keys
 from ucir.methods.uem import FrozenBatch
 from ucir.models.encoder import new_encoder
 
@@ -29,7 +29,7 @@ def features(seed: int, count: int = N) -> Tensor:
 
 def make(name: str, **changes: Any) -> Method[Any]:
     kind = METHODS[name]
-    params = {"epochs": 10, **changes, **VARIANTS.get(name, ("", {}))[1]}
+    params = {"epochs": 10, **changes, **fixed_keys(name)}
     if name == "coda":
         params.setdefault("clusters", [4, 8])
     if "clusters" in kind.params_type.model_fields:

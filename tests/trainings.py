@@ -11,7 +11,7 @@ from torch import Tensor
 from ucir.config.data import ViewParams
 from ucir.config.model import EncoderParams
 from ucir.data.pack import open_domain
-from ucir.methods.registry import METHODS, VARIANTS
+from ucir.methods.registry import METHODS, fixed_keys
 from ucir.training.epochs import EpochReport
 from ucir.training.training import Training
 
@@ -94,7 +94,7 @@ def training(
     images = open_domain(pack, "art"), open_domain(pack, "photo")
     kind = METHODS[name]
     known = {key: value for key, value in PARAMS.items() if key in kind.params_type.model_fields}
-    fixed = VARIANTS.get(name, ("", {}))[1]
+    fixed = fixed_keys(name)
     method = kind(kind.params_type(**{**known, **fixed, **changes}), seed)
     return Training(images, VIEW, encoder, start, method, CPU)
 

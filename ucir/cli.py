@@ -704,11 +704,12 @@ def _params_to_train_with(overrides: Sequence[str]) -> Params:
 
 def _check_read(params: Params, overrides: Sequence[str], method: str, dataset: str) -> None:
     """Raises UserError: a method's block is wrong; a training of this method does not read an override."""
-    from ucir.methods.registry import VARIANTS, params_block
+    from ucir.methods.registry import fixed_keys, params_block
     from ucir.runs.params import check_methods
 
     check_methods(params)
     block = f"methods.{params_block(method)}.{dataset}."
+    fixed = fixed_keys(method)
     reads = {"methods": block, "datasets": f"datasets.{dataset}."}
     for override in overrides:
         key = override.partition("=")[0] + "."
@@ -716,8 +717,8 @@ def _check_read(params: Params, overrides: Sequence[str], method: str, dataset: 
         if not key.startswith(read) and not read.startswith(key):
             raise UserError(f"--set {override}: {method} on {dataset} reads {read[:-1]}")
         field = key.removeprefix(block)[:-1]
-        if method in VARIANTS and field in VARIANTS[method][1]:
-            raise UserError(f"--set {override}: {method} has {field} {VARIANTS[method][1][field]} for good")
+        if field in fixed:
+            raise UserError(f"--set {override}: {method} has {field} {fixed[field]} for good")
 
 
 def _dataset_block(dataset: str, overrides: Sequence[str] = ()) -> DatasetParams:

@@ -14,7 +14,7 @@ from tests.steps import batch, features
 from ucir.config.model import EncoderParams
 from ucir.memory import Bank
 from ucir.methods.protoot import ProtoOt, ProtoOtParams
-from ucir.methods.registry import METHODS, VARIANTS
+from ucir.methods.registry import METHODS, fixed_keys
 from ucir.models.encoder import new_encoder
 from ucir.prototypes.clustering import aligned_order
 from ucir.prototypes.transport import plan_rows, similarity, transport
@@ -23,7 +23,7 @@ N, B = 40, 6
 
 
 def make(name: str = "protoot", **changes: Any) -> ProtoOt:
-    params = {"clusters": 4, "epochs": 10, **changes, **VARIANTS.get(name, ("", {}))[1]}
+    params = {"clusters": 4, "epochs": 10, **changes, **fixed_keys(name)}
     method = METHODS[name](ProtoOtParams(**params), 0)
     assert isinstance(method, ProtoOt)
     method.start((features(0), features(1, N - 5)))

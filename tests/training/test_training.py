@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from copy import deepcopy
 from itertools import product
 from pathlib import Path
@@ -262,13 +261,10 @@ class Float64Encoder(Encoder):
         return super().forward(x.double(), *args, **kwargs)
 
 
+@patch("ucir.models.encoder.Encoder", Float64Encoder)
 def _steps(pack: Path, start: Path, names: list[str]) -> list[dict[str, Any]]:
     """A step of the first and of the last phase of each method: losses, gradients, features afterwards."""
-    with patch("ucir.models.encoder.Encoder", Float64Encoder):
-        return list(_float64_steps(pack, start, names))
-
-
-def _float64_steps(pack: Path, start: Path, names: list[str]) -> Iterator[dict[str, Any]]:
+    steps = []
     for name, epoch in product(names, (0, 3)):
         run = start_training(pack) if name == PRETRAIN else training(pack, start, name=name)
         assert next(run.query.parameters()).dtype == torch.float64
@@ -278,7 +274,8 @@ def _float64_steps(pack: Path, start: Path, names: list[str]) -> Iterator[dict[s
         losses = run.train_epoch(epoch, max_steps=1)
         gradients = {name: p.grad for name, p in run.query.named_parameters()}
         features = [x.features_ND for x in run.features()]
-        yield {"losses": losses, "gradients": gradients, "features": features}
+        steps.append({"losses": losses, "gradients": gradients, "features": features})
+    return steps
 
 
 def _worker(rank: int, pack: Path, start: Path, names: list[str], out: Path) -> None:

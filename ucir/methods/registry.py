@@ -63,3 +63,8 @@ METHODS = {**_BLOCKS, **{name: _BLOCKS[block] for name, (block, _) in VARIANTS.i
 def params_block(method: str) -> str:
     """The block under ``methods`` that a method reads: a variant reads its method's."""
     return VARIANTS[method][0] if method in VARIANTS else method
+
+
+def fixed_keys(method: str) -> dict[str, Any]:
+    """The keys of that block that an ablation has for good, with their values."""
+    return VARIANTS[method][1] if method in VARIANTS else {}

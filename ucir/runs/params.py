@@ -6,7 +6,7 @@ from ucir.config.base import PARAMS_FILE, checked
 from ucir.config.load import Params
 from ucir.errors import UserError, nearest
 from ucir.methods.base import MethodParams
-from ucir.methods.registry import METHODS, VARIANTS, params_block
+from ucir.methods.registry import METHODS, VARIANTS, fixed_keys, params_block
 from ucir.prototypes.merging import MergingLimit
 from ucir.retrieval.gate import GateChoice
 
@@ -48,7 +48,7 @@ def method_params(params: Params, method: str, dataset: str) -> MethodParams:
     where = f"methods.{block}.{dataset}"
     classes = params.datasets[dataset].entry.classes  # the papers' K, but for UEM
     kind = METHODS[method].params_type
-    given = {**blocks[dataset], **VARIANTS.get(method, ("", {}))[1]}
+    given = {**blocks[dataset], **fixed_keys(method)}
     if classes and "clusters" in kind.model_fields and kind.model_fields["clusters"].is_required():
         given.setdefault("clusters", classes)
     return checked(kind, given, PARAMS_FILE, where)
