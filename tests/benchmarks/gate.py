@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from sklearn.mixture import GaussianMixture
 
-from tests.benchmarks import argument_parser
+from tests.benchmarks import REMEDY, argument_parser
 from ucir.config.load import Params, load_params
 from ucir.errors import UserError, run_main
 from ucir.methods.registry import params_block
@@ -104,7 +104,7 @@ def finished(params: Params, dataset: str, setting: str, methods: list[str]) -> 
     for method in methods:
         runs_of[method] = [run for run in plan_runs(params, dataset, setting, method) if run.done]
         if not runs_of[method]:
-            raise UserError(f"{method} on {dataset}, {setting}: no finished training")
+            raise UserError(f"{method} on {dataset}, {setting}: no finished training: {REMEDY}")
     return runs_of
 
 

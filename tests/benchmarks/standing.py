@@ -9,7 +9,7 @@ against the start. The tables and comparisons of `ucir/reports/README.md` are th
 
 from __future__ import annotations
 
-from tests.benchmarks import argument_parser
+from tests.benchmarks import REMEDY, argument_parser
 from ucir.errors import UserError, listed, nearest, run_main
 from ucir.paths import RESULTS
 from ucir.reports.table import markdown, read_results, scored_directions, standing_table
@@ -28,7 +28,8 @@ def main() -> None:
     found = sorted(str(path.parent.relative_to(folder)) for path in folder.glob("**/metrics.json"))
     scores = read_results(RESULTS, given.dataset, given.setting, found)
     if given.against not in scores:
-        raise UserError(f"{given.against}: not in {folder}, which has {listed(list(scores), 8) or 'nothing'}")
+        there = listed(list(scores), 8) or f"nothing: {REMEDY}"
+        raise UserError(f"{given.against}: not in {folder}, which has {there}")
     pairs = {f"{one}-{other}": {(one, other), (other, one)} for one, other in scored_directions(scores)}
     if unknown := [pair for pair in given.without if pair not in pairs]:
         raise UserError(f"--without {unknown[0]}: no pair of {folder}; {nearest(unknown[0], pairs)}")

@@ -415,7 +415,7 @@ def test_the_commands_teach_and_print(photos: Path, tmp_path: Path, monkeypatch:
     (photos / "cross/notes.jpg").write_text("no picture")
     few = ("index", "photos", "--model", "model.pt", "--queries", "photos/cross", "--out", "few one")
     text = ucir(*few)
-    assert "limit: none: it takes 19 pictures like a query to learn one that rejects 5 % of them" in text
+    assert "limit: not known, so every query finds something: give 19 pictures or more" in text
     assert "ucir search --index 'few one' <picture>" in text
     assert "rejects about 20 % of pictures like these" in ucir(*few, "--false-rejections", "0.2")
     made = ucir("index", "photos", "--model", "model.pt", "--queries", "photos")

@@ -470,8 +470,8 @@ def describe_index(folder: Path, info: IndexInfo) -> str:
     else:
         least = math.ceil(1 / info.false_rejections) - 1
         lines.append(
-            f"limit: none: it takes {least} pictures like a query to learn one that rejects "
-            f"{100 * info.false_rejections:g} % of them, see --queries"
+            f"limit: not known, so every query finds something: give {least} pictures or more like those you "
+            f"will ask with (--queries) to learn one that rejects {100 * info.false_rejections:g} % of them"
         )
     return "\n".join(lines)
 
