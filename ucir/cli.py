@@ -421,7 +421,8 @@ def index(
         typer.Option(help="Embed on so many workers of a Ray cluster (RAY_ADDRESS, or one started here)."),
     ] = 0,
     thumbnails: Annotated[
-        bool, typer.Option(help="Keep a small form of each picture, some 8 kB: pages and grids show these.")
+        bool,
+        typer.Option(help="Keep a small form of each new picture, some 8 kB: pages and grids show these."),
     ] = True,
     rebuild: Annotated[
         bool,
@@ -539,6 +540,10 @@ def search(
 
     if bool(query) == bool(like):
         raise UserError("give pictures to search with, or --like a picture of the index")
+    if like and (query_domain or limit is not None or expand):
+        raise UserError(
+            "--query-domain, --limit and --expand go with pictures to search with, not with --like"
+        )
     if grid and (grid.suffix.lower() != ".png" or not grid.parent.is_dir()):
         raise UserError(f"--grid {grid}: a file ending with .png in a folder that is there")
     if grid and top > MOST_IN_GRID:

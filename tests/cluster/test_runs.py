@@ -415,8 +415,12 @@ def test_two_workers_store_the_features_that_one_process_does(prepared: Path, ra
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("ray")
-def test_two_workers_index_what_one_process_does(tmp_path: Path, ray_cluster: str) -> None:
-    source = make_images(tmp_path / "many", per_class=12)
+def test_two_workers_index_what_one_process_does(
+    tmp_path: Path, ray_cluster: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_images(tmp_path / "many", per_class=12)
+    monkeypatch.chdir(tmp_path)  # workers are elsewhere
+    source = Path("many")
     (source / "art/cross/broken.png").write_bytes(b"no picture")
     model = tiny_model()
     here = update_index(source, tmp_path / "here", model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 from collections.abc import Collection, Iterator
@@ -22,7 +23,7 @@ from ucir.config.model import EncoderParams
 from ucir.data.prepare import write_pack
 from ucir.errors import UserError
 from ucir.models.encoder import new_encoder
-from ucir.models.model import Model, save_model
+from ucir.models.model import Model, save_model, stored_picture
 from ucir.retrieval import index as build
 from ucir.retrieval import knn
 from ucir.retrieval.gate import calibrated_limit
@@ -102,7 +103,43 @@ def test_an_index_brought_up_to_date_is_one_built_anew(photos: Path, tmp_path: P
     assert "not an image" in fault
     assert len(list(folder.glob("rows-*"))) == 1
     update_index(photos, folder, tiny_model(), compute=watched)
-    assert len(read) == 9
+    assert read[9:] == ["cross/broken.png"], "what was left out is looked at again"
+
+
+def test_a_file_that_could_not_be_read_is_taken_up_later(
+    photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = Path.read_bytes
+
+    def refused(path: Path) -> bytes:
+        if path.name == "1.png":
+            raise OSError(5, "Input/output error", str(path))
+        return read(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", refused)
+        assert (index(photos).count, index(photos).bad) == (19, 3)
+    assert (index(photos).count, index(photos).bad) == (22, 0)
+
+
+def test_what_could_not_be_seen_is_told(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (photos / "cross/link.png").symlink_to("nowhere")
+    (photos / "old.rar").write_bytes(b"x")
+    info = index(photos)
+    told = build.describe_index(build.default_folder(photos), info)
+    assert "left out: cross/link.png: a link that leads nowhere" in told
+    assert "old.rar: an archive of a kind that is not read" in told
+    scan = os.scandir
+
+    def closed(folder: Path) -> Any:
+        if Path(folder).name == "cross":
+            raise PermissionError
+        return scan(folder)
+
+    monkeypatch.setattr("ucir.data.source.os.scandir", closed)
+    with pytest.raises(UserError, match="cross: may not be read"):
+        index(photos)
+    assert Searcher.load(photos).info == info, "its pictures are still there"
 
 
 def test_a_file_that_went_and_came_back_is_found(photos: Path) -> None:
@@ -285,6 +322,39 @@ def test_an_index_stays_until_the_one_made_anew_is_there(photos: Path) -> None:
     assert not list(photos.parent.glob("*.new"))
 
 
+@pytest.mark.parametrize("kept", ["model.pt", "rows", "pictures.sqlite", "index.json"])
+def test_an_index_whose_place_is_taken_goes_on_after_a_kill(
+    photos: Path, monkeypatch: pytest.MonkeyPatch, kept: str
+) -> None:
+    folder, other = build.default_folder(photos), tiny_model(seed=1)
+    index(photos)
+    move, embed = Path.replace, FileEmbedder.__call__
+
+    def killed(path: Path, target: Path) -> Path:
+        if path.parent.name.endswith(".new") and target.parent == folder and path.name.startswith(kept):
+            raise KeyboardInterrupt
+        return move(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            update_index(photos, folder, other, rebuild=True)
+    with pytest.raises(UserError, match="an unfinished index"):
+        Searcher.load(folder)
+    assert (folder / "model.pt").exists(), "or the command would take another model"
+    asked: list[str] = []
+
+    def counting(embedder: FileEmbedder, batch: Any, known: Any) -> Any:
+        asked.extend(path for path, _ in batch)
+        return embed(embedder, batch, known)
+
+    monkeypatch.setattr(FileEmbedder, "__call__", counting)
+    update_index(photos, folder, other, rebuild=kept != "index.json")
+    assert not asked, "what was embedded is not embedded again"
+    index(photos, other, photos.parent / "undisturbed")
+    assert rows(folder) == rows(photos.parent / "undisturbed")
+
+
 def test_folders_likes_and_mistakes(photos: Path) -> None:
     index(photos)
     index(photos / "cross")
@@ -302,6 +372,12 @@ def test_folders_likes_and_mistakes(photos: Path) -> None:
     like = searcher.like("circle/1.png", 4)
     assert [hit.path for hit in like.hits] == [hit.path for hit in same.hits[1:5]]
     assert searcher.like(same.hits[0].id, 4).hits == like.hits
+    for number in range(3):  # its copies are itself
+        shutil.copy(photos / "circle/1.png", photos / f"cross/copy{number}.png")
+    index(photos)
+    assert Searcher.load(photos).like("circle/1.png", 4).hits == like.hits
+    folded = Searcher.load(photos).like("circle/1.png", 22, hide_duplicates=True)
+    assert sum(1 + len(hit.duplicates) for hit in folded.hits) == 21
     assert Image.open(build_thumbnail(searcher, like.hits[0].id)).size == (20, 20)
     for call, message in (
         (lambda: searcher.search(query, below="crss"), "did you mean 'cross'"),
@@ -317,6 +393,18 @@ def test_folders_likes_and_mistakes(photos: Path) -> None:
         with pytest.raises(UserError, match=message) as error:
             call()
         assert "\n" not in str(error.value)
+
+
+def test_an_expanded_query_is_the_mean_of_it_and_its_nearest(photos: Path) -> None:
+    index(photos)
+    searcher = Searcher.load(photos)
+    query = searcher.embed([stored_picture(Image.open(photos / "circle/1.png"), searcher.model.pack)])[0]
+    nearest = np.argsort(-(searcher.rows_ND @ query))[:3]
+    mean = (query + searcher.rows_ND[nearest].sum(axis=0)).astype(np.float64)
+    scores = searcher.rows_ND @ (mean / np.linalg.norm(mean))
+    (answer,) = searcher.search(photos / "circle/1.png", 5, expand=3, limit=0.5)
+    assert [hit.score for hit in answer.hits] == pytest.approx(np.sort(scores)[::-1][:5], abs=1e-5)
+    assert "nearest at distance 0.00" in answer.reason, "of the query itself, not of the mean"
 
 
 def build_thumbnail(searcher: Searcher, id: str) -> object:
@@ -441,12 +529,14 @@ def test_the_commands_teach_and_print(photos: Path, tmp_path: Path, monkeypatch:
     assert "like cross/0.png" in ucir("search", "--like", "cross/0.png", "--folder", "cross")
     with pytest.raises(UserError, match="give pictures to search with, or --like"):
         ucir("search")
+    with pytest.raises(UserError, match="not with --like"):
+        ucir("search", "--like", "cross/0.png", "--limit", "0.1")
     save_model(replace(tiny_model(), domains=("drawn", "my_photos_ä")), tmp_path / "own.pt")
     photos.rename(tmp_path / "my-photos ä")
     seen = ucir("index", "my-photos ä", "--model", "own.pt")
     assert "seen as pictures of my_photos_ä" in seen, "as `adapt` names a folder"
     (tmp_path / "my-photos ä").rename(photos)
-    with pytest.raises(UserError, match="--model 'mine': neither a file nor one"):
+    with pytest.raises(UserError, match="model 'mine': neither a file nor one"):
         ucir("index", "photos", "--model", "mine")
     (tmp_path / "dvc.lock").write_text("stages: {sample: {outs: [{path: photos}]}, look: {cmd: look}}")
     assert "22 pictures" in ucir("index", "photos"), "beside an output, not in it"

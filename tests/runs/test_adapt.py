@@ -75,8 +75,12 @@ def test_two_folders_become_a_model_in_one_file(
     command: Command, tmp_path: Path, project: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sketches, photos = fill(tmp_path / "my sketches"), fill(tmp_path / "photos", seed=1)
+    command(sketches, fill(tmp_path / "others"), dry_run=True, name="my_sketches_photos")
+    capsys.readouterr()
     command(sketches, photos, dry_run=True)
     told = capsys.readouterr().out
+    links = {path.name for path in Path("data/sources/my_sketches_photos").iterdir() if path.is_symlink()}
+    assert links == {"my_sketches", "photos"}, "not of the folders that were tried before"
     assert "24 files of my_sketches and 24 files of photos" in told
     assert "learnt with ImageNet's labels" in told
     assert "apache-2.0" in told
@@ -146,6 +150,8 @@ def test_mistakes_are_one_line_before_any_work(command: Command, tmp_path: Path,
         (tmp_path, photos, {}, "photos lies in "),
         (project, photos, {}, "holds this project"),
         (sketches, photos, {"name": "a/b"}, "--name 'a/b': give one of letters"),
+        (sketches, photos, {"name": "embedded"}, "the name of the network that came with the installation"),
+        (sketches, photos, {"name": "tiny"}, "'tiny' is another study already: give a --name"),
         (sketches, photos, {"method": "dgdir"}, "--method dgdir: no settings under methods.dgdir.pacs"),
         (
             sketches,

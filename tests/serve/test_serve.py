@@ -26,10 +26,12 @@ from starlette.testclient import TestClient
 
 from tests.conftest import draw, make_images
 from tests.retrieval.test_search import index, tiny_model
+from ucir.errors import UserError
 from ucir.retrieval import index as build
 from ucir.retrieval.search import Searcher
 from ucir.serve.app import create_app
 from ucir.serve.limits import Bounds
+from ucir.serve.run import TimedProtocol, run_server
 
 BOUNDS = Bounds(
     max_bytes=2**20, max_pixels=2_000_000, body_seconds=1.0, decode_seconds=5.0, rate="100000/minute"
@@ -59,11 +61,15 @@ def client(app: FastAPI) -> Iterator[TestClient]:
         yield client
 
 
+class Quick(TimedProtocol):
+    request_seconds = 1.0
+
+
 @pytest.fixture(scope="module")
 def address(app: FastAPI) -> Iterator[tuple[str, int]]:
     """A real server."""
     listening = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_keep_alive=5))
+    server = uvicorn.Server(uvicorn.Config(app, http=Quick, log_level="error", timeout_keep_alive=5))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
     thread.start()
     while not server.started:
@@ -281,6 +287,12 @@ def test_what_has_no_end_or_no_hurry_is_cut_off(address: tuple[str, int]) -> Non
 
     assert b" 413 " in send(endless())
     assert b" 408 " in send(slow())
+    whole = b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
+    for sent in (b"", b"GET /health HT", whole, whole + b"GET /hea"):
+        with socket.create_connection(address, timeout=10) as connection:
+            connection.sendall(sent)
+            while connection.recv(4096):  # it ends, or the test times out
+                pass
 
 
 def test_a_token_opens_the_door_and_a_rate_is_kept(photos: Path) -> None:
@@ -303,6 +315,8 @@ def test_a_token_opens_the_door_and_a_rate_is_kept(photos: Path) -> None:
         assert page.url.path == "/"
         assert not page.url.query, "the token does not stay in the address"
         assert client.get("/api/indexes").status_code == 200, "a cookie holds it"
+    with pytest.raises(UserError, match="--token: is empty"):
+        run_server([build.default_folder(photos)], "0.0.0.0", 0, token="")
 
 
 def test_an_index_brought_up_to_date_is_taken_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -322,6 +336,19 @@ def test_an_index_brought_up_to_date_is_taken_up(tmp_path: Path, monkeypatch: py
             assert time.monotonic() < until
             time.sleep(0.05)
         assert client.post(SEARCH + "&k=1", files=form(new)).json()["hits"][0]["name"] == "cross/new.png"
+        assert client.post(SEARCH, files=form(new)).json()["accepted"] is None
+        model = tiny_model()
+        queries = {"drawn": build.sample_features(model, tmp_path / "photos")}
+        build.update_index(
+            tmp_path / "photos",
+            tmp_path / "photos.index",
+            model,
+            query_features=queries,
+            false_rejections=0.2,
+        )
+        while client.post(SEARCH, files=form(new)).json()["accepted"] is None:
+            assert time.monotonic() < until, "limits are taken up, too"
+            time.sleep(0.05)
 
 
 def test_the_description_is_kept_to(photos: Path) -> None:

@@ -23,11 +23,13 @@ def embed_on_ray(embedder: FileEmbedder, cluster: ClusterParams) -> Compute:
     def compute(files: Iterator[File], known: Collection[bytes]) -> Iterator[list[tuple[str, Outcome]]]:
         import ray
 
-        rows = [{"path": path, "file": str(getattr(read, "__self__", ""))} for path, read in files]
+        readers = [(path, getattr(read, "__self__", None)) for path, read in files]
+        if not all(isinstance(file, Path) for _, file in readers):
+            raise UserError("workers read folders alone: unpack the archive into one that all machines see")
+        # workers run in another folder than this process
+        rows = [{"path": path, "file": str(file.absolute())} for path, file in readers if file]
         if not rows:
             return
-        if not all(row["file"] for row in rows):
-            raise UserError("workers read folders alone: unpack the archive into one that all machines see")
         connect(cluster, "")
         gpu = wants_gpu(cluster)
         ray.data.DataContext.get_current().enable_progress_bars = False

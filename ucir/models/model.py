@@ -167,8 +167,12 @@ def model_file(name: str) -> Path:
     """Where this project keeps a model.
 
     Raises:
-        UserError: a name that cannot be a folder's.
+        UserError: a name that cannot be a folder's, or stands for the network of the installation.
     """
+    if name == EMBEDDED:
+        raise UserError(
+            f"model {name!r}: the name of the network that came with the installation: give another"
+        )
     if not re.fullmatch(r"[A-Za-z0-9_.-]*[A-Za-z0-9_-]", name):
         raise UserError(f"model {name!r}: letters, digits, '_', '-' and '.' alone")
     return MODELS / name / "model.pt"
@@ -186,7 +190,7 @@ def find_model(name: str, device: torch.device | str = "cpu") -> Model:
     if not path.is_file() and not by_name.exists():
         known = [EMBEDDED, *(file.parent.name for file in MODELS.glob("*/model.pt"))]
         raise UserError(
-            f"--model {name!r}: neither a file nor one of this project's models; {nearest(name, known)}; "
+            f"model {name!r}: neither a file nor one of this project's models; {nearest(name, known)}; "
             "of a training give the file: results/<dataset>/<setting>/<method>/train/<run>/last.pt"
         )
     return load_model(path if path.is_file() else by_name, device)

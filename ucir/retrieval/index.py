@@ -111,6 +111,8 @@ class IndexInfo:
     """By the query's domain: 1 - cosine of the nearest picture beyond which nothing is like a query."""
     false_rejections: float = FALSE_REJECTIONS
     """Share of pictures like those that the limits are learnt from which they reject."""
+    notes: list[str] = field(default_factory=list)
+    """What of the collection could not be seen, or is doubtful, one line each."""
 
 
 @dataclass(frozen=True)
@@ -309,7 +311,7 @@ def update_index(
         info = update_index(source, anew, model, domain, compute, progress, thumbnails, *given)
         _take_place(anew, out)
         return info
-    files, reads = _collection(source, model)
+    files, reads, notes = _collection(source, model)
     if not files:
         raise UserError(f"{source}: no picture in it: give a folder of picture files")
     check_writable(out)
@@ -341,6 +343,7 @@ def update_index(
             "exact",
             recall={str(depth): 1.0 for depth in RECALL_DEPTHS},
             recall_queries="all are compared",
+            notes=notes,
         )
         info = _with_cells(out, info, before, rows, ids, samples)
         if false_rejections is None:
@@ -364,7 +367,7 @@ def sample_features(model: Model, source: Path, count: int = SAMPLES) -> torch.T
     Raises:
         UserError: no such collection, or no picture in it.
     """
-    files, read = _collection(source, model)
+    files, read, _ = _collection(source, model)
     chosen = sorted(files, key=lambda path: hashlib.sha256(path.encode()).digest())[:count]
     outcomes = [
         one for part in embed_files(FileEmbedder(model, None, False))(read(chosen), ()) for one in part
@@ -415,8 +418,11 @@ def _folder_anew(folder: Path, model: Model, domain: str | None) -> Path:
     """Beside an index, with what a killed attempt left there if that was for the same model and domain."""
     anew = folder.resolve().with_name(f"{folder.resolve().name}.new")
     if (anew / DATABASE).exists():
-        with _database(anew) as database:
-            made = _made_by(database)
+        try:
+            with _database(anew) as database:
+                made = _made_by(database)
+        except UserError:  # damaged
+            made = None
         if made != (model.digest(), domain):
             shutil.rmtree(anew)
     return anew
@@ -434,13 +440,22 @@ def _choices(folder: Path, model: Model) -> tuple[dict[str, torch.Tensor] | None
 
 
 def _take_place(anew: Path, folder: Path) -> None:
-    """Put an index in the place of another one."""
+    """Put an index in the place of another one.
+
+    After a kill in between the same command goes on: a model is there throughout, and what was embedded stays
+    in the new folder until last.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    order = {MODEL_FILE: 0, DATABASE: 2, INFO_FILE: 3}
     with locked(folder / "lock", f"{folder}: another process is writing this index"):
+        (folder / INFO_FILE).unlink(missing_ok=True)  # readers are told that it is unfinished
+        (anew / "lock").unlink()
+        files = sorted(anew.iterdir(), key=lambda file: order.get(file.name, 1))
         for file in _index_files(folder):
-            file.unlink()
-        for file in sorted(anew.iterdir(), key=lambda file: file.name == INFO_FILE):
-            shutil.move(file, folder / file.name)
+            if file.name not in {"lock", *(there.name for there in files)}:
+                file.unlink()
+        for file in files:
+            file.replace(folder / file.name)
     anew.rmdir()
 
 
@@ -449,10 +464,11 @@ def describe_index(folder: Path, info: IndexInfo) -> str:
     lines = [f"{folder}: {counted(info.count, 'picture')} of {info.source}, by {info.model}"]
     if info.domain:
         lines.append(f"seen as pictures of {info.domain}")
-    faults = left_out(folder)
-    lines += [f"left out: {path}: {fault}" for path, fault in faults[:LISTED]]
-    if len(faults) > LISTED:
-        lines.append(f"left out: {len(faults) - LISTED} more")
+    faults = [f"left out: {path}: {fault}" for path, fault in left_out(folder)]
+    for told in (info.notes, faults):
+        lines += told[:LISTED]
+        if len(told) > LISTED:
+            lines.append(f"and {len(told) - LISTED} more like these")
     if info.kind == "exact":
         lines.append("search: each query is compared with all pictures")
     else:
@@ -542,18 +558,21 @@ def _made_by(database: sqlite3.Connection) -> tuple[str, str | None] | None:
 
 def _collection(
     source: Path, model: Model
-) -> tuple[dict[str, str], Callable[[Collection[str]], Iterator[File]]]:
-    """Files of a collection by path with a stamp that changes with their content, and what reads them."""
+) -> tuple[dict[str, str], Callable[[Collection[str]], Iterator[File]], list[str]]:
+    """Files of a collection by path, each with a stamp that changes with it; what reads them; notes."""
     check_collection(source)
     if (source / "pack.json").exists():
-        return _pack_files(source, model)
+        return *_pack_files(source, model), []
     opened = Source(source)
+    if opened.closed:  # else its pictures would leave the index
+        raise UserError(f"{source / opened.closed[0]}: may not be read: change its permissions")
+    notes = [*opened.notes, *(f"left out: {name}: a link that leads nowhere" for name in opened.dangling)]
     names = [name for name in opened.names if not name.lower().endswith(NO_PICTURES)]
     in_tree = set(opened.tree)
     stamps = {archive: _stamp(archive) for archive in opened.archives}
     of_archive = {name: stamps[archive] for archive, members in opened.members.items() for name in members}
     files = {name: _stamp(opened.root / name) if name in in_tree else of_archive[name] for name in names}
-    return files, opened.read
+    return files, opened.read, notes
 
 
 def _stamp(file: Path) -> str:
@@ -593,7 +612,8 @@ def _take_up(
     progress: Callable[[int, int], None],
 ) -> None:
     """Bring the database to the files that there are; each batch is kept as it is done."""
-    there = dict(database.execute("SELECT path, stamp FROM file"))
+    # a file that was left out is looked at again: its disk or its permissions may be better now
+    there = dict(database.execute("SELECT path, CASE WHEN fault IS NULL THEN stamp END FROM file"))
     with database:
         database.executemany(
             "DELETE FROM file WHERE path = ?", [(path,) for path in there.keys() - files.keys()]

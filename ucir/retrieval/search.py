@@ -127,7 +127,7 @@ class Searcher:
             UserError: as :meth:`load`.
         """
         info = read_index_info(self.folder)
-        if info.state == self.info.state:
+        if info == self.info:
             return self
         if info.model_digest != self.info.model_digest:
             return self.load(self.folder, self.model.encoder.device)
@@ -192,6 +192,19 @@ class Searcher:
         expand: int = 0,
     ) -> list[Answer]:
         """As :meth:`search`, of unit features (Q, D), float32."""
+        return self._search(queries_QD, k, below, hide_duplicates, limit, expand)
+
+    def _search(
+        self,
+        queries_QD: np.ndarray,
+        k: int,
+        below: str | None,
+        hide_duplicates: bool,
+        limit: float | None,
+        expand: int = 0,
+        without: bytes | None = None,
+    ) -> list[Answer]:
+        """The same, ``without`` pictures of this hash."""
         if k < 1:
             raise UserError(f"k = {k}: at least 1")
         features = queries_QD
@@ -199,23 +212,25 @@ class Searcher:
             near = self._neighbours(features, expand, below)[1]
             mean = features + sum(self.rows_ND[near[:, place]] for place in range(near.shape[1]))
             features = F.normalize(torch.from_numpy(mean), dim=1).numpy()
-        depth = 2 * k + 8 if hide_duplicates else k
+        depth = 2 * k + 8 if hide_duplicates or without else k
         while True:
             scores, rows = self._neighbours(features, depth, below)
-            hits = [self._hits(*found, k, hide_duplicates) for found in zip(scores, rows, strict=True)]
+            hits = [
+                self._hits(*found, k, hide_duplicates, without) for found in zip(scores, rows, strict=True)
+            ]
             if rows.shape[1] < depth or all(len(of_query) == k for of_query in hits):
                 break
             depth *= 4
         nearest_Q = 1 - (self._neighbours(queries_QD, 1, below)[0] if expand else scores)[:, 0]
         return [
-            Answer(of_query, *self._verdict(float(distance), limit))
+            Answer(of_query, *self._verdict(max(0.0, float(distance)), limit))  # rounding may leave -1e-7
             for of_query, distance in zip(hits, nearest_Q, strict=True)
         ]
 
     def like(
         self, picture: str, k: int = 10, *, below: str | None = None, hide_duplicates: bool = False
     ) -> Answer:
-        """Pictures like one of the index, which needs not be looked at again.
+        """Pictures like one of the index, but for itself and its copies; it needs not be looked at again.
 
         Args:
             picture: its path below the collection, or its id.
@@ -226,12 +241,8 @@ class Searcher:
         """
         digest, stored = self._known(picture)
         feature = np.frombuffer(stored, np.float32)[None]
-        (answer,) = self.search_features(
-            feature, k + 1, below=below, hide_duplicates=hide_duplicates, limit=2.0
-        )
-        others = [hit for hit in answer.hits if hit.id != digest.hex()][:k]
-        hits = tuple(replace(hit, rank=rank) for rank, hit in enumerate(others, start=1))
-        return Answer(hits, None, f"like {picture}")
+        (answer,) = self._search(feature, k, below, hide_duplicates, limit=2.0, without=digest)
+        return Answer(answer.hits, None, f"like {picture}")
 
     def thumbnail(self, id: str) -> bytes:
         """A picture's small form, JPEG. Raises UserError: no such picture, or none was kept."""
@@ -309,11 +320,13 @@ class Searcher:
         )
         return [name for (name,) in found if name]
 
-    def _hits(self, scores: np.ndarray, rows: np.ndarray, k: int, hide: bool) -> tuple[Hit, ...]:
+    def _hits(
+        self, scores: np.ndarray, rows: np.ndarray, k: int, hide: bool, without: bytes | None
+    ) -> tuple[Hit, ...]:
         hits: list[Hit] = []
         looks = np.empty((k, LOOK), np.uint8)
         for score, file in zip(scores, self._files(rows), strict=True):
-            if file is None:
+            if file is None or file[1] == without:
                 continue
             path, digest, look = file
             seen = np.frombuffer(look, np.uint8)

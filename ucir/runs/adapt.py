@@ -28,7 +28,7 @@ from ucir.methods.base import ClusteredParams
 from ucir.methods.registry import METHODS, params_block
 from ucir.models.card import model_card
 from ucir.models.encoder import new_encoder
-from ucir.models.model import load_model, save_model
+from ucir.models.model import load_model, model_file, save_model
 from ucir.models.pretrained import EMBEDDED, EMBEDDED_SIDE, EMBEDDED_TRUNK, HUB
 from ucir.models.trunks.timm import options as check_timm
 from ucir.paths import MODELS, PACKS, RESULTS, SOURCES, write_atomically
@@ -151,10 +151,13 @@ def plan_adaptation(first: Path, second: Path, name: str | None, options: Option
         name = re.sub(r"[^A-Za-z0-9_.]+", "_", "_".join(folders)).strip("._")
     if not re.fullmatch(r"[A-Za-z0-9_.]+", name):
         raise UserError(f"--name {name!r}: give one of letters A to Z, digits, '_' and '.' alone")
+    model_file(name)  # which refuses a name that stands for another model
     params = load_params(raw=without_study())
     there = params.datasets.get(name)
     if there and there.source != str(SOURCES / name):
         raise UserError(f"{PARAMS_FILE}: {name!r} is another data set already: give a --name")
+    if not there and name in params.studies:
+        raise UserError(f"{PARAMS_FILE}: {name!r} is another study already: give a --name")
     if there and (SOURCES / name).exists():
         known = {link.name: link.readlink() for link in SOURCES.joinpath(name).iterdir() if link.is_symlink()}
         if known and known != folders:
@@ -300,6 +303,9 @@ def _named(folders: tuple[Path, Path]) -> dict[str, Path]:
 def _link(source: Path, folders: dict[str, Path]) -> None:
     """Make the links, and a list of what lies behind them: DVC sees by it that pictures have changed."""
     source.mkdir(parents=True, exist_ok=True)
+    for link in source.iterdir():
+        if link.is_symlink() and link.name not in folders:  # of an earlier try with other folders
+            link.unlink()
     for domain, folder in folders.items():
         link = source / domain
         if not link.is_symlink() or link.readlink() != folder:

@@ -104,7 +104,7 @@ class Guard:
         host = headers.get("host", "").rpartition("@")[2]
         name = host.partition("]")[0] + "]" if host.startswith("[") else host.partition(":")[0]
         if name.lower() not in self.hosts:
-            return _refused(400, f"this server is not called {name!r}")
+            return _refused(400, f"this server is not called {name!r}: start it with --name {name}")
         if self.token and scope["path"] not in OPEN and not self._knows_token(scope, headers):
             return _refused(401, "a token is needed: open the address that the server printed")
         length = headers.get("content-length", "0")

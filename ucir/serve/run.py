@@ -7,8 +7,11 @@ import secrets
 import socket
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+from urllib.parse import quote
 
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ucir.errors import UserError
 from ucir.serve.app import create_app
@@ -37,11 +40,13 @@ def run_server(
         rate: searches of each client, ``240/minute``.
 
     Raises:
-        UserError: an index that is not there; the port is taken.
+        UserError: an index that is not there; the port is taken; an empty token.
     """
     by_name = {folder.resolve().name.removesuffix(".index"): folder for folder in folders}
     if len(by_name) < len(folders):
         raise UserError("two indexes of one name: rename one of their folders")
+    if token == "":
+        raise UserError("--token: is empty, and would let everybody in: give one, or leave the option out")
     if token is None and host not in LOCAL:
         token = secrets.token_urlsafe(24)
     everywhere = host in ("0.0.0.0", "::")
@@ -58,10 +63,13 @@ def run_server(
         raise UserError(f"--port {port} at {host}: {error.strerror}: give another one") from None
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.INFO)
     shown = socket.gethostname() if everywhere else _in_address(host)
-    address = f"http://{shown}:{listening.getsockname()[1]}/" + (f"?token={token}" if token else "")
+    address = f"http://{shown}:{listening.getsockname()[1]}/" + (
+        f"?token={quote(token, safe='')}" if token else ""
+    )
     print(f"open {address}   (Ctrl+C ends it)", flush=True)
     config = uvicorn.Config(
         app,
+        http=TimedProtocol,
         log_config=None,
         access_log=False,
         server_header=False,
@@ -78,8 +86,32 @@ def _in_address(host: str) -> str:
 
 
 def _addresses() -> set[str]:
-    """Of this machine."""
+    """Of this machine: what its name stands for, and what it reaches others from."""
+    found = set()
     try:
-        return {str(info[4][0]) for info in socket.getaddrinfo(socket.gethostname(), None)}
-    except OSError:
-        return set()
+        found |= {str(info[4][0]) for info in socket.getaddrinfo(socket.gethostname(), None)}
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as outwards:
+            outwards.connect(("192.0.2.1", 9))  # of a range for documentation; nothing is sent
+            found.add(outwards.getsockname()[0])
+    except OSError:  # no name, or no network
+        pass
+    return found
+
+
+class TimedProtocol(H11Protocol):
+    """Closes connections on which no request comes: uvicorn waits for ever for one that has begun."""
+
+    request_seconds = 20.0
+    """In which the lines before a request's body must have arrived."""
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self.loop.call_later(self.request_seconds, self._close_if_still, self.cycle)
+
+    def _close_if_still(self, before: Any) -> None:
+        if self.transport.is_closing():
+            return
+        if self.cycle is before and (self.cycle is None or self.cycle.response_complete):
+            self.transport.close()
+        else:
+            self.loop.call_later(self.request_seconds, self._close_if_still, self.cycle)
