@@ -93,6 +93,12 @@ def test_overrides_take_the_place_of_the_file(tmp_path: Path) -> None:
     params = load_params(tmp_path / "params.yaml", ["methods.ucdir.shapes.lr=0.5", "cluster.num_workers=2"])
     assert method_params(params, "ucdir", "shapes").lr == 0.5
     assert params.cluster.num_workers == 2
+    both = tiny_params("images")
+    both["datasets"]["others"] = both["datasets"]["shapes"]
+    write_params(tmp_path, both)
+    assert "*id" in (tmp_path / "params.yaml").read_text(), "the two share one block"
+    set_one = load_params(tmp_path / "params.yaml", ["datasets.shapes.view.side=64"])
+    assert [set_one.datasets[name].view.side for name in ("shapes", "others")] == [64, 16]
     wrong = load_params(tmp_path / "params.yaml", ["methods.ucdri.shapes.lr=0.5"])
     with pytest.raises(UserError, match="did you mean 'ucdir'"):
         method_params(wrong, "ucdir", "shapes")

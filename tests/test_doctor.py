@@ -133,6 +133,13 @@ def test_runs_that_wait_for_another_address_are_named_and_are_no_fault_of_this_o
     assert "for http://ada:***@127.0.0.1:1" in doctor._mlflow().text
 
 
+def test_an_address_without_a_cluster_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
+    found = doctor._ray()
+    assert not found.good
+    assert "RAY_ADDRESS=127.0.0.1:9: no Ray cluster answers there" in found.text
+
+
 def test_rays_folder_is_short(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("RAY_TMPDIR", raising=False)
     monkeypatch.setattr(tempfile, "tempdir", "/tmp")

@@ -101,6 +101,8 @@ def _ray() -> Finding:
         return Finding(True, "RAY_ADDRESS is not set: trainings run on this machine")
     try:
         resources = resources_at(address)
+    except UserError as error:
+        return Finding(False, str(error))
     except (ConnectionError, RuntimeError, ValueError) as error:
         return Finding(False, f"Ray at {address} does not answer ({error}): start it or unset RAY_ADDRESS")
     return Finding(

@@ -57,6 +57,14 @@ def with_sweep(folder: Path, **changes: Any) -> Params:
         ({"pairs": ["art-film"]}, "^the domains are|params.yaml.*art-film|pair 'art-film'"),
         ({"objective": "mutual_neighbors"}, "did you mean 'mutual_neighbours'"),
         ({"method": "ucdirr"}, "did you mean 'ucdir'"),
+        (
+            {"method": "ucdir-v3", "space": {"distance_weight": [0.1, 0.2]}},
+            "distance_weight: ucdir-v3 has distance_weight 0.0 for good",
+        ),
+        (
+            {"space": {"lr": [0.1, 0.2], "methods.ucdir.shapes.lr": [0.3, 0.4]}},
+            "methods.ucdir.shapes.lr stands there twice",
+        ),
         ({"schedular": "asha"}, "did you mean 'scheduler'"),
     ],
 )

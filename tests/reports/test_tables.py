@@ -133,6 +133,9 @@ def test_ours_stand_beside_the_printed_numbers() -> None:
         ("ucdir", ["50.5 ± 0.7 (52.0, −1.5)", "40.5 ± 0.7 (lost)", "45.5 ± 0.7 (44.0, +1.5)"]),
     ]
     assert table.best == [{1}, {1}, {1}]
+    assert len(comparison_tables(results, printed, BEST)) == any(s.epoch_choice == BEST for s in scores(0))
+    last = {"ucdir": [s for s in scores(0) if s.epoch_choice == LAST]}
+    assert not comparison_tables(last, printed, BEST), "the last epoch is not shown as the best"
     every = result_rows("x", "closed", results, printed)
     rows = {(r.method, r.query_domain, r.epoch_choice): r for r in every if r.metric == "P@2"}
     assert rows["ucdir", "art", LAST].paper_value == 52.0
@@ -182,6 +185,8 @@ def test_curves_draw() -> None:
         {"epoch": float(e), "train/loss_total": 1.0, "val/P_at_2": 5.0, "val/mAP_at_All": 6.0} for e in (0, 1)
     ]
     assert b"<svg" in curves({"a-b": history, "a-c": history}, 2)
+    without_labels = [{"epoch": 0.0, "train/loss_total": 1.0}]
+    assert b"<svg" in curves({"a-b": history, "a-c": without_labels}, 2)
 
 
 def test_names_in_any_script_are_text_in_the_figures() -> None:

@@ -123,6 +123,9 @@ def test_it_is_the_training_of_a_frozen_trunk_with_the_same_views(
     stage("embed", monkeypatch)
     params = load_params(overrides=[f"methods.{name}.shapes={{epochs: 2, batch_size: 8, clusters: 3}}"])
     (run,) = plan_runs(params, "shapes", "closed", name)
+    with monkeypatch.context() as patch:
+        patch.chdir("/")  # as workers of a cluster may
+        assert [len(images) for images in run.images()] == list(run.counts)
     cpu = torch.device("cpu")
     stored = run.new_training(cpu)
     domains = [open_domain(run.pack, domain) for domain in ("art", "photo")]

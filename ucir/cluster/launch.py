@@ -322,9 +322,14 @@ def _check_answers(address: str) -> None:
 
 
 def resources_at(address: str) -> dict[str, float]:
-    """What the cluster at an address has in all, by name; raises Ray's own errors where none answers."""
+    """What the cluster at an address has in all, by name.
+
+    Raises:
+        UserError: nothing listens there; Ray's own errors where something else does.
+    """
     import ray
 
+    _check_answers(address)
     ray.init(address, log_to_driver=False)
     try:
         resources: dict[str, float] = ray.cluster_resources()

@@ -99,6 +99,8 @@ def load_params(
     path = Path(path)
     yaml = YAML(typ="safe", pure=True)
     raw = parse_yaml(path) if raw is None else raw
+    if overrides:  # blocks that share an anchor become each its own
+        raw = _unshared(raw)
     for override in overrides:
         key, equals, value = override.partition("=")
         *blocks, last = key.split(".")
@@ -114,6 +116,12 @@ def load_params(
         except YAMLError as error:
             raise UserError(f"--set {override}: not readable as YAML: {_first_words(error)}") from None
     return checked(Params, raw, str(path))
+
+
+def _unshared(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _unshared(part) for key, part in value.items()}
+    return [_unshared(part) for part in value] if isinstance(value, list) else value
 
 
 def _first_words(error: Exception) -> str:

@@ -45,7 +45,7 @@ def curves(histories: Mapping[str, Sequence[Mapping[str, float]]], cutoff: int) 
             axes[0, column].plot(epochs, values, label=term.removeprefix("train/loss_"))
         if scored:
             for metric in (m for m in metrics((cutoff,)) if m.curve):
-                values = [entry[f"val/{metric.identifier}"] for entry in history]
+                values = [entry.get(f"val/{metric.identifier}", np.nan) for entry in history]
                 axes[1, column].plot(epochs, values, label=metric.name)
         axes[0, column].set_title(name)
         axes[-1, column].set_xlabel("epoch")

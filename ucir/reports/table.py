@@ -302,8 +302,10 @@ def comparison_tables(scores: Scores, printed: Sequence[PrintedCell], choice: st
     """Ours beside each printed table, metric by metric: ``ours (printed, difference)``.
 
     Where we have no number the cell holds the printed one alone; what the scan of the paper lost is marked.
-    The mean is ours over the table's own directions.
+    The mean is ours over the table's own directions. No table of an epoch that no method has.
     """
+    if choice != LAST and not any(s.epoch_choice == choice for results in scores.values() for s in results):
+        return []
     tables = []
     for name, metric in dict.fromkeys((entry.table, entry.metric) for entry in printed):
         entries = [e for e in printed if (e.table, e.metric) == (name, metric)]

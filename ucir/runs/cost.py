@@ -195,11 +195,11 @@ def _finished(params: Params, planned: list[PlannedTraining]) -> set[tuple[objec
     return done
 
 
-def _counts(params: Params, t: PlannedTraining) -> tuple[int, int] | None:
-    """Pictures of query and gallery domain: of the pack, else as published, else not known."""
-    block = params.datasets[t.dataset]
+def _of_domains(params: Params, dataset: str, pair: tuple[str, str]) -> dict[str, float] | None:
+    """All pictures of two domains: of the pack, else as published, else not known."""
+    block = params.datasets[dataset]
     try:
-        counts = {domain: float(count) for domain, count in read_info(PACKS / t.dataset).counts.items()}
+        counts = {domain: float(count) for domain, count in read_info(PACKS / dataset).counts.items()}
     except UserError:
         # where a class is not known, 500 is what the largest domain has
         published = block.entry.counts.items()
@@ -208,9 +208,16 @@ def _counts(params: Params, t: PlannedTraining) -> tuple[int, int] | None:
             for d, counts_of_classes in published
         }
         if block.sample:
-            counts = dict.fromkeys(t.pair, 10.0 * block.sample.per_class)
-    if not set(t.pair) <= set(counts):
+            counts = dict.fromkeys(pair, 10.0 * block.sample.per_class)
+    return {domain: counts[domain] for domain in pair} if set(pair) <= set(counts) else None
+
+
+def _counts(params: Params, t: PlannedTraining) -> tuple[int, int] | None:
+    """Pictures of query and gallery domain that take part; None where they are not known."""
+    counts = _of_domains(params, t.dataset, t.pair)
+    if counts is None:
         return None
+    block = params.datasets[t.dataset]
     classes = block.entry.class_names()
     share = [1.0, 1.0]
     if classes:
@@ -239,9 +246,10 @@ def _disk(params: Params, built: list[PlannedTraining]) -> float:
     for dataset in {t.dataset for t in built}:
         block = params.datasets[dataset]
         counts = [(t.pair, _counts(params, t) or (0, 0)) for t in built if t.dataset == dataset]
-        domains = dict(item for pair, count in counts for item in zip(pair, count, strict=True))
+        pictures = [_of_domains(params, dataset, pair) or {} for pair, _ in counts]
+        domains = {domain: count for of_pair in pictures for domain, count in of_pair.items()}
         encoder = new_encoder(block.start.encoder, 0)
-        total += _saved(encoder) + sum(stored_bytes(block, sum(domains.values()), encoder.pooled_dim))
+        total += _saved(encoder) + sum(stored_bytes(block, round(sum(domains.values())), encoder.pooled_dim))
         if block.start.trained == "head":
             encoder = new_encoder(block.start.encoder, 0, trunk=StoredTrunk(encoder.pooled_dim))
         run = (1 + block.evaluate.keep_best) * _saved(encoder)

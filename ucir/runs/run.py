@@ -174,6 +174,8 @@ class PairRun(Run):
     start: Path
     start_digest: str
     """sha256."""
+    features: Path
+    """What ``embed`` stored of the pictures, where a head is trained."""
     part: Literal["all", "last", "head"]
     """What is trained."""
     weights: dict[str, str] = field(hash=False)
@@ -220,8 +222,7 @@ class PairRun(Run):
     def images(self) -> tuple[DomainImages, ...] | tuple[DomainFeatures, ...]:
         """What training sees of the two domains."""
         if self.part == "head":
-            folder = (FEATURES / self.dataset).resolve()
-            return tuple(open_features(folder, domain, index) for domain, index in self.trained)
+            return tuple(open_features(self.features, domain, index) for domain, index in self.trained)
         return tuple(open_domain(self.pack, domain, index) for domain, index in self.trained)
 
     def model(self, encoder: Encoder, epoch: int, choice: str, scores: dict[str, float]) -> Model:
@@ -480,6 +481,7 @@ def plan_runs(
                     counts=counts,
                     start=start,
                     start_digest=start_digest,
+                    features=(FEATURES / dataset).resolve(),
                     part=block.start.trained,
                     weights=start_state.get("weights", {}),
                 )

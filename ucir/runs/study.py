@@ -250,6 +250,7 @@ def activate(path: Path, name: str, blocks: StudyFile | None = None) -> tuple[st
         for part in DATASET_BLOCKS:
             document["datasets"][dataset].setdefault(part, {})
         document["datasets"][dataset].setdefault("pairs", list(params.datasets[dataset].pairs))
+        document["datasets"][dataset].setdefault("catalogue", params.datasets[dataset].catalogue)
     for key, value in block.items():
         old = document["study"].ca.items.get(key)
         document["study"][key] = _flow(value, 1)

@@ -19,7 +19,7 @@ from ucir.config.base import PARAMS_FILE, checked
 from ucir.config.load import Params
 from ucir.config.sweep import Dimension, SweepParams
 from ucir.errors import UserError, nearest
-from ucir.methods.registry import params_block
+from ucir.methods.registry import fixed_keys, params_block
 from ucir.progress import counted
 from ucir.retrieval.criteria import CRITERIA
 from ucir.retrieval.metrics import precision_name
@@ -124,7 +124,8 @@ def check_sweep(params: Params, name: str) -> tuple[SweepParams, dict[str, Dimen
             raise UserError(f"{where}.objective: {criterion!r} is unknown; {nearest(criterion, known)}")
     prefix = f"methods.{params_block(sweep.method)}.{sweep.dataset}."
     plan_candidate(params, sweep, {})
-    space = {}
+    space: dict[str, Dimension] = {}
+    fixed = fixed_keys(sweep.method)
     for key, dimension in sweep.space.items():
         field = key.removeprefix(prefix)
         if "." in field:
@@ -134,6 +135,10 @@ def check_sweep(params: Params, name: str) -> tuple[SweepParams, dict[str, Dimen
             )
         if field not in type(base).model_fields:
             raise UserError(f"{where}.space: {key} is unknown; {nearest(field, type(base).model_fields)}")
+        if field in fixed:
+            raise UserError(f"{where}.space: {key}: {sweep.method} has {field} {fixed[field]} for good")
+        if field in space:
+            raise UserError(f"{where}.space: {key} stands there twice, by its short and its whole name")
         space[field] = dimension
         for value in dimension.ends:
             try:
