@@ -59,7 +59,7 @@ class Features:
 
     @property
     def features_ND(self) -> Tensor:
-        """All rows, gathered on every worker: nothing that training asks for."""
+        """All rows, gathered on every worker: N x D numbers travel."""
         return self.gather(self.own_ND)
 
     def on_first(self) -> Tensor:

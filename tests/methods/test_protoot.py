@@ -16,7 +16,7 @@ from ucir.memory import Bank
 from ucir.methods.protoot import ProtoOt, ProtoOtParams
 from ucir.methods.registry import METHODS, fixed_keys
 from ucir.models.encoder import new_encoder
-from ucir.prototypes.clustering import aligned_order
+from ucir.prototypes.clustering import aligned_order, kmeans
 from ucir.prototypes.transport import plan_rows, similarity, transport
 
 N, B = 40, 6
@@ -101,7 +101,10 @@ def test_marginals_are_cluster_sizes_in_the_order_of_the_prototypes() -> None:
         method.start_epoch(1, (x, x))
         if order == "aligned":
             assert method.marginals[0].tolist() == pytest.approx([sizes[2], sizes[0], sizes[1]])
-        assert sorted(method.marginals[0].tolist()) == pytest.approx(sorted(sizes.values()))
+        else:
+            clusters = kmeans(x, 3, iterations=50, restarts=20, seed=0, max_points=2000)
+            assert method.marginals[0].tolist() == pytest.approx((clusters.size_K / 35).tolist())
+            assert method.marginals[0].tolist() != pytest.approx([sizes[2], sizes[0], sizes[1]])
     uniform = make("protoot-uniform", clusters=3)
     uniform.start_epoch(0, (x, x))
     assert uniform.marginals[0].tolist() == pytest.approx([1 / 3] * 3)

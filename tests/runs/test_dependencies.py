@@ -179,7 +179,7 @@ def _recorded(monkeypatch: pytest.MonkeyPatch, module: Any) -> Iterator[set[str]
 def test_every_block_that_a_stage_reads_is_among_its_params(
     prepared: Path, store: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`source` is a dependency, as pictures; of the catalogue's entry `pretrain` tells MLflow the name alone."""
+    """`source` is a dependency, as pictures; of the catalogue `pretrain` tells MLflow the entry's name."""
     run, setting = "shapes-closed-ucdir", "shapes-closed"
     for stage, key in (
         ("prepare", "shapes"),

@@ -161,8 +161,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_named(
     assert "head.2.weight" in details["weights"]
 
 
+@pytest.mark.parametrize("networks", [("query",), ("query", "key")])
 def test_weights_that_the_last_step_spoilt_are_not_reported_as_finished(
-    pack: Path, start: Path, monkeypatch: pytest.MonkeyPatch
+    networks: tuple[str, ...], pack: Path, start: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = training(pack, start)
     original = Training.train_epoch
@@ -170,17 +171,20 @@ def test_weights_that_the_last_step_spoilt_are_not_reported_as_finished(
     def spoils(self: Training, epoch: int, **options: Any) -> dict[str, float]:
         losses = original(self, epoch, **options)
         with torch.no_grad():
-            for encoder in (self.query, self.key):
-                assert encoder is not None
-                next(encoder.parameters()).fill_(float("nan"))
+            for network in networks:
+                next(getattr(self, network).parameters()).fill_(float("nan"))
         return losses
 
     monkeypatch.setattr(Training, "train_epoch", spoils)
     reporter = Keep()
-    with pytest.raises(FloatingPointError, match="epoch 0: features are not finite after its last step"):
+    with pytest.raises(
+        FloatingPointError, match="epoch 0: weights or features are not finite after its last step"
+    ):
         train(run, reporter)
     assert not reporter.reports
-    assert reporter.details["inputs"]["features_a"]["not_finite"] > 0
+    spoilt = reporter.details["inputs"]["features_a"]["not_finite"] > 0
+    assert spoilt == ("key" in networks), "the key encoder follows with the next step"
+    assert sum(weight["not_finite"] for weight in reporter.details["weights"].values()) > 0
 
 
 def test_the_query_encoder_is_ranked_without_changing_the_training(pack: Path, start: Path) -> None:

@@ -32,11 +32,6 @@ def cluster_contrast(
     return total_B - (q * mean_BD).sum(dim=1) / temperature
 
 
-def sizes(label_N: Tensor, clusters: int) -> Tensor:
-    """Members of each cluster, (K, 1), at least 1."""
-    return torch.bincount(label_N, minlength=clusters).clamp(min=1)[:, None]
-
-
 def confident(
     k_BD: Tensor, label_B: Tensor, centroid_KD: Tensor, temperature: float, threshold: float
 ) -> Tensor:

@@ -204,7 +204,7 @@ class Method(ABC, Generic[P]):
 
     @abstractmethod
     def losses(self, epoch: int, batch: tuple[DomainBatch, DomainBatch]) -> dict[str, Term]:
-        """The loss terms of a step; terms of weight zero are left out."""
+        """The loss terms of a step; those whose weight is zero throughout are left out."""
 
     def after_step(self, batch: tuple[DomainBatch, DomainBatch]) -> None:
         """Once the encoder has moved: what may only change when gradients are through."""
@@ -358,7 +358,7 @@ class ClusteringMethod(BankMethod[CP]):
 
 
 def cluster_figures(clusters: tuple[list[Clusters], list[Clusters]]) -> dict[str, float]:
-    """What is worth logging of an epoch's clusterings; over several K the most extreme."""
+    """What is worth logging of an epoch's clusterings: the first K, the most extreme sizes of all K."""
     figures: dict[str, float] = {}
     for side, clusterings in zip("ab", clusters, strict=True):
         figures[f"cluster/count_{side}"] = float(len(clusterings[0].size_K))

@@ -99,13 +99,17 @@ class Pcs(SingleEncoder[PcsParams], ClusteringMethod[PcsParams]):
         terms = {}
         sides = zip("ab", batch, self.clusters, self.clusters[::-1], self.temperatures, strict=True)
         for side, part, clusterings, other_clusterings, phis in sides:
-            within = [
-                prototype_contrast(part.q_BD, c.label_N[part.slot_B], c.centroid_KD, phi_K)
-                for c, phi_K in zip(clusterings, phis, strict=True)
-            ]
-            across = [self_entropy(part.q_BD, c.centroid_KD, p.cross_temperature) for c in other_clusterings]
-            terms[f"prototype_{side}"] = Term(p.prototype_weight, torch.stack(within).mean())
-            terms[f"matching_{side}"] = Term(p.cross_weight, torch.stack(across).mean())
+            if p.prototype_weight > 0:
+                within = [
+                    prototype_contrast(part.q_BD, c.label_N[part.slot_B], c.centroid_KD, phi_K)
+                    for c, phi_K in zip(clusterings, phis, strict=True)
+                ]
+                terms[f"prototype_{side}"] = Term(p.prototype_weight, torch.stack(within).mean())
+            if p.cross_weight > 0:
+                across = [
+                    self_entropy(part.q_BD, c.centroid_KD, p.cross_temperature) for c in other_clusterings
+                ]
+                terms[f"matching_{side}"] = Term(p.cross_weight, torch.stack(across).mean())
         return terms
 
     def optimizer(self, encoder: Encoder) -> torch.optim.Optimizer:

@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ucir.errors import UserError
-from ucir.losses.cluster import sizes
 from ucir.memory import Features, features_of
 
 
@@ -234,18 +233,16 @@ def _numpy(x: Tensor) -> Any:
     return np.ascontiguousarray(x.cpu().numpy(), np.float32)
 
 
-def concentration(
-    features: Tensor | Features, label_N: Tensor, centre_KD: Tensor, smooth: float = 10.0
-) -> Tensor:
-    """How spread each cluster is: mean distance of its members to its centre over log(size + smooth).
+def concentration(features: Tensor | Features, label_N: Tensor, centre_KD: Tensor) -> Tensor:
+    """How spread each cluster is: mean distance of its members to its centre over log(size + 10).
 
-    PCL (Li et al., ICLR 2021) section 3.3, likewise PCS; 0 for a cluster with fewer than two members.
+    PCL (Li et al., ICLR 2021) section 3.3 with its alpha of 10, likewise PCS; 0 for a cluster with fewer than
+    two members.
 
     Args:
         features: unit features.
         label_N: their clusters.
         centre_KD: of the clusters.
-        smooth: alpha.
 
     Returns:
         (K,) float32, >= 0.
@@ -255,7 +252,7 @@ def concentration(
     distance_N = (features.own_ND - centre_KD[own_N]).norm(dim=1)
     size_K = torch.bincount(label_N, minlength=len(centre_KD))
     sum_K = features.total(distance_N.new_zeros(len(centre_KD)).index_add_(0, own_N, distance_N))
-    phi_K = sum_K / size_K.clamp(min=1) / torch.log(size_K + smooth)
+    phi_K = sum_K / size_K.clamp(min=1) / torch.log(size_K + 10.0)
     return torch.where(size_K > 1, phi_K, torch.zeros_like(phi_K))
 
 
@@ -267,7 +264,8 @@ def raw_centroids(features: Tensor | Features, clusters: Clusters) -> Tensor:
 
 def cluster_means(features: Tensor | Features, label_N: Tensor, count: int) -> Tensor:
     """Means of the features with each label, (K, D); 0 where there is none."""
-    return features_of(features).sums(label_N, count) / sizes(label_N, count)
+    size_K1 = torch.bincount(label_N, minlength=count)[:, None]
+    return features_of(features).sums(label_N, count) / size_K1.clamp(min=1)
 
 
 def choose_clusters(features: Tensor | Features, how: str, seed: int, most: int = 100) -> int:

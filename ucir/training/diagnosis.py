@@ -44,7 +44,7 @@ def feature_fault(epoch: int, features: tuple[Features, ...], network: nn.Module
     sides = (chr(ord("a") + number) for number in range(len(features)))
     inputs = {f"features_{side}": statistics(x.own_ND) for side, x in zip(sides, features, strict=True)}
     details = {"epoch": epoch, "inputs": inputs, "weights": weights(network)}
-    return NotFiniteError(f"epoch {epoch}: features are not finite after its last step", details)
+    return NotFiniteError(f"epoch {epoch}: weights or features are not finite after its last step", details)
 
 
 def weights(network: nn.Module) -> dict[str, dict[str, float]]:

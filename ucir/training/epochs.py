@@ -100,7 +100,7 @@ def epochs(training: Training, reporter: Reporter) -> Iterator[int]:
             raise
         encoder = training.step.retrieval_encoder
         ranked = training.features(encoder) if training.key and encoder is training.query else features
-        images = training.batches.images * (len(training.batches) - first_step)
+        images = training.batches.images * (start.step - first_step)
         metrics = {
             **losses,
             **figures,

@@ -132,9 +132,11 @@ class Training:
         """An epoch's last step may have spoilt the weights without a loss to show it.
 
         Raises:
-            NotFiniteError: a feature is not finite, whichever worker's.
+            NotFiniteError: a feature, whichever worker's, or a weight is not finite: features may be the key
+                encoder's, which the last step has not reached yet.
         """
-        if any(bool(x.total((~x.own_ND.isfinite()).sum())) for x in features):
+        spoilt = any(bool(x.total((~x.own_ND.isfinite()).sum())) for x in features)
+        if spoilt or not all(bool(weight.isfinite().all()) for weight in self.query.parameters()):
             raise feature_fault(epoch, features, self.query)
 
     def state_dict(self, within_epoch: bool = False) -> dict[str, Any]:
