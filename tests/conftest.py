@@ -126,6 +126,7 @@ def tiny_params(source: str) -> dict[str, Any]:
         "datasets": {
             "shapes": {
                 "source": source,
+                "catalogue": "folder",
                 "pairs": ["art-photo", "art-real-life"],
                 "pack": {"side": 20},
                 "view": {"side": 16, "eval_crop": 1.0},
