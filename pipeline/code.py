@@ -8,11 +8,11 @@ import json
 from ucir.errors import run_main
 from ucir.paths import CODE, check_writable
 from ucir.runs.dependencies import code_hashes, stage_modules
-from ucir.runs.study import load_study
+from ucir.runs.study import check_written, load_study
 
 
 def main() -> None:
-    load_study()  # all of it, before any work: other stages depend on parts
+    check_written(load_study())  # all of it, before any work: other stages depend on parts
     check_writable(CODE)
     for stage, modules in stage_modules().items():
         text = json.dumps(code_hashes(modules), indent=1)

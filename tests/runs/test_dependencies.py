@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.conftest import ROOT, run_python
+from tests.conftest import ROOT, run_python, write_params
 from ucir.config.data import DatasetParams
+from ucir.errors import UserError
 from ucir.methods.registry import METHODS, VARIANTS
 from ucir.runs.dependencies import START, WITHOUT_RESULTS, code_hashes, stage_modules, training_modules
 
@@ -146,6 +147,13 @@ def test_pipeline_code_writes_a_file_for_each(project: Path) -> None:
     importlib.import_module("pipeline.code").main()
     written = {file.name.removesuffix(".json") for file in Path("data/code").iterdir()}
     assert written == set(stage_modules())
+    params = yaml.safe_load(Path("params.yaml").read_text())
+    del params["datasets"]["shapes"]["catalogue"]
+    write_params(project, params)
+    with pytest.raises(
+        UserError, match=r"datasets\.shapes\.catalogue: must stand there .*`uv run ucir study"
+    ):
+        importlib.import_module("pipeline.code").main()
     hashes = json.loads(Path("data/code/train-uem.json").read_text())
     assert "ucir/prototypes/merging.py" in hashes
 

@@ -59,6 +59,22 @@ def load_study(encoders: bool = False) -> Params:
     return params
 
 
+def check_written(params: Params) -> None:
+    """Every block that stages of `dvc.yaml` name must stand in the file: DVC knows no defaults.
+
+    Raises:
+        UserError: one does not; names field and remedy.
+    """
+    datasets = parse_yaml(Path(PARAMS_FILE))["datasets"]
+    for dataset in params.study.datasets:
+        for part in (*DATASET_BLOCKS, "pairs", "catalogue"):
+            if part not in datasets[dataset]:
+                raise UserError(
+                    f"{PARAMS_FILE}: datasets.{dataset}.{part}: must stand there for DVC: "
+                    f"`uv run ucir study {params.study.name}` writes its default"
+                )
+
+
 def _check_encoder(params: Params, dataset: str) -> None:
     trunk = params.datasets[dataset].start.encoder.trunk
     if trunk == {"timm": EMBEDDED_TRUNK}:  # it came with the installation
