@@ -14,6 +14,7 @@ from pydantic import Field
 from ucir.config.base import PARAMS_FILE, Block, checked
 from ucir.config.data import DatasetParams
 from ucir.config.load import Params, load_params, parse_yaml, without_study
+from ucir.data.catalogue import FOLDER
 from ucir.data.fetch import check_checkpoint
 from ucir.data.pack import read_info
 from ucir.data.prepare import source_classes, source_faults
@@ -310,7 +311,8 @@ def _add_blocks(document: Any, blocks: StudyFile) -> list[str]:
     for place, (old_blocks, new_blocks, depth) in places.items():
         for name, block in new_blocks.items():
             old = old_blocks.get(name) or {}
-            lost = [key for key, value in old.items() if value and key not in block]
+            written = {"catalogue": FOLDER}  # by this command, which will write it again
+            lost = [k for k, value in old.items() if value and k not in block and written.get(k) != value]
             if lost or any(key in old and old[key] != value for key, value in block.items()):
                 dropped = f", {', '.join(lost)} dropped" if lost else ""
                 replaced.append(f"{place}.{name}: replaced{dropped}")
