@@ -23,11 +23,14 @@ def embed_on_ray(embedder: FileEmbedder, cluster: ClusterParams) -> Compute:
     def compute(files: Iterator[File], known: Collection[bytes]) -> Iterator[list[tuple[str, Outcome]]]:
         import ray
 
-        readers = [(path, getattr(read, "__self__", None)) for path, read in files]
-        if not all(isinstance(file, Path) for _, file in readers):
-            raise UserError("workers read folders alone: unpack the archive into one that all machines see")
-        # workers run in another folder than this process
-        rows = [{"path": path, "file": str(file.absolute())} for path, file in readers if file]
+        rows = []
+        for path, read in files:
+            file = getattr(read, "__self__", None)
+            if not isinstance(file, Path):
+                raise UserError(
+                    "workers read folders alone: unpack the archive into one that all machines see"
+                )
+            rows.append({"path": path, "file": str(file.absolute())})  # workers run in another folder
         if not rows:
             return
         connect(cluster, "")

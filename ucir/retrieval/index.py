@@ -451,8 +451,9 @@ def _take_place(anew: Path, folder: Path) -> None:
         (folder / INFO_FILE).unlink(missing_ok=True)  # readers are told that it is unfinished
         (anew / "lock").unlink()
         files = sorted(anew.iterdir(), key=lambda file: order.get(file.name, 1))
+        kept = {"lock", *(file.name for file in files)}
         for file in _index_files(folder):
-            if file.name not in {"lock", *(there.name for there in files)}:
+            if file.name not in kept:
                 file.unlink()
         for file in files:
             file.replace(folder / file.name)

@@ -31,7 +31,7 @@ from ucir.models.encoder import new_encoder
 from ucir.models.model import load_model, model_file, save_model
 from ucir.models.pretrained import EMBEDDED, EMBEDDED_SIDE, EMBEDDED_TRUNK, HUB
 from ucir.models.trunks.timm import options as check_timm
-from ucir.paths import MODELS, PACKS, RESULTS, SOURCES, write_atomically
+from ucir.paths import PACKS, RESULTS, SOURCES, write_atomically
 from ucir.progress import clock
 from ucir.retrieval.evaluation import checkpoint_features
 from ucir.retrieval.index import SAMPLES
@@ -94,7 +94,7 @@ class Adaptation:
 
     @property
     def model_file(self) -> Path:
-        return MODELS / self.name / "model.pt"
+        return model_file(self.name)
 
     def is_done(self, params: Params) -> bool:
         """Whether nothing is left to do."""
@@ -260,7 +260,7 @@ def _as_before(name: str, options: Options) -> tuple[str, StudyFile] | None:
     )
     for key, wanted in asdict(options).items():
         if wanted is not None and wanted != getattr(stands, key):
-            if not (MODELS / name / "model.pt").exists():
+            if not model_file(name).exists():
                 return None
             raise UserError(
                 f"--{key} {wanted}: the model {name!r} was made with {getattr(stands, key)!r}: give another "

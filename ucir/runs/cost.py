@@ -246,8 +246,9 @@ def _disk(params: Params, built: list[PlannedTraining]) -> float:
     for dataset in {t.dataset for t in built}:
         block = params.datasets[dataset]
         counts = [(t.pair, _counts(params, t) or (0, 0)) for t in built if t.dataset == dataset]
-        pictures = [_of_domains(params, dataset, pair) or {} for pair, _ in counts]
-        domains = {domain: count for of_pair in pictures for domain, count in of_pair.items()}
+        domains: dict[str, float] = {}
+        for pair in dict.fromkeys(pair for pair, _ in counts):
+            domains |= _of_domains(params, dataset, pair) or {}
         encoder = new_encoder(block.start.encoder, 0)
         total += _saved(encoder) + sum(stored_bytes(block, round(sum(domains.values())), encoder.pooled_dim))
         if block.start.trained == "head":

@@ -26,9 +26,6 @@ from ucir.models.trunk import check_trunk
 from ucir.paths import PACKS
 from ucir.runs.params import check_methods, method_params
 
-DATASET_BLOCKS = ("pack", "view", "evaluate", "split")
-"""Blocks of a data set that may be left out, but that dvc.yaml's stages depend on by name."""
-
 
 class StudyFile(Block):
     """A small file for `ucir study FILE`: blocks to add to params.yaml, and one study."""
@@ -60,15 +57,17 @@ def load_study(encoders: bool = False) -> Params:
     return params
 
 
-def check_written(params: Params) -> None:
-    """Every block that stages of `dvc.yaml` name must stand in the file: DVC knows no defaults.
+def _defaults(block: DatasetParams) -> dict[str, Any]:
+    """What a data set may leave out, but stages of `dvc.yaml` depend on by name: DVC knows no defaults."""
+    blocks: dict[str, Any] = {part: {} for part in ("pack", "view", "evaluate", "split")}
+    return {**blocks, "pairs": list(block.pairs), "catalogue": block.catalogue}
 
-    Raises:
-        UserError: one does not; names field and remedy.
-    """
+
+def check_written(params: Params) -> None:
+    """Raises UserError: params.yaml lacks one of :func:`_defaults`; names field and remedy."""
     datasets = parse_yaml(Path(PARAMS_FILE))["datasets"]
     for dataset in params.study.datasets:
-        for part in (*DATASET_BLOCKS, "pairs", "catalogue"):
+        for part in _defaults(params.datasets[dataset]):
             if part not in datasets[dataset]:
                 raise UserError(
                     f"{PARAMS_FILE}: datasets.{dataset}.{part}: must stand there for DVC: "
@@ -264,10 +263,8 @@ def activate(path: Path, name: str, blocks: StudyFile | None = None) -> tuple[st
         raise UserError("; ".join(faults))
     block = study_block(params, name)
     for dataset in block["datasets"]:
-        for part in DATASET_BLOCKS:
-            document["datasets"][dataset].setdefault(part, {})
-        document["datasets"][dataset].setdefault("pairs", list(params.datasets[dataset].pairs))
-        document["datasets"][dataset].setdefault("catalogue", params.datasets[dataset].catalogue)
+        for part, default in _defaults(params.datasets[dataset]).items():
+            document["datasets"][dataset].setdefault(part, default)
     for key, value in block.items():
         old = document["study"].ca.items.get(key)
         document["study"][key] = _flow(value, 1)
@@ -307,11 +304,11 @@ def _add_blocks(document: Any, blocks: StudyFile) -> list[str]:
         "sweeps": (document.setdefault("sweeps", {}), blocks.sweeps, 1),
         "studies": (document["studies"], blocks.studies, 2),
     }
+    written = {"catalogue": FOLDER}  # by this command, which will write it again
     replaced = []
     for place, (old_blocks, new_blocks, depth) in places.items():
         for name, block in new_blocks.items():
             old = old_blocks.get(name) or {}
-            written = {"catalogue": FOLDER}  # by this command, which will write it again
             lost = [k for k, value in old.items() if value and k not in block and written.get(k) != value]
             if lost or any(key in old and old[key] != value for key, value in block.items()):
                 dropped = f", {', '.join(lost)} dropped" if lost else ""

@@ -6,6 +6,7 @@ import logging
 import secrets
 import socket
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -88,13 +89,11 @@ def _in_address(host: str) -> str:
 def _addresses() -> set[str]:
     """Of this machine: what its name stands for, and what it reaches others from."""
     found = set()
-    try:
+    with suppress(OSError):  # it has no name
         found |= {str(info[4][0]) for info in socket.getaddrinfo(socket.gethostname(), None)}
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as outwards:
-            outwards.connect(("192.0.2.1", 9))  # of a range for documentation; nothing is sent
-            found.add(outwards.getsockname()[0])
-    except OSError:  # no name, or no network
-        pass
+    with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as outwards:  # or no network
+        outwards.connect(("192.0.2.1", 9))  # of a range for documentation; nothing is sent
+        found.add(outwards.getsockname()[0])
     return found
 
 

@@ -136,7 +136,9 @@ class Training:
                 encoder's, which the last step has not reached yet.
         """
         spoilt = any(bool(x.total((~x.own_ND.isfinite()).sum())) for x in features)
-        if spoilt or not all(bool(weight.isfinite().all()) for weight in self.query.parameters()):
+        # one wait for the device, not one for each weight
+        whole = torch.stack([weight.isfinite().all() for weight in self.query.parameters()]).all()
+        if spoilt or not whole:
             raise feature_fault(epoch, features, self.query)
 
     def state_dict(self, within_epoch: bool = False) -> dict[str, Any]:
