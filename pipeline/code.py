@@ -5,14 +5,15 @@ from __future__ import annotations
 
 import json
 
-from ucir.errors import run_main
+from ucir.errors import UserError, run_main
 from ucir.paths import CODE, check_writable
 from ucir.runs.dependencies import code_hashes, stage_modules
-from ucir.runs.study import check_written, load_study
+from ucir.runs.study import load_study, unwritten
 
 
 def main() -> None:
-    check_written(load_study())  # all of it, before any work: other stages depend on parts
+    if faults := unwritten(load_study()):  # all of it, before any work: other stages depend on parts
+        raise UserError("; ".join(faults))
     check_writable(CODE)
     for stage, modules in stage_modules().items():
         text = json.dumps(code_hashes(modules), indent=1)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from tests.conftest import ROOT, run_python, ucir
+from tests.conftest import ROOT, run_python, ucir, write_params
 from ucir.cli import app
 from ucir.config.load import load_params, parse_yaml
 from ucir.errors import UserError
@@ -47,6 +47,13 @@ def test_studies_are_listed_and_chosen(project: Path) -> None:
     (project / "params.yaml").write_text(text.replace("name: tiny", "name: other"))
     ucir("study", "tiny")
     assert load_params().study.name == "tiny"
+    chosen = parse_yaml(project / "params.yaml")
+    write_params(project, {key: block for key, block in chosen.items() if key != "study"})
+    with pytest.raises(UserError, match=r"params\.yaml: study: missing: `uv run ucir study NAME` writes it"):
+        load_params()
+    assert "  tiny: shapes" in ucir("study")
+    ucir("study", "tiny")
+    assert parse_yaml(project / "params.yaml") == chosen
     shutil.rmtree(project / "images")
     with pytest.raises(UserError, match="images: no such folder"):
         ucir("study", "tiny")

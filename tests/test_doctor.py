@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import tiny_params, write_params
 from ucir import doctor, tracking
 from ucir.cluster import launch
 from ucir.errors import UserError
@@ -131,6 +132,23 @@ def test_runs_that_wait_for_another_address_are_named_and_are_no_fault_of_this_o
     assert "for http://ada:***@127.0.0.1:1" in found.text
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     assert "for http://ada:***@127.0.0.1:1" in doctor._mlflow().text
+
+
+def test_what_would_stop_repro_is_told(project: Path) -> None:
+    said = doctor.examine()[-1]
+    assert said == doctor.Finding(True, "params.yaml: `uv run dvc repro` runs the study 'tiny'")
+    params = tiny_params("nowhere")
+    write_params(project, params)
+    said = doctor.examine()[-1]
+    assert not said.good
+    assert "nowhere: no such folder" in said.text
+    del params["datasets"]["shapes"]["pack"]
+    params["datasets"]["shapes"]["source"] = params["study"]["datasets"]["shapes"]["source"] = "images"
+    write_params(project, params)
+    assert "datasets.shapes.pack: must stand there for DVC" in doctor.examine()[-1].text
+    params["methods"]["ucdir"]["shapes"]["lr"] = "fast"
+    write_params(project, params)
+    assert "lr = 'fast'" in doctor.examine()[-1].text
 
 
 def test_an_address_without_a_cluster_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

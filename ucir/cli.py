@@ -175,7 +175,7 @@ def plan(
     """
     from ucir.runs.cost import describe_hours, describe_runs, plan_study
     from ucir.runs.params import check_methods
-    from ucir.runs.study import study_faults
+    from ucir.runs.study import study_faults, unwritten
 
     params = load_params(overrides=list(overrides or []))
     check_methods(params)
@@ -183,7 +183,7 @@ def plan(
     chosen = plan_study(params, study_name)
     typer.echo(describe_runs(params, chosen))
     typer.echo(describe_hours(params, chosen))
-    for fault in study_faults(params, study_name):
+    for fault in (*study_faults(params, study_name), *([] if name else unwritten(params))):
         typer.echo(f"Before it can run: {fault}")
     typer.echo("Next: `uv run ucir study NAME` chooses a study, `uv run dvc repro` runs it")
 

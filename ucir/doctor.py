@@ -13,8 +13,10 @@ from pathlib import Path
 
 from ucir import tracking
 from ucir.cluster.launch import OPEN_FILES, ray_folder, resources_at
+from ucir.config.base import PARAMS_FILE
 from ucir.errors import UserError
 from ucir.paths import RUNS
+from ucir.runs.study import load_study, study_faults, unwritten
 
 
 @dataclass(frozen=True)
@@ -26,9 +28,9 @@ class Finding:
 
 
 def examine() -> list[Finding]:
-    """Look at packages, devices, disk, memory, cluster and tracking server."""
+    """Look at packages, devices, disk, memory, cluster, tracking server and params.yaml."""
     machine = [_disk(), _shared_memory(), _temporary(), _open_files()]
-    return [_torch(), _faiss(), *machine, _ray(), _mlflow(), _dvc()]
+    return [_torch(), _faiss(), *machine, _ray(), _mlflow(), _dvc(), *_params()]
 
 
 def _torch() -> Finding:
@@ -159,6 +161,19 @@ def _dvc() -> Finding:
     if not Path(".dvc").is_dir():
         return Finding(False, "no .dvc folder here: run in the project's folder")
     return Finding(True, f"DVC {metadata.version('dvc')}, git {tracking.git_sha()}")
+
+
+def _params() -> list[Finding]:
+    """What `uv run dvc repro` would refuse, and which pictures and weights it lacks."""
+    try:
+        params = load_study(encoders=True)
+        study = params.study.name
+        faults = unwritten(params) + (study_faults(params, study) if study in params.studies else [])
+    except UserError as error:
+        faults = [str(error)]
+    if faults:
+        return [Finding(False, fault) for fault in faults]
+    return [Finding(True, f"{PARAMS_FILE}: `uv run dvc repro` runs the study {study!r}")]
 
 
 def _installed(name: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -171,6 +172,38 @@ def test_mistakes_are_one_line_before_any_work(command: Command, tmp_path: Path,
             command(first, second, **options)
         assert "\n" not in str(error.value)
         assert Path("params.yaml").read_text() == before
+
+
+def test_what_is_left_out_and_what_cannot_be_read_is_told_by_the_given_folders(
+    command: Command,
+    tmp_path: Path,
+    project: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sketches, photos = fill(tmp_path / "sketches"), fill(tmp_path / "photos", seed=1)
+    (photos / "more").mkdir()
+    for name in photos.glob("cross*.png"):
+        name.rename(photos / "more" / name.name)
+    command(sketches, photos, dry_run=True)
+    told = capsys.readouterr().out
+    assert "24 files of sketches and 8 files of photos" in told
+    assert "left out: 16 files of photos that lie beside its class folders" in told
+    assert "files of sketches that" not in told
+    (photos / "gone").symlink_to("nowhere")
+    with pytest.raises(UserError, match=f"^{photos}/gone: a link that leads nowhere; remove it$"):
+        command(sketches, photos, dry_run=True)
+    (photos / "gone").unlink()
+    scan = os.scandir
+
+    def refuse(folder: Any) -> Any:
+        if Path(folder).name == "more":
+            raise PermissionError(13, "Permission denied")
+        return scan(folder)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(UserError, match=f"^{photos}/more: this user may not read it: `chmod"):
+        command(sketches, photos, dry_run=True)
 
 
 def test_folders_of_the_same_name_are_told_apart(command: Command, tmp_path: Path, project: Path) -> None:

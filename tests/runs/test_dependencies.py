@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.conftest import ROOT, run_python, write_params
+from tests.conftest import ROOT, run_python, ucir, write_params
 from ucir.config.data import DatasetParams
 from ucir.errors import UserError
 from ucir.methods.registry import METHODS, VARIANTS
@@ -154,6 +154,7 @@ def test_pipeline_code_writes_a_file_for_each(project: Path) -> None:
         UserError, match=r"datasets\.shapes\.catalogue: must stand there .*`uv run ucir study"
     ):
         importlib.import_module("pipeline.code").main()
+    assert "Before it can run: params.yaml: datasets.shapes.catalogue: must stand there" in ucir("plan")
     hashes = json.loads(Path("data/code/train-uem.json").read_text())
     assert "ucir/prototypes/merging.py" in hashes
 

@@ -89,7 +89,8 @@ def _fault(model: type[BaseModel], entry: Any, block: str) -> str:
         known = _known_keys(model, entry["loc"][:-1])
         return f"{field}: unknown key; {nearest(location[-1], known)}"
     if entry["type"] == "missing":
-        return f"{field}: missing"
+        remedy = ": `uv run ucir study NAME` writes it" if field == "study" else ""
+        return f"{field}: missing{remedy}"
     message = entry["msg"].removeprefix("Value error, ").replace("valid tuple", "list, e.g. [1, 2]")
     if entry["type"] == "value_error":  # our own checks name the field and the remedy themselves
         return f"{field}: {message}" if field else message

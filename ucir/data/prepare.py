@@ -72,7 +72,7 @@ def write_pack(
     if faults := unusable_names(files):
         raise UserError("; ".join(faults))
     _check_two(opened.root, files)
-    if faults := _name_faults(opened, files, domains, entry):
+    if faults := name_faults(opened, files, domains, entry):
         raise UserError("; ".join(faults))
     out.mkdir(parents=True, exist_ok=True)
     _check_disk(out, sum(len(files.domains[domain]) for domain in domains), params)
@@ -137,6 +137,27 @@ def source_faults(block: DatasetParams) -> list[str]:
     return _source_faults(block, opened, survey(opened, block.entry))
 
 
+def name_faults(source: Source, files: Survey, domains: list[str], entry: Entry) -> list[str]:
+    """What keeps these domains from being prepared, told by names alone, one line each.
+
+    Args:
+        source, files: where the pictures are, and what lies there.
+        domains: our names of the wanted ones.
+        entry: the data set's entry in the catalogue.
+    """
+    root = source.root
+    faults = missing_domains(files, domains, entry, root)
+    faults += [f"{root / name}: empty class folder; fill it or remove it" for name in files.empty]
+    faults += [f"{root / name}: this user may not read it: `chmod +rx` or move it" for name in source.closed]
+    faults += [f"{root / name}: a link that leads nowhere; remove it" for name in files.dangling]
+    faults += [
+        f"{root}: domain {domain}: no picture"
+        for domain in domains
+        if domain in files.domains and not files.domains[domain]
+    ]
+    return faults
+
+
 def source_classes(block: DatasetParams) -> list[str]:
     """Names of the class folders of all domains, sorted; none without labels."""
     contents = survey(Source(Path(block.source)), block.entry)
@@ -195,7 +216,7 @@ def _source_faults(block: DatasetParams, opened: Source, files: Survey) -> list[
             label_spaces("partial", sorted(classes), block.split)
     except UserError as error:
         faults.append(str(error))
-    return [*faults, *_name_faults(opened, files, wanted, block.entry)]
+    return [*faults, *name_faults(opened, files, wanted, block.entry)]
 
 
 def _wanted(block: DatasetParams, files: Survey, root: Path) -> list[str]:
@@ -305,7 +326,7 @@ def _read_domain(
         try:
             data = read()
         except OSError as error:
-            return name, "", str(error)
+            return name, "", error.strerror or str(error)
         sha = hashlib.sha256(data).hexdigest()
         if sha in known:
             return name, sha, (None, *known[sha][2:])
@@ -347,21 +368,6 @@ def _in_slots(result: DomainFiles) -> list[Picture]:
         Picture(slot, file.path, file.label, width, height, sha)
         for slot, (file, sha, width, height) in enumerate(ordered)
     ]
-
-
-def _name_faults(source: Source, files: Survey, domains: list[str], entry: Entry) -> list[str]:
-    """What can be told before any picture is read."""
-    root = source.root
-    faults = missing_domains(files, domains, entry, root)
-    faults += [f"{root / name}: empty class folder; fill it or remove it" for name in files.empty]
-    faults += [f"{root / name}: this user may not read it: `chmod +rx` or move it" for name in source.closed]
-    faults += [f"{root / name}: a link that leads nowhere; remove it" for name in files.dangling]
-    faults += [
-        f"{root}: domain {domain}: no picture"
-        for domain in domains
-        if domain in files.domains and not files.domains[domain]
-    ]
-    return faults
 
 
 def _check_two(root: Path, files: Survey) -> None:

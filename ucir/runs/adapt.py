@@ -11,6 +11,7 @@ import csv
 import io
 import re
 import time
+from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,8 @@ from ucir.config.load import Params, load_params, parse_yaml, without_study
 from ucir.config.model import EncoderParams
 from ucir.data.catalogue import FOLDER
 from ucir.data.catalogue import entry as catalogue_entry
-from ucir.data.prepare import decoding_pace
-from ucir.data.source import Source, domain_of_folder, survey
+from ucir.data.prepare import decoding_pace, name_faults
+from ucir.data.source import Source, domain_of_folder, survey, unusable_names
 from ucir.devices import choose_device
 from ucir.errors import UserError, nearest
 from ucir.methods.base import ClusteredParams
@@ -85,6 +86,8 @@ class Adaptation:
     """By domain."""
     counts: dict[str, int]
     """Files of each domain that should be pictures."""
+    strays: dict[str, int]
+    """Files of each domain that lie beside its class folders, and are left out."""
     method: str
     blocks: StudyFile
 
@@ -164,7 +167,7 @@ def plan_adaptation(first: Path, second: Path, name: str | None, options: Option
             was = " and ".join(str(folder) for folder in known.values())
             raise UserError(f"{name!r} is adapted to {was} already: give another --name")
     _link(SOURCES / name, folders)
-    counts = _counts(SOURCES / name, folders)
+    counts, strays = _counts(SOURCES / name, folders)
     for domain, count in counts.items():
         if not count:
             raise UserError(f"{folders[domain]}: no picture in it: give a folder of picture files")
@@ -173,7 +176,7 @@ def plan_adaptation(first: Path, second: Path, name: str | None, options: Option
                 f"{folders[domain]}: {count} picture(s): too few to learn from, {FEWEST} at least"
             )
     if there and (before := _as_before(name, options)):
-        return Adaptation(name, folders, counts, *before)
+        return Adaptation(name, folders, counts, strays, *before)
     method = options.method or "consensus"
     if method not in METHODS or TEMPLATE not in params.methods.get(params_block(method), {}):
         usable = [m for m in METHODS if TEMPLATE in params.methods.get(params_block(m), {})]
@@ -202,7 +205,7 @@ def plan_adaptation(first: Path, second: Path, name: str | None, options: Option
     most = method_params(with_blocks(blocks), method, name).most_clusters
     if most > min(counts.values()):
         raise UserError(f"--clusters {most}: more than the {min(counts.values())} pictures of a folder")
-    return Adaptation(name, folders, counts, method, blocks)
+    return Adaptation(name, folders, counts, strays, method, blocks)
 
 
 def _check_network(options: Options) -> None:
@@ -322,9 +325,22 @@ def _link(source: Path, folders: dict[str, Path]) -> None:
         write_atomically(text.getvalue(), listed)
 
 
-def _counts(source: Path, folders: dict[str, Path]) -> dict[str, int]:
-    files = survey(Source(source), catalogue_entry(FOLDER))
-    return {domain: len(files.domains.get(domain, ())) for domain in folders}
+def _counts(source: Path, folders: dict[str, Path]) -> tuple[dict[str, int], dict[str, int]]:
+    """Files of each domain that should be pictures, and those beside class folders.
+
+    Raises:
+        UserError: what would stop the first stage, by the folders' own names.
+    """
+    opened, entry = Source(source), catalogue_entry(FOLDER)
+    files = survey(opened, entry)
+    there = [domain for domain in folders if files.domains.get(domain)]
+    if faults := unusable_names(files) + name_faults(opened, files, there, entry):
+        text = "; ".join(faults)
+        for link, folder in ((source / domain, folder) for domain, folder in folders.items()):
+            text = text.replace(f"{link}/", f"{folder}/").replace(f"{link}:", f"{folder}:")
+        raise UserError(text)
+    beside = Counter(file.domain for file in files.strays)
+    return {d: len(files.domains.get(d, ())) for d in folders}, {d: beside[d] for d in folders}
 
 
 def describe_adaptation(params: Params, adaptation: Adaptation) -> str:
@@ -355,8 +371,15 @@ def describe_adaptation(params: Params, adaptation: Adaptation) -> str:
     part = {"head": "a head on the frozen network", "last": "its last stage and a head", "all": "all of it"}
     seconds["starting, scores, report"] = STARTS * STARTED
     steps = ", ".join(f"{step} {clock(time)}" for step, time in seconds.items() if time)
+    left_out = [
+        f"left out: {count} files of {domain} that lie beside its class folders: a domain has class folders "
+        "for all of its pictures, or none"
+        for domain, count in adaptation.strays.items()
+        if count
+    ]
     lines = [
         f"{adaptation.name}: {' and '.join(f'{n} files of {d}' for d, n in counts.items())}",
+        *left_out,
         f"network: {trunk} at {block.view.side} px, {origin.line()}",
         f"trained: {part[block.start.trained]}, by {adaptation.method}, {wanted.epochs} epochs",
         f"time: about {clock(sum(seconds.values()))} on {device} ({steps})",

@@ -63,16 +63,16 @@ def _defaults(block: DatasetParams) -> dict[str, Any]:
     return {**blocks, "pairs": list(block.pairs), "catalogue": block.catalogue}
 
 
-def check_written(params: Params) -> None:
-    """Raises UserError: params.yaml lacks one of :func:`_defaults`; names field and remedy."""
+def unwritten(params: Params) -> list[str]:
+    """A line for each of :func:`_defaults` that params.yaml lacks for the active study, with the remedy."""
     datasets = parse_yaml(Path(PARAMS_FILE))["datasets"]
-    for dataset in params.study.datasets:
-        for part in _defaults(params.datasets[dataset]):
-            if part not in datasets[dataset]:
-                raise UserError(
-                    f"{PARAMS_FILE}: datasets.{dataset}.{part}: must stand there for DVC: "
-                    f"`uv run ucir study {params.study.name}` writes its default"
-                )
+    return [
+        f"{PARAMS_FILE}: datasets.{dataset}.{part}: must stand there for DVC: "
+        f"`uv run ucir study {params.study.name}` writes its default"
+        for dataset in params.study.datasets
+        for part in _defaults(params.datasets[dataset])
+        if part not in datasets[dataset]
+    ]
 
 
 def _check_encoder(params: Params, dataset: str) -> None:
@@ -146,7 +146,7 @@ def describe_recipes() -> str:
     """A line for each study of params.yaml, the active one starred, and what keeps it from running."""
     raw = parse_yaml(Path(PARAMS_FILE))
     params = load_params(raw=without_study(raw))
-    active = raw.get("study", {}).get("name")
+    active = (raw.get("study") or {}).get("name")
     lines = []
     for name, recipe in params.studies.items():
         parts = recipe.parts.values()
@@ -245,6 +245,7 @@ def activate(path: Path, name: str, blocks: StudyFile | None = None) -> tuple[st
             params.yaml is as it was.
     """
     from ruamel.yaml import YAML
+    from ruamel.yaml.comments import CommentedMap
 
     check_no_repro()
 
@@ -265,6 +266,8 @@ def activate(path: Path, name: str, blocks: StudyFile | None = None) -> tuple[st
     for dataset in block["datasets"]:
         for part, default in _defaults(params.datasets[dataset]).items():
             document["datasets"][dataset].setdefault(part, default)
+    if not document.get("study"):  # taken out by hand
+        document.insert(0, "study", CommentedMap())
     for key, value in block.items():
         old = document["study"].ca.items.get(key)
         document["study"][key] = _flow(value, 1)
