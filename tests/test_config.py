@@ -189,3 +189,12 @@ def test_choosing_a_study_rewrites_its_block_alone(tmp_path: Path) -> None:
     blocks = StudyFile(methods={"ucdir": {"digits": {"epochs": 3}}}, studies={"own": study})
     (line,) = activate(path, "own", blocks)[1]
     assert line.startswith("methods.ucdir.digits: replaced, lr, key_momentum, clusters, ")
+    # what the command itself writes, such as the pairs of the catalogue, is not reported as lost
+    plain = {"source": "x", "catalogue": "office31", "sample": {"per_class": 2}, "start": {"pretrain": {}}}
+    blocks = StudyFile(
+        datasets={"more": plain},
+        methods={"ucdir": {"more": {}}},
+        studies={"more": {**study, "datasets": ["more"]}},
+    )
+    for _ in range(2):
+        assert activate(path, "more", blocks)[1] == []

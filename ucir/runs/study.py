@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Iterator
 from itertools import chain, product
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,6 @@ from pydantic import Field
 from ucir.config.base import PARAMS_FILE, Block, checked
 from ucir.config.data import DatasetParams
 from ucir.config.load import Params, load_params, parse_yaml, without_study
-from ucir.data.catalogue import FOLDER
 from ucir.data.fetch import check_checkpoint
 from ucir.data.pack import read_info
 from ucir.data.prepare import source_classes, source_faults
@@ -252,13 +252,14 @@ def activate(path: Path, name: str, blocks: StudyFile | None = None) -> tuple[st
     yaml = YAML()
     yaml.preserve_quotes = True
     yaml.width = 4096  # or it would wrap lines that are long already
-    parse_yaml(path)  # its own errors, in our words
+    before = parse_yaml(path)
     document = yaml.load(path.read_text(encoding="utf-8"))
     study_file = Path(name) if name.endswith((".yaml", ".yml")) else None
     if study_file:
         blocks = read_study_file(study_file)
         (name,) = blocks.studies
-    replaced = _add_blocks(document, blocks) if blocks else []
+    if blocks:
+        _add_blocks(document, blocks)
     params = load_params(study_file or path, raw=without_study(document))
     if faults := study_faults(params, name):
         raise UserError("; ".join(faults))
@@ -266,6 +267,7 @@ def activate(path: Path, name: str, blocks: StudyFile | None = None) -> tuple[st
     for dataset in block["datasets"]:
         for part, default in _defaults(params.datasets[dataset]).items():
             document["datasets"][dataset].setdefault(part, default)
+    replaced = _replaced(before, document, blocks) if blocks else []
     if not document.get("study"):  # taken out by hand
         document.insert(0, "study", CommentedMap())
     for key, value in block.items():
@@ -296,29 +298,40 @@ def with_blocks(blocks: StudyFile) -> Params:
     return load_params(raw=document)
 
 
-def _add_blocks(document: Any, blocks: StudyFile) -> list[str]:
-    """Add a study file's blocks to params.yaml's; a line for each block that was there and said otherwise."""
-    places: dict[str, tuple[Any, dict[str, dict[str, Any]], int]] = {
-        "datasets": (document["datasets"], blocks.datasets, 1),
-        **{
-            f"methods.{method}": (document["methods"].setdefault(method, {}), of_method, 2)
-            for method, of_method in blocks.methods.items()
-        },
-        "sweeps": (document.setdefault("sweeps", {}), blocks.sweeps, 1),
-        "studies": (document["studies"], blocks.studies, 2),
-    }
-    written = {"catalogue": FOLDER}  # by this command, which will write it again
-    replaced = []
-    for place, (old_blocks, new_blocks, depth) in places.items():
-        for name, block in new_blocks.items():
-            old = old_blocks.get(name) or {}
-            lost = [k for k, value in old.items() if value and k not in block and written.get(k) != value]
-            if lost or any(key in old and old[key] != value for key, value in block.items()):
-                dropped = f", {', '.join(lost)} dropped" if lost else ""
-                replaced.append(f"{place}.{name}: replaced{dropped}")
-            if old != block:  # else the comments behind its lines stay
-                old_blocks[name] = _flow(block, depth)
-    return replaced
+def _add_blocks(document: Any, blocks: StudyFile) -> None:
+    """Add a study file's blocks to params.yaml's."""
+    for (kind, *parts), block in _placed(blocks):
+        place = document.setdefault(kind, {})
+        *above, name = parts
+        for part in above:
+            place = place.setdefault(part, {})
+        if place.get(name) != block:  # else the comments behind its lines stay
+            place[name] = _flow(block, 1 if kind in ("datasets", "sweeps") else 2)
+
+
+def _replaced(before: Any, document: Any, blocks: StudyFile) -> list[str]:
+    """A line for each block of a study file in whose place params.yaml held something else."""
+    lines = []
+    for keys, _ in _placed(blocks):
+        old, new = before, document
+        for key in keys:
+            old, new = (old or {}).get(key), new[key]
+        old = old or {}
+        lost = [key for key, value in old.items() if value and key not in new]
+        if lost or any(old[key] != value for key, value in new.items() if key in old):
+            dropped = f", {', '.join(lost)} dropped" if lost else ""
+            lines.append(f"{'.'.join(keys)}: replaced{dropped}")
+    return lines
+
+
+def _placed(blocks: StudyFile) -> Iterator[tuple[tuple[str, ...], dict[str, Any]]]:
+    """The blocks of a study file, each with the keys that lead to it."""
+    for kind in ("datasets", "methods", "sweeps", "studies"):
+        for name, block in getattr(blocks, kind).items():
+            if kind == "methods":
+                yield from (((kind, name, dataset), settings) for dataset, settings in block.items())
+            else:
+                yield (kind, name), block
 
 
 def _given(block: dict[str, Any]) -> dict[str, Any]:
