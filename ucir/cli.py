@@ -170,8 +170,8 @@ def plan(
 ) -> None:
     """How much work a study is: runs for each table, what is done, disk, hours on this machine.
 
-    Measures this machine with a few steps on noise, for which it needs no pictures; where there is no GPU it
-    also tells what one would take at least. Says which pictures and weights are not there yet.
+    Measures this machine with a few steps on noise, for which it needs no pictures; without a GPU it also
+    tells how long one would take at least. Says which pictures and weights are not there yet.
     """
     from ucir.runs.cost import describe_hours, describe_runs, plan_study
     from ucir.runs.params import check_methods
@@ -501,7 +501,7 @@ def search(
     ] = None,
     folder: Annotated[
         str | None,
-        typer.Option("--folder", "--domain", help="Only pictures in this folder of the collection."),
+        typer.Option(help="Only pictures in this folder of the collection."),
     ] = None,
     query_domain: Annotated[
         str | None,
@@ -601,14 +601,15 @@ def serve(
         str | None,
         typer.Option(
             envvar="UCIR_TOKEN",
-            help="What every request must bring. Default: none on this machine, a new one for others.",
+            help="What every request but for /health must bring. Default: none on this machine, a new one "
+            "for others.",
         ),
     ] = None,
     name: Annotated[
         list[str] | None, typer.Option(help="A name that others call this machine by; may be repeated.")
     ] = None,
     rate: Annotated[
-        str, typer.Option(help="Searches of each client; behind a proxy all of them are one.")
+        str, typer.Option(help="Searches of each client; behind a proxy all clients count as one.")
     ] = "240/minute",
 ) -> None:
     """Serve a page on which a drawing or a picture finds pictures, and its API (/openapi.json).

@@ -1,7 +1,8 @@
 """What `consensus` is taught, ranked as if it were features: no training, and all pictures are known.
 
 P@K, mean over the directions of a data set's pairs (K-means with seed 0), of what training begins with, of
-these features diffused over each domain's graph, and of those brought together cluster by cluster. Needs
+these features diffused over each domain's graph, and of those brought together cluster by cluster, by the
+unbalanced plan and by a balanced one. Needs
 what `uv run dvc repro evaluate_start` leaves of a study with the data set, closed.
 """
 
@@ -21,7 +22,12 @@ from ucir.retrieval.metrics import metric_values, precision_name
 from ucir.retrieval.ranking import rank
 from ucir.runs.run import plan_runs
 
-ROWS = {"start": None, "diffused": "consensus-no-alignment", "and aligned": "consensus"}
+ROWS = {
+    "start": None,
+    "diffused": "consensus-no-alignment",
+    "and aligned": "consensus",
+    "by a balanced plan": "consensus-balanced",
+}
 
 
 def main() -> None:
@@ -51,7 +57,7 @@ def main() -> None:
                 for query, gallery in run.directions:
                     ranking = rank(features[query], features[gallery], labels[query], labels[gallery])
                     values.append(metric_values(ranking, (cutoff,))[precision_name(cutoff)])
-            print(f"{dataset}, P@{cutoff}, {row:<12} {np.mean(values):5.1f}", flush=True)
+            print(f"{dataset}, P@{cutoff}, {row:<18} {np.mean(values):5.1f}", flush=True)
 
 
 if __name__ == "__main__":

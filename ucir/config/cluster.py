@@ -10,7 +10,7 @@ from ucir.config.base import Block, Count, Positive
 
 
 class ClusterParams(Block):
-    """How runs are spread; changes speed, never results, so that no stage depends on it."""
+    """How runs are spread; changes speed, and results by rounding alone, so that no stage depends on it."""
 
     num_workers: Annotated[int, Field(ge=0)] = 0
     """Workers of one training. 0 = in this process, without a cluster; 1 = each training on one worker of
