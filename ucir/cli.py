@@ -736,7 +736,7 @@ def _dataset_block(dataset: str, overrides: Sequence[str] = ()) -> DatasetParams
 
 @app.command()
 def doctor() -> None:
-    """Check this machine: packages, GPU, disk, memory, cluster and tracking server."""
+    """Check this machine (packages, GPU, disk, memory, cluster, tracking server) and params.yaml."""
     from ucir.doctor import examine
 
     findings = examine()
