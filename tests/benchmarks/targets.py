@@ -2,8 +2,8 @@
 
 P@K, mean over the directions of a data set's pairs (K-means with seed 0), of what training begins with, of
 these features diffused over each domain's graph, and of those brought together cluster by cluster, by the
-unbalanced plan and by a balanced one. Needs
-what `uv run dvc repro evaluate_start` leaves of a study with the data set, closed.
+unbalanced plan and by a balanced one. Needs what `uv run dvc repro evaluate_start` leaves of a study with the
+data set, closed.
 """
 
 from __future__ import annotations

@@ -87,7 +87,7 @@ class Adaptation:
     counts: dict[str, int]
     """Files of each domain that should be pictures."""
     strays: dict[str, int]
-    """Files of each domain that lie beside its class folders, and are left out."""
+    """Files that lie beside class folders and are left out, by domain; none where there are none."""
     method: str
     blocks: StudyFile
 
@@ -336,11 +336,12 @@ def _counts(source: Path, folders: dict[str, Path]) -> tuple[dict[str, int], dic
     there = [domain for domain in folders if files.domains.get(domain)]
     if faults := unusable_names(files) + name_faults(opened, files, there, entry):
         text = "; ".join(faults)
-        for link, folder in ((source / domain, folder) for domain, folder in folders.items()):
+        for domain, folder in folders.items():
+            link = source / domain
             text = text.replace(f"{link}/", f"{folder}/").replace(f"{link}:", f"{folder}:")
         raise UserError(text)
-    beside = Counter(file.domain for file in files.strays)
-    return {d: len(files.domains.get(d, ())) for d in folders}, {d: beside[d] for d in folders}
+    counts = {domain: len(files.domains.get(domain, ())) for domain in folders}
+    return counts, Counter(file.domain for file in files.strays)
 
 
 def describe_adaptation(params: Params, adaptation: Adaptation) -> str:
@@ -375,7 +376,6 @@ def describe_adaptation(params: Params, adaptation: Adaptation) -> str:
         f"left out: {count} files of {domain} that lie beside its class folders: a domain has class folders "
         "for all of its pictures, or none"
         for domain, count in adaptation.strays.items()
-        if count
     ]
     lines = [
         f"{adaptation.name}: {' and '.join(f'{n} files of {d}' for d, n in counts.items())}",

@@ -300,13 +300,12 @@ def with_blocks(blocks: StudyFile) -> Params:
 
 def _add_blocks(document: Any, blocks: StudyFile) -> None:
     """Add a study file's blocks to params.yaml's."""
-    for (kind, *parts), block in _placed(blocks):
-        place = document.setdefault(kind, {})
-        *above, name = parts
-        for part in above:
-            place = place.setdefault(part, {})
+    for (*above, name), block in _placed(blocks):
+        place = document
+        for key in above:
+            place = place.setdefault(key, {})
         if place.get(name) != block:  # else the comments behind its lines stay
-            place[name] = _flow(block, 1 if kind in ("datasets", "sweeps") else 2)
+            place[name] = _flow(block, 1 if above[0] in ("datasets", "sweeps") else 2)
 
 
 def _replaced(before: Any, document: Any, blocks: StudyFile) -> list[str]:
