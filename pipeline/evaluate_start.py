@@ -1,4 +1,4 @@
-"""DVC stage `evaluate_start@<dataset>-<setting>`: the random network and the start, untrained on pairs."""
+"""DVC stage `evaluate_start@<dataset>-<setting>`: the random network, the start, and what it is made of."""
 
 from __future__ import annotations
 

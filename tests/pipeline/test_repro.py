@@ -170,14 +170,15 @@ def test_a_second_repro_does_nothing_and_a_weight_changes_the_training_alone(
 
 def test_the_report_stands_and_shows_every_part(workspace: Path, killed: Killed) -> None:
     page = (workspace / "reports/report.html").read_text()
-    for part in ("untrained", "pretrained", "ucdir", "art → photo", "photo → art", "t-SNE", "<svg", "P@2"):
+    rows = ("untrained", "frozen", "centred", "pca", "pretrained", "ucdir")
+    for part in (*rows, "art → photo", "photo → art", "t-SNE", "<svg", "P@2"):
         assert part in page
     assert "http" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "").replace(
         "http://creativecommons.org", ""
     ).replace("https://matplotlib.org", ""), "the page must need nothing else"
     lines = (workspace / "reports/results.csv").read_text().splitlines()
-    # (untrained + pretrained + ucdir last + ucdir best) x (2 directions + their mean) x 11 metrics
-    assert len(lines) == 1 + 4 * 3 * 11
+    # (five rows before training + ucdir last + ucdir best) x (2 directions + their mean) x 11 metrics
+    assert len(lines) == 1 + 7 * 3 * 11
     assert "**shapes, closed: P@2" in (workspace / "reports/results.md").read_text()
 
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from torch.nn.functional import normalize
 
+from tests.conftest import write_start
 from ucir.cluster.launch import train_all
 from ucir.config.load import load_params
 from ucir.models.checkpoints import load_state
-from ucir.retrieval.evaluation import cluster_agreement, score_directions
+from ucir.paths import RESULTS
+from ucir.retrieval.evaluation import cluster_agreement, evaluate_start, load_features, score_directions
 from ucir.retrieval.gate import GateChoice
 from ucir.runs.params import gate_choice
 from ucir.runs.run import plan_runs
@@ -40,6 +43,30 @@ def test_the_calibrated_gate_rejects_as_many_as_params_ask(project: Path) -> Non
         choice = gate_choice(params, "shapes", None)
         (score,) = score_directions(features, names, [("x", "y")], 0, "last", (5,), choice)
         assert score.scores["calibrated_shared"] == pytest.approx(100 * rate, abs=1.5)
+
+
+def test_rows_before_training_are_the_trunk_centred_by_domain_and_its_pca(prepared: Path, store: str) -> None:
+    def scored(*overrides: str) -> list[str]:
+        params = load_params(overrides=overrides)
+        evaluate_start(params, "shapes-closed", gate_choice(params, "shapes", None), RESULTS)
+        return list(json.loads((RESULTS / "shapes/closed/start.json").read_text()))
+
+    rows = ["untrained", "frozen", "centred", "pca", "pretrained"]
+    assert scored() == rows
+    kept = RESULTS / "shapes/closed/start"
+    features = {row: load_features(kept / row / "evaluate/art-photo.npz") for row in rows}
+    similarity = {row: of_row["art"] @ of_row["photo"].T for row, of_row in features.items()}
+    centred = {domain: x.double() - x.double().mean(dim=0) for domain, x in features["frozen"].items()}
+    directions = torch.linalg.svd(torch.cat([*centred.values()]), full_matrices=False).Vh[:8].T
+    for row, expected in (("centred", centred), ("pca", {d: x @ directions for d, x in centred.items()})):
+        query, gallery = (normalize(expected[domain], dim=1).float() for domain in ("art", "photo"))
+        assert torch.allclose(similarity[row], query @ gallery.T, atol=0.02), "stored as float16"
+        assert not torch.allclose(similarity[row], similarity["frozen"], atol=0.1)
+    wide = "datasets.shapes.start.encoder.feature_dim=32"
+    write_start(load_params(overrides=[wide]).datasets["shapes"], "shapes")
+    assert scored(wide) == ["untrained", "frozen", "centred", "pretrained"], "a PCA that keeps everything"
+    no_head = "datasets.shapes.evaluate.features=pooled"
+    assert scored(wide, no_head) == ["untrained", "centred", "pretrained"], "the start is the frozen trunk"
 
 
 def test_pooled_features_and_either_encoder_give_other_scores(prepared: Path, store: str) -> None:

@@ -85,7 +85,7 @@ def test_partial_and_open_train_each_direction_on_its_label_spaces(prepared: Pat
             "seed": None,
         }
         wanted = [("art", "photo"), ("art", "real-life"), ("real-life", "art")]
-        for method in ("start/untrained", "start/pretrained", "ucdir"):
+        for method in ("start/untrained", "start/frozen", "start/centred", "start/pretrained", "ucdir"):
             scores = read_scores(folder / method / "metrics.json")
             assert list(dict.fromkeys((s.query, s.gallery) for s in scores)) == wanted
         facts = json.loads((folder / "ucdir/train/art-photo-s0/run.json").read_text())

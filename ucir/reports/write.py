@@ -52,7 +52,6 @@ from ucir.retrieval.evaluation import (
     labels_of,
     load_features,
     scored_index,
-    start_rows,
 )
 from ucir.tracking import git_sha
 
@@ -90,7 +89,8 @@ def write_report(params: Params, packs: Path, results: Path, out: Path) -> Writt
         block = params.datasets[part.dataset]
         runs = [r for r in study.runs.values() if (r.dataset, r.setting) == (part.dataset, part.setting)]
         methods = [run.method for run in runs]
-        first = [f"start/{row}" for row in start_rows(block.start)]
+        folder = results / part.dataset / part.setting
+        first = [f"start/{row}" for row in json.loads((folder / "start.json").read_text("utf-8"))]
         scores = read_results(results, part.dataset, part.setting, [*first, *methods])
         printed = printed_for(block.catalogue, part.setting)
         rows += result_rows(part.dataset, part.setting, scores, printed)
@@ -106,7 +106,6 @@ def write_report(params: Params, packs: Path, results: Path, out: Path) -> Writt
             best = max(means, key=means.__getitem__, default=None)
         if ratio := tail_ratio(part.setting):
             tailed.setdefault(part.dataset, {})[ratio] = scores
-        folder = results / part.dataset / part.setting
         pack = packs / part.dataset
         compared, feature_spaces = _compare(params, part, pack, folder, methods, best, thumbnails)
         class_table = compared.class_table()

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from torch.nn import functional as F
 from ucir import tracking
 from ucir.config.data import DatasetParams, SplitParams
 from ucir.config.load import Params
-from ucir.config.model import EncoderParams, StartParams
+from ucir.config.model import EncoderParams
 from ucir.data.feature_pack import DomainFeatures, open_features
 from ucir.data.pack import DomainImages, Picture, open_domain, read_index, read_info, split_pair
 from ucir.data.splits import LabelSpaces, directions, label_spaces, trainings
@@ -41,6 +42,7 @@ Domain = DomainImages | DomainFeatures
 UNTRAINED = "untrained"
 FROZEN = "frozen"
 CENTRED = "centred"
+PCA = "pca"
 PRETRAINED = "pretrained"
 LAST = "last"
 BEST = "best_by_labels"
@@ -71,7 +73,11 @@ def checkpoint_features(
 
 
 def _features(
-    checkpoint: Path, block: DatasetParams, domains: Sequence[Domain], device: torch.device, pooled: bool
+    checkpoint: Path,
+    block: DatasetParams,
+    domains: Sequence[Domain],
+    device: torch.device,
+    pooled: bool | Literal["both"],
 ) -> dict[str, Tensor]:
     first = domains[0]
     trunk = StoredTrunk(first.pooled_dim) if isinstance(first, DomainFeatures) else None
@@ -219,8 +225,8 @@ def evaluate_method(
 def evaluate_start(params: Params, key: str, gate: GateChoice, results: Path) -> None:
     """Score what trainings begin with, in every direction of ``study.settings.<key>``: :func:`start_rows`.
 
-    Writes what :func:`evaluate_method` writes, for each row below ``start/``; the rows' means as
-    ``start.json``; and the setting's label spaces as ``label_spaces.json``.
+    Writes what :func:`evaluate_method` writes, for each row below ``start/``; the rows' means by their names,
+    in their order, as ``start.json``; and the setting's label spaces as ``label_spaces.json``.
     """
     part = params.study.settings[key]
     block = params.datasets[part.dataset]
@@ -234,75 +240,95 @@ def evaluate_start(params: Params, key: str, gate: GateChoice, results: Path) ->
     every = {domain: read_index(pack, domain) for domain in info.counts}
     device = choose_device(params.cluster)
     pairs = trainings(part.setting, part.pairs or block.pairs, list(every))
+
+    @lru_cache(maxsize=1)  # rows of one checkpoint follow each other
+    def of_all(checkpoint: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        domains = [_open(part.dataset, block, domain, pictures) for domain, pictures in every.items()]
+        encoder = block.start.encoder
+        dim = 0 if encoder.head == "residual" else encoder.feature_dim  # such a head belongs to a pair
+        both = _features(checkpoint, block, domains, device, "both" if dim else True)
+        return {d: x[:, :dim] for d, x in both.items()}, {d: x[:, dim:] for d, x in both.items()}
+
     means = {}
-    for row in start_rows(block.start):
-        checkpoint = STARTS / part.dataset / ("untrained.pt" if row == UNTRAINED else "start.pt")
-        of_all = _start_features(checkpoint, block, part.dataset, every, device)
+    for row in start_rows(block):
+        checkpoint = STARTS / part.dataset / row.checkpoint
+        of_head, pooled = of_all(checkpoint)
+        unfitted = of_head if row.features == "head" else pooled
+        if row.name == PCA and block.start.encoder.feature_dim >= next(iter(pooled.values())).shape[1]:
+            continue  # it keeps all, and with it all distances
         run_key = file_sha256(checkpoint)[:12]
-        tracker = _tracker(part.dataset, part.setting, row, block)
+        tracker = _tracker(part.dataset, part.setting, row.name, block)
         scores: list[DirectionScore] = []
         for pair in pairs:
             index = scored_index(pack, pair, spaces)
-            features = {d: of_all[d][[p.slot for p in pictures]] for d, pictures in index.items()}
-            if row in (CENTRED, PRETRAINED) and block.start.encoder.head == "residual":
+            features = {d: unfitted[d][[p.slot for p in pictures]] for d, pictures in index.items()}
+            if row.features in ("centred", "pca"):
                 seen = [
-                    Features(of_all[domain][[p.slot for p in spaces.trained(every[domain], role)]])
+                    Features(pooled[domain][[p.slot for p in spaces.trained(every[domain], role)]])
                     for role, domain in enumerate(pair)
                 ]
-                features = _fitted(block.start.encoder, seen, features, row)
-            save_features(folder / "start" / row / "evaluate" / f"{'-'.join(pair)}.npz", features)
+                features = _fitted(block.start.encoder, seen, features, row.features)
+            save_features(folder / "start" / row.name / "evaluate" / f"{'-'.join(pair)}.npz", features)
             seed, cutoffs = block.start.pretrain.seed if block.start.pretrain else 0, block.evaluate.cutoffs
             wanted = directions(part.setting, pair)
             pair_scores = score_directions(features, labels_of(index), wanted, seed, LAST, cutoffs, gate)
             _log(tracker, run_key, pair_scores)
             scores += pair_scores
-        means[row] = write_scores(folder / "start" / row / "metrics.json", scores)
+        means[row.name] = write_scores(folder / "start" / row.name / "metrics.json", scores)
     (folder / "start.json").write_text(json.dumps(means, indent=1) + "\n", encoding="utf-8")
 
 
-def start_rows(start: StartParams) -> tuple[str, ...]:
-    """What trainings of a data set begin with, by name, the start itself last.
+@dataclass(frozen=True)
+class StartRow:
+    """What trainings begin with, or a part of it."""
 
-    With a moco head the random network and the start; with a residual head the frozen trunk's features, the
-    same with each domain's mean taken off, and the start, which is their PCA.
+    name: str
+    checkpoint: str
+    """The network's, of the stage ``pretrain``."""
+    features: Literal["head", "pooled", "centred", "pca"]
+    """The head's; what goes into it; that with each domain's mean taken off; and of this the main directions,
+    as a residual head begins."""
+
+
+def start_rows(block: DatasetParams) -> list[StartRow]:
+    """What is scored before any training, the start itself last.
+
+    With a moco head the random network first; the PCA has as many directions as the head's output, and is
+    left out where that is all of them.
     """
-    return (UNTRAINED, PRETRAINED) if start.encoder.head == "moco" else (FROZEN, CENTRED, PRETRAINED)
-
-
-def _start_features(
-    checkpoint: Path,
-    block: DatasetParams,
-    dataset: str,
-    every: Mapping[str, list[Picture]],
-    device: torch.device,
-) -> dict[str, Tensor]:
-    """Unit features of all pictures; with a residual head, which belongs to a pair, those before it."""
-    domains = [_open(dataset, block, domain, pictures) for domain, pictures in every.items()]
-    pooled = block.evaluate.features == "pooled" or block.start.encoder.head == "residual"
-    return _features(checkpoint, block, domains, device, pooled)
+    start, of_start = "start.pt", block.evaluate.features
+    frozen = [StartRow(FROZEN, start, "pooled"), StartRow(CENTRED, start, "centred")]
+    if block.start.encoder.head == "residual":
+        return [*frozen, StartRow(PRETRAINED, start, "pca")]
+    return [
+        StartRow(UNTRAINED, "untrained.pt", of_start),
+        *(row for row in frozen if row.features != of_start),  # it would be the start itself
+        StartRow(PCA, start, "pca"),
+        StartRow(PRETRAINED, start, of_start),
+    ]
 
 
 def _fitted(
-    params: EncoderParams, seen: Sequence[Features], pooled: Mapping[str, Tensor], row: str
+    params: EncoderParams, seen: Sequence[Features], pooled: Mapping[str, Tensor], kind: str
 ) -> dict[str, Tensor]:
-    """A pair's pooled features, centred, and as a residual head begins.
+    """A pair's pooled features, centred, or as a residual head begins.
 
     Args:
         params: of the encoder.
         seen: pooled features of the pictures that training sees, of each domain.
         pooled: of the pictures that are scored.
-        row: CENTRED or PRETRAINED.
+        kind: ``centred`` or ``pca``.
     """
+    if kind == "centred":
+        by_domain = zip(pooled.items(), seen, strict=True)
+        return {domain: F.normalize(x - trained.mean(), dim=1) for (domain, x), trained in by_domain}
     head = ResidualHead(seen[0].own_ND.shape[1], params.feature_dim)
     head.fit(seen)
-    features = {}
-    for number, (domain, x) in enumerate(pooled.items()):
-        if row == CENTRED:
-            features[domain] = F.normalize(x - head.centre_2P[number], dim=1)
-        else:
-            with torch.no_grad():
-                features[domain] = F.normalize(head(x, torch.full((len(x),), number)), dim=1)
-    return features
+    with torch.no_grad():
+        return {
+            domain: F.normalize(head(x, torch.full((len(x),), number)), dim=1)
+            for number, (domain, x) in enumerate(pooled.items())
+        }
 
 
 def write_label_spaces(path: Path, spaces: LabelSpaces, split: SplitParams) -> None:
