@@ -11,9 +11,9 @@ P@K. Over the epochs of a training: what the epoch that it picks has more than t
 of a pair, in their last epoch, and over the settings of a method: what the one that it picks has more than
 the best. Each with a 90 % interval (bootstrap over trainings; pairs and seeds; methods), and with what the
 criterion that is best on all other data sets (settings: for all other methods, too) does here, and over
-settings also the join of two to four criteria that is. Where a study has several seeds, their agreement is a
-criterion of a method, too: the share of a picture's ten nearest of the other domain that two seeds have in
-common.
+settings also the join of two to four criteria that is. Two criteria are of the weights and not of features,
+and so of a method's last epoch alone: the share of a picture's ten nearest of the other domain that stay when
+a random view stands for it; and, where a study has several seeds, that two seeds have in common.
 """
 
 from __future__ import annotations
@@ -33,14 +33,20 @@ from scipy.stats import rankdata, spearmanr
 from tests.benchmarks import argument_parser
 from ucir.config.load import Params, load_params
 from ucir.config.sweep import PRODUCT
+from ucir.data.feature_pack import DomainFeatures
+from ucir.data.views import Views, views_of
 from ucir.errors import UserError, run_main
 from ucir.methods.registry import VARIANTS
+from ucir.models.checkpoints import load_encoder
+from ucir.models.encoder import new_encoder
+from ucir.models.features import extract_features
+from ucir.models.trunk import StoredTrunk
 from ucir.paths import RESULTS
 from ucir.retrieval.criteria import CRITERIA
+from ucir.retrieval.evaluation import scored_domains
 from ucir.retrieval.metrics import precision_name
 from ucir.retrieval.ranking import top_ranked
 from ucir.runs.run import PairRun, plan_runs
-from ucir.runs.scores import run_features
 from ucir.runs.study import study_runs
 from ucir.runs.sweep import ORACLE, check_sweep, score, short
 
@@ -49,9 +55,9 @@ TRAINING = ("dataset", "setting", "method", "pair", "seed", "changes")
 """``changes``: what a sweep's trial has in place of the shipped settings."""
 JOINED: dict[str, Any] = {"mean rank": np.mean, "worst rank": np.min}
 WAYS = ("product", *JOINED)
-AGREEMENT = "seeds_agree"
-NAMES = [*CRITERIA, "product", *JOINED, AGREEMENT]
-COLUMNS = [*TRAINING, "epoch", "metric", "value", *CRITERIA, AGREEMENT]
+AGREEMENT = ("views_agree", "seeds_agree")
+NAMES = [*CRITERIA, "product", *JOINED, *AGREEMENT]
+COLUMNS = [*TRAINING, "epoch", "metric", "value", *CRITERIA, *AGREEMENT]
 NEAREST = 10
 LABELS = "labels"
 RESAMPLES = 2000
@@ -85,8 +91,11 @@ def rows_of(params: Params, study: str) -> Iterator[Row]:
             if run.setting == "closed" and run.seed == seeds[0] and run.method not in VARIANTS:
                 yield from rows[:-1]
     for trainings in of_seeds.values():
-        agreed = agreement(params, [run for run, _ in trainings]) if len(trainings) > 1 else ""
-        yield from ({**row, AGREEMENT: agreed} for _, row in trainings)
+        neighbours = [nearest_of(params, run) for run, _ in trainings]
+        agreed = [common(one, other) for (one, _), (other, _) in combinations(neighbours, 2)]
+        seeds_agree = float(np.mean(agreed)) if agreed else ""
+        for (_, row), (plain, viewed) in zip(trainings, neighbours, strict=True):
+            yield {**row, "views_agree": common(plain, viewed), "seeds_agree": seeds_agree}
 
 
 def trials_of(params: Params, name: str) -> Iterator[Row]:
@@ -114,19 +123,45 @@ def trials_of(params: Params, name: str) -> Iterator[Row]:
                 }
 
 
-def agreement(params: Params, runs: list[PairRun]) -> float:
-    """Of trainings that differ in their seeds, mean over both directions and all two of them."""
-    neighbours = []
-    for run in runs:
-        features, _ = run_features(params, run, run.folder / "last.pt", torch.device("cpu"))
-        first, second = (features[domain] for domain in run.pair)
-        neighbours.append([top_ranked(q, g, NEAREST) for q, g in ((first, second), (second, first))])
-    common = [
-        (a[:, :, None] == b[:, None, :]).any(axis=2).mean()
-        for one, other in combinations(neighbours, 2)
-        for a, b in zip(one, other, strict=True)
+def nearest_of(params: Params, run: PairRun) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """By direction, each picture's nearest of the other domain; and those of a random view of each."""
+    block = params.datasets[run.dataset]
+    images, _ = scored_domains(run.dataset, block, run.pair, run.spaces)
+    domains = [images[name] for name in run.pair]
+    device, first = torch.device("cpu"), domains[0]
+    trunk = StoredTrunk(first.pooled_dim) if isinstance(first, DomainFeatures) else None
+    encoder = new_encoder(block.start.encoder, 0, trunk=trunk)
+    load_encoder(encoder, run.folder / "last.pt")
+    views = views_of(domains, block.view, encoder.form, device)  # type: ignore[arg-type]
+    pooled = block.evaluate.features == "pooled"
+    plain, viewed = (
+        [x.own_ND for x in extract_features(encoder, of_pictures, device, pooled)]
+        for of_pictures in (views, RandomViews(views))
+    )
+    galleries = plain[::-1]
+    there = [top_ranked(q, g, NEAREST) for q, g in zip(plain, galleries, strict=True)]
+    return there, [top_ranked(q, g, NEAREST) for q, g in zip(viewed, galleries, strict=True)]
+
+
+class RandomViews:
+    """Another's views, of which the evaluation views are random ones as well."""
+
+    def __init__(self, views: Views) -> None:
+        self.views, self.generator = views, torch.Generator().manual_seed(0)
+        self.counts, self.draw, self.random = views.counts, views.draw, views.random
+
+    def plain(self, domain: int, slots: slice) -> torch.Tensor:
+        slot_B = torch.arange(slots.start, slots.stop)
+        domain_B = torch.full_like(slot_B, domain)
+        return self.random(domain_B, slot_B, self.draw(domain_B, slot_B, self.generator))
+
+
+def common(nearest: list[np.ndarray], others: list[np.ndarray]) -> float:
+    """Share of the nearest that two lists have in common, mean over pictures and directions."""
+    shares = [
+        (a[:, :, None] == b[:, None, :]).any(axis=2).mean() for a, b in zip(nearest, others, strict=True)
     ]
-    return float(np.mean(common))
+    return float(np.mean(shares))
 
 
 def training_of(row: Row) -> tuple[str, ...]:
@@ -145,15 +180,16 @@ def write_table(rows: list[Row]) -> None:
     new = {training_of(row) for row in rows}
     before = read_table() if TABLE.exists() else []
     kept = [row for row in before if training_of(row) not in new]
-    agreed = {(*training_of(row), row["epoch"]): row[AGREEMENT] for row in before if AGREEMENT in row}
+    agreed = {(*training_of(row), row["epoch"]): row for row in before}
     for row in rows:
-        if row.get(AGREEMENT, "") == "":
-            row[AGREEMENT] = agreed.get((*training_of(row), row["epoch"]), "")
+        if row.get("seeds_agree", "") == "":
+            row["seeds_agree"] = agreed.get((*training_of(row), row["epoch"]), {}).get("seeds_agree", "")
     with TABLE.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         for row in sorted([*kept, *rows], key=lambda row: (*training_of(row), row["epoch"])):
-            rounded = {name: f"{row[name]:.3g}" for name in (*CRITERIA, AGREEMENT) if row.get(name, "") != ""}
+            known = [name for name in (*CRITERIA, *AGREEMENT) if row.get(name, "") != ""]
+            rounded = {name: f"{row[name]:.3g}" for name in known}
             writer.writerow({**row, "value": f"{row['value']:.2f}", "epoch": int(row["epoch"]), **rounded})
 
 
@@ -171,8 +207,9 @@ def choices(rows: list[Row]) -> dict[str, tuple[float, float]]:
     scores = {name: np.array([row[name] for row in rows]) for name in CRITERIA}
     scores |= {how: join(rows, how, tuple(CRITERIA)) for how in JOINED}
     scores["product"] = join(rows, "product", PRODUCT)
-    if all(AGREEMENT in row for row in rows):
-        scores[AGREEMENT] = np.array([row[AGREEMENT] for row in rows])
+    for name in AGREEMENT:
+        if all(name in row for row in rows):
+            scores[name] = np.array([row[name] for row in rows])
     found = {LABELS: (1.0, float(truth.max()))}
     for name, values in scores.items():
         rho = float(spearmanr(values, truth).statistic) if np.ptp(values) and np.ptp(truth) else 0.0
