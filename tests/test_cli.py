@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from tests.conftest import ROOT, run_python, ucir, write_params
+from tests.conftest import ROOT, run_python, tiny_params, ucir, write_params
 from ucir.cli import app
 from ucir.config.load import load_params, parse_yaml
 from ucir.errors import UserError
@@ -80,6 +80,27 @@ def test_mistakes_are_one_line_with_a_remedy(project: Path) -> None:
     assert outside.returncode == 2
     assert outside.stderr.startswith("error: params.yaml: no such file")
     assert outside.stderr.count("\n") == 1
+
+
+def test_a_study_that_its_files_cannot_serve_is_refused_by_their_number(project: Path) -> None:
+    params = tiny_params("images")
+    params["methods"]["ucdir"]["shapes"]["batch_size"] = 64
+    params["studies"]["halves"] = {**params["studies"]["tiny"], "settings": ["open"]}
+    write_params(project, params)
+    with pytest.raises(UserError, match="batch_size = 64 exceeds the 28 images of the larger"):
+        ucir("study", "tiny")
+    for domain in ("art", "photo", "real-life"):
+        (project / "images" / domain / "circle").rename(project / "images" / domain / f"{domain}-circle")
+        (project / "images" / domain / "cross").rename(project / "images" / domain / f"{domain}-cross")
+    params["methods"]["ucdir"]["shapes"] |= {"batch_size": 4, "clusters": 10}
+    write_params(project, params)
+    ucir("study", "tiny")
+    with pytest.raises(UserError, match=r"clusters = 10 exceeds the . images .* 'open' leaves"):
+        ucir("study", "halves")
+    for domain in ("art", "photo"):
+        (project / "images" / domain / "square").rename(project / "images" / domain / f"{domain}-square")
+    with pytest.raises(UserError, match="setting 'open' needs classes that every domain has"):
+        ucir("study", "halves")
 
 
 def test_a_study_is_not_changed_under_a_running_repro(project: Path) -> None:

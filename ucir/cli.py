@@ -536,6 +536,7 @@ def search(
     """
     from json import dumps
 
+    from ucir.models.model import BATCH
     from ucir.retrieval.search import Searcher, only_index, open_query
 
     if bool(query) == bool(like):
@@ -549,20 +550,30 @@ def search(
     if grid and top > MOST_IN_GRID:
         raise UserError(f"--top {top} with --grid: a picture shows at most {MOST_IN_GRID} hits of a query")
     searcher = Searcher.load(index or only_index())
-    queries = list(query or [])
-    if like:
-        answers = [searcher.like(like, top, below=folder, hide_duplicates=hide_duplicates)]
-    else:
-        answers = searcher.search(
-            queries,
-            top,
-            below=folder,
-            hide_duplicates=hide_duplicates,
-            domain=query_domain,
-            limit=limit,
-            expand=expand,
-        )
-    names = [like] if like else [str(path) for path in queries]
+    answers = [searcher.like(like, top, below=folder, hide_duplicates=hide_duplicates)] if like else []
+    names = [like] if like else []
+    pictures = [searcher.picture(like)] if like and grid else []
+    unreadable = []
+    queries = query or []
+    for first in range(0, len(queries), BATCH):
+        opened = {}
+        for path in queries[first : first + BATCH]:
+            try:
+                opened[path] = open_query(path, searcher.model.pack.max_pixels)
+            except UserError as error:  # the others are answered all the same
+                unreadable.append(str(error))
+        if opened:
+            answers += searcher.search(
+                [*opened.values()],
+                top,
+                below=folder,
+                hide_duplicates=hide_duplicates,
+                domain=query_domain,
+                limit=limit,
+                expand=expand,
+            )
+        names += map(str, opened)
+        pictures += opened.values() if grid else ()
     for name, answer in zip(names, answers, strict=True):
         shown = answer.hits if anyway or answer.accepted is not False else ()
         if json:
@@ -576,15 +587,14 @@ def search(
             typer.echo(f"{hit.rank:5}  {hit.score:6.3f}  {hit.path}{more}")
     if any(answer.accepted is False for answer in answers) and not anyway and not json:
         typer.echo("`--anyway` lists the nearest all the same")
-    if grid:
+    if grid and answers:
         from ucir.reports.figures import hit_grid
 
-        pictures = [open_query(path, searcher.model.pack.max_pixels) for path in queries]
-        if like:
-            pictures = [searcher.picture(like)]
         found = [[searcher.picture(hit.id) for hit in answer.hits] for answer in answers]
         grid.write_bytes(hit_grid(pictures, found))
         typer.echo(f"grid: {grid}", err=json)
+    if unreadable:
+        raise UserError("; ".join(unreadable))
 
 
 @app.command()

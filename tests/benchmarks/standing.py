@@ -22,6 +22,7 @@ def main() -> None:
     parser.add_argument("setting")
     parser.add_argument("metric", help="as the report names it: P@50, mAP@All, 'gate AUROC' ...")
     parser.add_argument("--without", nargs="+", metavar="PAIR", default=[], help="pairs that do not count")
+    parser.add_argument("--seed", type=int, help="of the methods; default: the mean over all there are")
     parser.add_argument("--against", metavar="METHOD", default=PRETRAINED, help="default: the start")
     given = parser.parse_args()
     folder = RESULTS / given.dataset / given.setting
@@ -34,7 +35,15 @@ def main() -> None:
     if unknown := [pair for pair in given.without if pair not in pairs]:
         raise UserError(f"--without {unknown[0]}: no pair of {folder}; {nearest(unknown[0], pairs)}")
     left = {direction for pair in given.without for direction in pairs[pair]}
-    kept = {method: [s for s in rows if (s.query, s.gallery) not in left] for method, rows in scores.items()}
+    kept = {
+        method: [
+            s
+            for s in rows
+            if (s.query, s.gallery) not in left
+            and (given.seed in (None, s.seed) or f"start/{method}" in found)
+        ]
+        for method, rows in scores.items()
+    }
     table = standing_table(given.dataset, given.setting, kept, given.metric, given.against)
     if table is None:
         raise UserError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -72,6 +73,14 @@ def test_a_sweep_with_a_fault_starts_nothing(changes: dict[str, Any], message: s
     with pytest.raises(UserError, match=message):
         check_sweep(with_sweep(prepared, **changes), "try")
     assert not (prepared / "runs/sweeps").exists()
+
+
+def test_without_labels_no_sweep_is_judged_by_them(prepared: Path) -> None:
+    index = prepared / "data/packs/shapes/photo.csv"
+    index.write_text(re.sub("circle|cross|square", "", index.read_text()))
+    check_sweep(with_sweep(prepared), "try")
+    with pytest.raises(UserError, match="objective: oracle: photo has no labels"):
+        check_sweep(with_sweep(prepared, objective="oracle"), "try")
 
 
 def test_epochs_of_the_trials_stay_out_of_what_is_found(prepared: Path) -> None:

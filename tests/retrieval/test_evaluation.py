@@ -69,6 +69,16 @@ def test_rows_before_training_are_the_trunk_centred_by_domain_and_its_pca(prepar
     assert scored(wide, no_head) == ["untrained", "centred", "pretrained"], "the start is the frozen trunk"
 
 
+def test_a_limit_that_so_few_pictures_cannot_give_is_told(
+    prepared: Path, store: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for rate, told in (("0.05", False), ("0.04", True)):
+        params = load_params(overrides=[f"datasets.shapes.evaluate.false_rejections={rate}"])
+        evaluate_start(params, "shapes-closed", gate_choice(params, "shapes", None), RESULTS)
+        out = capsys.readouterr().out
+        assert ("the 22 pictures of art are too few for a limit that rejects 4 % of them (24" in out) == told
+
+
 def test_pooled_features_and_either_encoder_give_other_scores(prepared: Path, store: str) -> None:
     def scored(*overrides: str) -> list[float]:
         params = load_params(overrides=["methods.ucdir.shapes.epochs=2", *overrides])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Collection, Iterator
@@ -15,9 +16,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from typer.testing import CliRunner
 
 from tests.conftest import draw, make_images, ucir
 from tests.workers import start_process
+from ucir.cli import app
 from ucir.config.data import PackParams, ViewParams
 from ucir.config.model import EncoderParams
 from ucir.data.prepare import write_pack
@@ -527,6 +530,9 @@ def test_the_commands_teach_and_print(photos: Path, tmp_path: Path, monkeypatch:
     assert "`--anyway` lists the nearest" in none
     assert "cross/0.png\n" in ucir("search", "photos/cross/0.png", "--limit", "-1", "--anyway")
     assert "like cross/0.png" in ucir("search", "--like", "cross/0.png", "--folder", "cross")
+    some = CliRunner().invoke(app, ["search", "photos/cross/notes.jpg", "photos/cross/0.png", "none.png"])
+    assert re.search(r"cross/notes\.jpg: .*; none\.png: No such file", str(some.exception))
+    assert "photos/cross/0.png: nearest at" in some.stdout, "the others are answered all the same"
     with pytest.raises(UserError, match="give pictures to search with, or --like"):
         ucir("search")
     with pytest.raises(UserError, match="not with --like"):

@@ -107,6 +107,14 @@ def test_a_plan_counts_shared_runs_once(
     assert describe_hours(shipped, everything) == "left: nothing"
 
 
+def test_a_plan_counts_files_where_nothing_is_prepared(project: Path) -> None:
+    assert "  ucdir on shapes: 2 runs, 0 min\n" in ucir("plan")
+    (project / "images").rename(project / "moved")
+    told = ucir("plan")
+    assert "  ucdir on shapes: 2 runs, not known\n" in told
+    assert "(without shapes: not prepared, so of unknown size)" in told
+
+
 def test_a_plan_knows_what_is_done(prepared: Path, store: str) -> None:
     before = ucir("plan")
     assert "shapes, closed: 1 method x 2 trainings x 1 seed = 2 runs" in before

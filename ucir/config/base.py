@@ -51,7 +51,8 @@ def distinct(values: tuple[T, ...]) -> tuple[T, ...]:
 
 
 Distinct = AfterValidator(distinct)
-Seeds = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1), Distinct]
+Seed = Annotated[int, Field(ge=0, lt=2**32, strict=True)]  # what numpy takes
+Seeds = Annotated[tuple[Seed, ...], Field(min_length=1), Distinct]
 
 
 class Block(BaseModel):

@@ -106,7 +106,7 @@ class SplitParams(Block):
 
     seed: Annotated[int, Field(ge=0)] = 0
     """Draws the classes that both domains have: half of all, rounded down."""
-    shared: tuple[str, ...] | None = None
+    shared: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
     """Those classes by name, instead of a draw."""
 
 

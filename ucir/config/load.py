@@ -65,7 +65,8 @@ def parse_yaml(path: Path) -> dict[str, Any]:
     except (YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not readable as YAML: {_first_words(error)}") from None
     if not isinstance(raw, dict):
-        raise UserError(f"{path}: no blocks in it; restore it with `git checkout {path}`")
+        hint = f"; restore it with `git checkout {path}`" if path.name == PARAMS_FILE else ""
+        raise UserError(f"{path}: no blocks in it{hint}")
     return raw
 
 

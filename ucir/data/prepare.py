@@ -158,10 +158,14 @@ def name_faults(source: Source, files: Survey, domains: list[str], entry: Entry)
     return faults
 
 
-def source_classes(block: DatasetParams) -> list[str]:
-    """Names of the class folders of all domains, sorted; none without labels."""
-    contents = survey(Source(Path(block.source)), block.entry)
-    return sorted({file.label for files in contents.domains.values() for file in files} - {""})
+def source_counts(block: DatasetParams) -> dict[str, Counter[str]]:
+    """Files of each domain by class folder, unread; those in none have an empty name."""
+    files = survey(Source(Path(block.source)), block.entry)
+    return _counts(files, _wanted(block, files, Path(block.source)))
+
+
+def _counts(files: Survey, domains: list[str]) -> dict[str, Counter[str]]:
+    return {domain: Counter(file.label for file in files.domains.get(domain, [])) for domain in domains}
 
 
 def decoding_pace(block: DatasetParams, sample: int = 24) -> float:
@@ -211,9 +215,8 @@ def _source_faults(block: DatasetParams, opened: Source, files: Survey) -> list[
     wanted = list(block.entry.domains)
     try:
         wanted = _wanted(block, files, opened.root)
-        classes = {f.label for domain in wanted for f in files.domains.get(domain, [])} - {""}
         if block.split.shared:
-            label_spaces("partial", sorted(classes), block.split)
+            label_spaces("partial", [*_counts(files, wanted).values()], block.split)
     except UserError as error:
         faults.append(str(error))
     return [*faults, *name_faults(opened, files, wanted, block.entry)]

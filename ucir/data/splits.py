@@ -8,23 +8,24 @@
 
 The first three are UEM's (NeurIPS 2024, section 4), the last is for ProtoOT's claim of robustness.
 
-Half is C // 2 of the data set's C classes. The drawn classes are those whose SHA-256 of ``<seed>/<class>``
-comes first, the same for all pairs, methods and seeds, so that they can be compared; UEM does not publish
-its draw. The same order is that of the class sizes, largest first. In ``partial`` and ``open`` the two
-directions of a pair are two trainings: other pictures are left. One of ``partial`` is one of ``open`` with
-query and gallery exchanged.
+Half is C // 2 of the data set's C classes, or all that every domain has pictures of, if these are fewer. The
+drawn classes are those of them whose SHA-256 of ``<seed>/<class>`` comes first, the same for all pairs,
+methods and seeds, so that they can be compared; UEM does not publish its draw. The same order is that of the
+class sizes, largest first. In ``partial`` and ``open`` the two directions of a pair are two trainings: other
+pictures are left. One of ``partial`` is one of ``open`` with query and gallery exchanged.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from ucir.config.base import PARAMS_FILE, known_setting
 from ucir.config.data import SplitParams
-from ucir.data.pack import Picture, split_pair
+from ucir.data.pack import Picture, read_index, read_info, split_pair
 from ucir.errors import UserError, nearest
 
 SHARED = f"{PARAMS_FILE}: split.shared of the data set"
@@ -94,32 +95,54 @@ def check_setting(setting: str) -> None:
         raise UserError(str(error)) from None
 
 
-def label_spaces(setting: str, classes: Sequence[str], split: SplitParams) -> LabelSpaces:
+def label_spaces(setting: str, classes: Sequence[Collection[str]], split: SplitParams) -> LabelSpaces:
     """Who has which classes in a setting.
 
+    Args:
+        setting: its name.
+        classes: those of each domain; an empty name is no class.
+        split: the data set's.
+
     Raises:
-        UserError: an unknown setting; one other than ``closed`` without at least two classes; an unknown
-            class in ``split.shared``, or all of them.
+        UserError: an unknown setting; one other than ``closed`` without at least two classes; no class that
+            every domain has; in ``split.shared`` all classes, or one that is unknown or not in every domain.
     """
     check_setting(setting)
     if setting == "closed":
         return LabelSpaces(None, None)
-    if len(classes) < 2:
+    every = sorted(set().union(*classes) - {""})
+    if len(every) < 2:
         raise UserError(
             f"setting {setting!r} needs class folders to draw label spaces from; this data set has "
-            f"{len(classes)}: only 'closed' can be run"
+            f"{len(every)}: only 'closed' can be run"
         )
-    order = sorted(classes, key=lambda label: _drawn(split.seed, label))
+    order = sorted(every, key=lambda label: _drawn(split.seed, label))
     if ratio := tail_ratio(setting):
         return LabelSpaces(None, None, tuple(order), ratio)
-    shared = split.shared or order[: len(classes) // 2]
+    common = set(every).intersection(*classes)
+    if not common:
+        raise UserError(f"setting {setting!r} needs classes that every domain has: this data set has none")
+    shared = split.shared or [label for label in order if label in common][: len(every) // 2]
     for label in shared:
-        if label not in classes:
-            raise UserError(f"{SHARED}: class {label!r} is unknown; {nearest(label, classes)}")
-    every, half = tuple(sorted(classes)), tuple(sorted(set(shared)))
-    if every == half:
+        if label not in every:
+            raise UserError(f"{SHARED}: class {label!r} is unknown; {nearest(label, every)}")
+        if label not in common:
+            raise UserError(
+                f"{SHARED}: class {label!r} is not in every domain; these are: {', '.join(sorted(common))}"
+            )
+    half = tuple(sorted(set(shared)))
+    if tuple(every) == half:
         raise UserError(f"{SHARED}: all classes are shared, which is the setting 'closed'")
-    return LabelSpaces(half, every) if setting == "partial" else LabelSpaces(every, half)
+    return LabelSpaces(half, tuple(every)) if setting == "partial" else LabelSpaces(tuple(every), half)
+
+
+def pack_spaces(setting: str, pack: Path, split: SplitParams) -> LabelSpaces:
+    """Who has which classes of a pack in a setting. Raises UserError: as :func:`label_spaces`."""
+    info = read_info(pack)
+    if both_ways(setting):
+        return label_spaces(setting, [info.classes], split)
+    indices = [read_index(pack, domain) for domain in info.counts]
+    return label_spaces(setting, [{picture.label for picture in index} for index in indices], split)
 
 
 def tail_ratio(setting: str) -> int | None:

@@ -16,7 +16,7 @@ from ucir.config.data import DatasetParams
 from ucir.config.load import Params
 from ucir.config.study import SettingParams
 from ucir.data.pack import PackInfo, open_domain, read_info
-from ucir.data.splits import directions, label_spaces, tail_ratio, trainings
+from ucir.data.splits import directions, pack_spaces, tail_ratio, trainings
 from ucir.reports import figures
 from ucir.reports.compare import SHOWN, Comparison, Direction
 from ucir.reports.embedding import embedding
@@ -259,7 +259,7 @@ def _compare(
     block = params.datasets[part.dataset]
     seed = params.study.seeds[0]
     info = read_info(pack)
-    spaces = label_spaces(part.setting, info.classes, block.split)
+    spaces = pack_spaces(part.setting, pack, block.split)
     compared = Comparison(part.dataset, block.evaluate.cutoffs[0], PRETRAINED, best, thumbnails)
     spaces_shown = []
     for pair in _pairs(part, block, info):

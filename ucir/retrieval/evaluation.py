@@ -20,7 +20,7 @@ from ucir.config.load import Params
 from ucir.config.model import EncoderParams
 from ucir.data.feature_pack import DomainFeatures, open_features
 from ucir.data.pack import DomainImages, Picture, open_domain, read_index, read_info, split_pair
-from ucir.data.splits import LabelSpaces, directions, label_spaces, trainings
+from ucir.data.splits import LabelSpaces, directions, pack_spaces, trainings
 from ucir.data.views import views_of
 from ucir.devices import choose_device
 from ucir.errors import UserError
@@ -33,7 +33,14 @@ from ucir.models.head import ResidualHead
 from ucir.models.trunk import StoredTrunk
 from ucir.paths import FEATURES, PACKS, STARTS, file_sha256
 from ucir.prototypes.clustering import kmeans
-from ucir.retrieval.gate import GateChoice, calibrated_limit, cluster_for_gate, fit_gate, nearest_distances
+from ucir.retrieval.gate import (
+    GateChoice,
+    calibrated_limit,
+    cluster_for_gate,
+    fewest_queries,
+    fit_gate,
+    nearest_distances,
+)
 from ucir.retrieval.metrics import Decisions, metric_values
 from ucir.retrieval.ranking import rank
 
@@ -232,7 +239,7 @@ def evaluate_start(params: Params, key: str, gate: GateChoice, results: Path) ->
     block = params.datasets[part.dataset]
     pack = PACKS / part.dataset
     info = read_info(pack)
-    spaces = label_spaces(part.setting, info.classes, block.split)
+    spaces = pack_spaces(part.setting, pack, block.split)
     every_class = tuple(info.classes)
     named_spaces = replace(spaces, query=spaces.query or every_class, gallery=spaces.gallery or every_class)
     folder = results / part.dataset / part.setting
@@ -276,6 +283,13 @@ def evaluate_start(params: Params, key: str, gate: GateChoice, results: Path) ->
             scores += pair_scores
         means[row.name] = write_scores(folder / "start" / row.name / "metrics.json", scores)
     (folder / "start.json").write_text(json.dumps(means, indent=1) + "\n", encoding="utf-8")
+    least = fewest_queries(gate.false_rejections)
+    few = {d: len(x) for pair in pairs for d, x in scored_index(pack, pair, spaces).items() if len(x) < least}
+    for domain, count in few.items():
+        print(
+            f"calibrated gate: the {count} pictures of {domain} are too few for a limit that rejects "
+            f"{100 * gate.false_rejections:g} % of them ({least} are needed): it rejects none"
+        )
 
 
 @dataclass(frozen=True)

@@ -152,6 +152,11 @@ def nearest_distances(query_QD: Tensor, gallery_GD: Tensor, kind: str = "calibra
     return torch.cat([_distances(kind, part_BD, gallery_GD).amin(dim=1) for part_BD in parts])
 
 
+def fewest_queries(false_rejections: float) -> int:
+    """Of how many queries on a limit can be learnt that rejects no more than this share of them."""
+    return math.ceil(1 / false_rejections) - 1
+
+
 def calibrated_limit(nearest_Q: Tensor, false_rejections: float = FALSE_REJECTIONS) -> float:
     """A limit from the features alone: the distance beyond which nothing is taken to be like a query.
 

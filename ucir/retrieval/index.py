@@ -19,7 +19,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import math
 import re
 import shutil
 import sqlite3
@@ -46,7 +45,7 @@ from ucir.models.embedding import one_thread_a_core
 from ucir.models.model import Model, save_model, stored_picture
 from ucir.paths import check_writable, locked, write_atomically
 from ucir.progress import counted
-from ucir.retrieval.gate import FALSE_REJECTIONS, OPPOSITE, calibrated_limit
+from ucir.retrieval.gate import FALSE_REJECTIONS, OPPOSITE, calibrated_limit, fewest_queries
 from ucir.retrieval.knn import RECALL_DEPTHS, add_rows, exact_neighbours, fewest_probes, held_ids, learn_cells
 
 FORMAT = 1
@@ -485,7 +484,7 @@ def describe_index(folder: Path, info: IndexInfo) -> str:
             f"{100 * info.false_rejections:g} % of pictures like these"
         )
     else:
-        least = math.ceil(1 / info.false_rejections) - 1
+        least = fewest_queries(info.false_rejections)
         lines.append(
             f"limit: not known, so every query finds something: give {least} pictures or more like those you "
             f"will ask with (--queries) to learn one that rejects {100 * info.false_rejections:g} % of them"

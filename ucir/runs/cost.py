@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ucir.config.base import ONE_PART
 from ucir.config.data import DatasetParams
 from ucir.config.load import Params
 from ucir.data.pack import read_info
+from ucir.data.prepare import source_counts
 from ucir.data.splits import both_ways, label_spaces, training_order, trainings
 from ucir.devices import choose_device
 from ucir.errors import UserError
@@ -118,18 +121,23 @@ def describe_hours(params: Params, plan: StudyPlan) -> str:
     total = 0.0
     unknown = set()
     machine = Machine(device)
+    sizes = {dataset: _sizes(params.datasets[dataset], dataset) for dataset, _ in groups}
     on_gpu = dict.fromkeys(PUBLISHED, 0.0)
     with Progress("measuring this machine", len(groups), "combination") as progress:
         for (dataset, method), trainings in groups.items():
             wanted = method_params(params, method, dataset)
             pace = machine.pace(params.datasets[dataset], wanted, method)
-            counts = [_counts(params, t) for t in trainings]
+            counts = [_counts(params, t, sizes[dataset]) for t in trainings]
             seconds = sum(wanted.epochs * pace.epoch(wanted, count) for count in counts if count)
-            unknown |= {dataset} if None in counts else set()
+            known = None not in counts
+            unknown |= set() if known else {dataset}
             total += seconds
             for gpu in on_gpu:
                 on_gpu[gpu] += seconds * pace.network.on(gpu) if pace.network else 0.0
-            lines.append(f"  {method} on {dataset}: {counted(len(trainings), 'run')}, {_duration(seconds)}")
+            lines.append(
+                f"  {method} on {dataset}: {counted(len(trainings), 'run')}, "
+                + (_duration(seconds) if known else "not known")
+            )
             progress.advance(1, f"{method} on {dataset}")
     if machine.taken:
         lines.append(f"{machine.taken} of {len(groups)} were measured before: delete {PACES} to measure anew")
@@ -195,35 +203,34 @@ def _finished(params: Params, planned: list[PlannedTraining]) -> set[tuple[objec
     return done
 
 
-def _of_domains(params: Params, dataset: str, pair: tuple[str, str]) -> dict[str, float] | None:
-    """All pictures of two domains: of the pack, else as published, else not known."""
-    block = params.datasets[dataset]
-    try:
-        counts = {domain: float(count) for domain, count in read_info(PACKS / dataset).counts.items()}
-    except UserError:
+def _sizes(block: DatasetParams, dataset: str) -> dict[str, float]:
+    """Pictures of each domain: of the pack, else as published, else of the source; none if there is none."""
+    with contextlib.suppress(UserError):
+        return {domain: float(count) for domain, count in read_info(PACKS / dataset).counts.items()}
+    if block.sample:
+        return dict.fromkeys(block.entry.domains, 10.0 * block.sample.per_class)
+    if block.entry.counts:
         # where a class is not known, 500 is what the largest domain has
-        published = block.entry.counts.items()
-        counts = {
-            d: float(sum(500 if c is None else c for c in counts_of_classes.values()))
-            for d, counts_of_classes in published
+        return {
+            domain: float(sum(500 if count is None else count for count in of_classes.values()))
+            for domain, of_classes in block.entry.counts.items()
         }
-        if block.sample:
-            counts = dict.fromkeys(pair, 10.0 * block.sample.per_class)
-    return {domain: counts[domain] for domain in pair} if set(pair) <= set(counts) else None
+    with contextlib.suppress(UserError):
+        return {domain: float(files.total()) for domain, files in source_counts(block).items()}
+    return {}
 
 
-def _counts(params: Params, t: PlannedTraining) -> tuple[int, int] | None:
+def _counts(params: Params, t: PlannedTraining, sizes: Mapping[str, float]) -> tuple[int, int] | None:
     """Pictures of query and gallery domain that take part; None where they are not known."""
-    counts = _of_domains(params, t.dataset, t.pair)
-    if counts is None:
+    if not set(t.pair) <= set(sizes):
         return None
     block = params.datasets[t.dataset]
     classes = block.entry.class_names()
     share = [1.0, 1.0]
     if classes:
-        spaces = label_spaces(t.setting, classes, block.split)
+        spaces = label_spaces(t.setting, [classes], block.split)
         share = [spaces.share(role, len(classes)) for role in (0, 1)]
-    first, second = (round(counts[d] * s) for d, s in zip(t.pair, share, strict=True))
+    first, second = (round(sizes[d] * s) for d, s in zip(t.pair, share, strict=True))
     return first, second
 
 
@@ -245,16 +252,16 @@ def _disk(params: Params, built: list[PlannedTraining]) -> float:
     total = 0.0
     for dataset in {t.dataset for t in built}:
         block = params.datasets[dataset]
-        counts = [(t.pair, _counts(params, t) or (0, 0)) for t in built if t.dataset == dataset]
-        domains: dict[str, float] = {}
-        for pair in dict.fromkeys(pair for pair, _ in counts):
-            domains |= _of_domains(params, dataset, pair) or {}
+        sizes = _sizes(block, dataset)
+        counts = [_counts(params, t, sizes) or (0, 0) for t in built if t.dataset == dataset]
+        used = {domain for t in built if t.dataset == dataset for domain in t.pair}
+        pictures = round(sum(sizes.get(domain, 0) for domain in used))
         encoder = new_encoder(block.start.encoder, 0)
-        total += _saved(encoder) + sum(stored_bytes(block, round(sum(domains.values())), encoder.pooled_dim))
+        total += _saved(encoder) + sum(stored_bytes(block, pictures, encoder.pooled_dim))
         if block.start.trained == "head":
             encoder = new_encoder(block.start.encoder, 0, trunk=StoredTrunk(encoder.pooled_dim))
         run = (1 + block.evaluate.keep_best) * _saved(encoder)
-        total += sum(run + 2 * block.start.encoder.feature_dim * sum(count) for _, count in counts)
+        total += sum(run + 2 * block.start.encoder.feature_dim * sum(count) for count in counts)
     return total
 
 

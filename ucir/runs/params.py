@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from ucir.config.base import PARAMS_FILE, checked
 from ucir.config.load import Params
 from ucir.errors import UserError, nearest
@@ -59,6 +61,33 @@ def check_methods(params: Params) -> None:
     for method, blocks in params.methods.items():
         for dataset in blocks:
             method_params(params, method, dataset)
+
+
+def check_sizes(params: MethodParams, where: str, setting: str, counts: Mapping[str, int]) -> None:
+    """Can so many pictures be clustered and make a batch?
+
+    Args:
+        params: of the method.
+        where: they stand.
+        setting: its name.
+        counts: pictures of the two domains, by name.
+
+    Raises:
+        UserError: a domain has fewer pictures than clusters, or both have fewer than a batch.
+    """
+    left = "" if setting == "closed" else f" that the setting {setting!r} leaves"
+    for domain, count in counts.items():
+        if params.most_clusters > count:
+            raise UserError(
+                f"{where}: clusters = {params.most_clusters} exceeds the {count} images of domain "
+                f"{domain}{left}: set fewer"
+            )
+    larger = max(counts.values())
+    if params.batch_size > larger:
+        raise UserError(
+            f"{where}: batch_size = {params.batch_size} exceeds the {larger} images of the larger domain of "
+            f"{'-'.join(counts)}{left}: set a smaller one"
+        )
 
 
 def gate_choice(params: Params, dataset: str, method: str | None) -> GateChoice:

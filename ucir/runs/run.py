@@ -36,7 +36,7 @@ from ucir.data.splits import (
     both_ways,
     check_setting,
     directions,
-    label_spaces,
+    pack_spaces,
     training_order,
     trainings,
 )
@@ -60,7 +60,7 @@ from ucir.paths import (
 )
 from ucir.retrieval.evaluation import CHECKPOINTS
 from ucir.runs.dependencies import EMBEDDING, START, code_version, training_modules
-from ucir.runs.params import method_params
+from ucir.runs.params import check_sizes, method_params
 from ucir.training.start import ViewContrast, ViewContrastParams
 from ucir.training.training import Training
 
@@ -427,7 +427,7 @@ def plan_runs(
             f"{PACKS / dataset} holds pictures of {info.side} px ({info.fit}), but datasets.{dataset}.pack "
             f"says {block.pack.side} px ({block.pack.fit}): run `uv run dvc repro prepare` first"
         )
-    spaces = label_spaces(setting, info.classes, block.split)
+    spaces = pack_spaces(setting, PACKS / dataset, block.split)
     start = start_file(dataset)
     check_writable(RUNS)
     start_digest, features, start_state = file_sha256(start), "", load_state(start)
@@ -457,7 +457,7 @@ def plan_runs(
         ]
         counts = (len(kept[0]), len(kept[1]))
         where = f"{PARAMS_FILE}: methods.{params_block(method)}.{dataset}"
-        _check_sizes(wanted, where, setting, pair, counts)
+        check_sizes(wanted, where, setting, dict(zip(pair, counts, strict=True)))
         for seed in seeds:
             order = pair[:: training_order(setting)]
             slots = dict(zip(pair, kept, strict=True))
@@ -502,24 +502,6 @@ def materialise(run: PairRun, out: Path) -> None:
     done = json.loads((run.folder / "done.json").read_text("utf-8"))
     content = {**done, **run.tags(), "label_spaces": asdict(run.spaces)}
     (target / "run.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-
-
-def _check_sizes(
-    params: MethodParams, where: str, setting: str, pair: tuple[str, str], counts: tuple[int, ...]
-) -> None:
-    left = "" if setting == "closed" else f" that the setting {setting!r} leaves"
-    for domain, count in zip(pair, counts, strict=True):
-        if params.most_clusters > count:
-            raise UserError(
-                f"{where}: clusters = {params.most_clusters} exceeds the {count} images of domain "
-                f"{domain}{left}: set fewer"
-            )
-    larger = max(counts)
-    if params.batch_size > larger:
-        raise UserError(
-            f"{where}: batch_size = {params.batch_size} exceeds the {larger} images of the larger domain of "
-            f"{'-'.join(pair)}{left}: set a smaller one"
-        )
 
 
 def content_key(content: Mapping[str, Any]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain, product
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,14 @@ from ucir.config.data import DatasetParams
 from ucir.config.load import Params, load_params, parse_yaml, without_study
 from ucir.data.fetch import check_checkpoint
 from ucir.data.pack import read_info
-from ucir.data.prepare import source_classes, source_faults
+from ucir.data.prepare import source_counts, source_faults
 from ucir.data.splits import label_spaces, trainings
 from ucir.errors import UserError, nearest
 from ucir.methods.registry import METHODS, params_block
 from ucir.models.pretrained import EMBEDDED_TRUNK, check_weights
 from ucir.models.trunk import check_trunk
 from ucir.paths import PACKS
-from ucir.runs.params import check_methods, method_params
+from ucir.runs.params import check_methods, check_sizes, method_params
 
 
 class StudyFile(Block):
@@ -196,14 +196,8 @@ def study_faults(params: Params, name: str) -> list[str]:
         if source_errors and given.entry.files:
             source_errors[-1] += f"; `uv run ucir fetch {dataset}` gets the data set or says how"
         faults += source_errors
-        settings = [part["setting"] for part in parts]
-        if not source_errors and not given.entry.counts and set(settings) - {"closed"}:
-            try:
-                classes = source_classes(given)
-                for setting in settings:
-                    label_spaces(setting, classes, given.split)
-            except UserError as error:
-                faults.append(str(error))
+        if not source_errors:
+            faults += _size_faults(params, dataset, block["runs"].values())
         try:
             check_checkpoint(given.start)
             if given.start.weights:
@@ -211,6 +205,31 @@ def study_faults(params: Params, name: str) -> list[str]:
         except UserError as error:
             faults.append(str(error))
     return list(dict.fromkeys(faults))
+
+
+def _size_faults(params: Params, dataset: str, runs: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Label spaces that cannot be drawn, and batches and clusters for which there are too few files."""
+    block = params.datasets[dataset]
+    counts = source_counts(block)
+    faults = []
+    for run in runs:
+        if run["dataset"] != dataset:
+            continue
+        where = f"{PARAMS_FILE}: methods.{params_block(run['method'])}.{dataset}"
+        try:
+            spaces = label_spaces(run["setting"], [*counts.values()], block.split)
+            given = method_params(params, run["method"], dataset)
+            for pair in trainings(run["setting"], run.get("pairs") or block.pairs, [*counts]):
+                left = {}
+                for role, domain in enumerate(pair):
+                    space = spaces.of(role)
+                    left[domain] = sum(
+                        counts[domain][x] for x in (counts[domain] if space is None else space)
+                    )
+                check_sizes(given, where, run["setting"], left)
+        except UserError as error:
+            faults.append(str(error))
+    return faults
 
 
 def check_no_repro() -> None:

@@ -18,6 +18,7 @@ from scipy.stats import spearmanr
 from ucir.config.base import PARAMS_FILE, checked
 from ucir.config.load import Params
 from ucir.config.sweep import Dimension, SweepParams
+from ucir.data.pack import read_index
 from ucir.errors import UserError, nearest
 from ucir.methods.registry import fixed_keys, params_block
 from ucir.progress import counted
@@ -123,7 +124,10 @@ def check_sweep(params: Params, name: str) -> tuple[SweepParams, dict[str, Dimen
         if criterion not in known:
             raise UserError(f"{where}.objective: {criterion!r} is unknown; {nearest(criterion, known)}")
     prefix = f"methods.{params_block(sweep.method)}.{sweep.dataset}."
-    plan_candidate(params, sweep, {})
+    for run in plan_candidate(params, sweep, {}):
+        for domain in run.pair:
+            if ORACLE in sweep.objective and not any(p.label for p in read_index(run.pack, domain)):
+                raise UserError(f"{where}.objective: oracle: {domain} has no labels; take another")
     space: dict[str, Dimension] = {}
     fixed = fixed_keys(sweep.method)
     for key, dimension in sweep.space.items():
