@@ -507,7 +507,7 @@ def search(
         str | None,
         typer.Option(
             help="Which of the model's domains the queries are of, whose limit counts. Default: of each the "
-            "nearest, and the widest limit."
+            "one whose centre is the nearest."
         ),
     ] = None,
     hide_duplicates: Annotated[

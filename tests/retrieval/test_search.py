@@ -26,6 +26,7 @@ from ucir.config.model import EncoderParams
 from ucir.data.prepare import write_pack
 from ucir.errors import UserError
 from ucir.models.encoder import new_encoder
+from ucir.models.head import ResidualHead
 from ucir.models.model import Model, save_model, stored_picture
 from ucir.retrieval import index as build
 from ucir.retrieval import knn
@@ -401,7 +402,7 @@ def test_folders_likes_and_mistakes(photos: Path) -> None:
 def test_an_expanded_query_is_the_mean_of_it_and_its_nearest(photos: Path) -> None:
     index(photos)
     searcher = Searcher.load(photos)
-    query = searcher.embed([stored_picture(Image.open(photos / "circle/1.png"), searcher.model.pack)])[0]
+    (query,), _ = searcher.embed([stored_picture(Image.open(photos / "circle/1.png"), searcher.model.pack)])
     nearest = np.argsort(-(searcher.rows_ND @ query))[:3]
     mean = (query + searcher.rows_ND[nearest].sum(axis=0)).astype(np.float64)
     scores = searcher.rows_ND @ (mean / np.linalg.norm(mean))
@@ -455,6 +456,27 @@ def test_queries_beyond_the_limit_are_told(photos: Path) -> None:
     assert again.limits.keys() == {"drawn"}, "bringing it up to date learns from the same queries"
     (answer,) = searcher.search(photos / "cross/2.png", 22)
     assert len(answer.hits) == 21, "who opened it before finds what is still there"
+
+
+def test_a_query_is_judged_by_the_limit_of_the_domain_that_it_is_taken_for(photos: Path) -> None:
+    params = EncoderParams(trunk={"convnet": {"width": 4}}, feature_dim=8, head="residual")
+    model = replace(tiny_model(), encoder=new_encoder(params, 0).eval())
+    head = model.encoder.head
+    assert isinstance(head, ResidualHead)
+    drawn, photo = photos / "circle/1.png", photos / "cross/1.png"
+    stored = [stored_picture(Image.open(path), model.pack) for path in (drawn, photo)]
+    head.centre_2P.copy_(model.embed(stored, features="pooled"))
+    index(photos, model)
+    searcher = Searcher.load(photos)
+
+    def accepted(limits: dict[str, float], domain: str | None = None) -> list[bool | None]:
+        searcher.info = replace(searcher.info, limits=limits)
+        return [answer.accepted for answer in searcher.search([drawn, photo], domain=domain)]
+
+    assert accepted({"drawn": 2.0, "photo": -1.0}) == [True, False]
+    assert accepted({"drawn": 2.0, "photo": -1.0}, "drawn") == [True, True]
+    assert accepted({"drawn": -1.0, "asked with": 2.0}) == [False, True], "the widest, where it has none"
+    assert accepted({}) == [None, None]
 
 
 def test_an_inverted_file_is_used_where_it_recalls_and_can_forget(

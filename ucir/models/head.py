@@ -73,9 +73,13 @@ class ResidualHead(nn.Module):
         """
         x = F.normalize(pooled_BP.float(), dim=1)
         if domain_B is None:
-            domain_B = torch.cdist(x, self.centre_2P).argmin(dim=1)
+            domain_B = self.nearest_domain(x)
         x = (x - self.centre_2P[domain_B]) * self.scale
         return cast(Tensor, self.linear(x) + self.more(x))
+
+    def nearest_domain(self, unit_BP: Tensor) -> Tensor:
+        """Whose centre is the nearest to unit pooled features, 0 or 1, int64."""
+        return torch.cdist(unit_BP, self.centre_2P).argmin(dim=1)
 
     def projection(self) -> Iterator[nn.Parameter]:
         """The linear map: the trained part counts as backbone."""

@@ -29,6 +29,7 @@ from ucir.data.pack import stored_size
 from ucir.errors import UserError, nearest
 from ucir.models.checkpoints import load_encoder, load_state, save_encoder
 from ucir.models.encoder import Encoder, new_encoder
+from ucir.models.head import ResidualHead
 from ucir.models.pretrained import EMBEDDED, EMBEDDED_SIDE, EMBEDDED_TRUNK, load_weights
 from ucir.models.trunk import StoredTrunk
 from ucir.paths import MODELS, file_sha256
@@ -145,14 +146,32 @@ class Model:
             pictures: as :func:`stored_picture` makes them, at least one.
             domain, features: as of :meth:`features`.
         """
+        of_head, pooled = self._both(pictures, domain)
+        return pooled if (features or self.used) == "pooled" else of_head
+
+    @torch.no_grad()
+    def embed_queries(
+        self, pictures: Sequence[Stored], domain: str | None = None
+    ) -> tuple[Tensor, list[str | None]]:
+        """As :meth:`embed`, and which of ``domains`` each picture is taken for: the given one, or that whose
+        centre is the nearest; None of a head without centres."""
+        of_head, pooled = self._both(pictures, domain)
+        taken: list[str | None] = [domain] * len(pooled)
+        if domain is None and self.domains and isinstance(self.encoder.head, ResidualHead):
+            numbers = self.encoder.head.nearest_domain(pooled.to(self.encoder.device))
+            taken = [self.domains[number] for number in numbers.tolist()]
+        return pooled if self.used == "pooled" else of_head, taken
+
+    def _both(self, pictures: Sequence[Stored], domain: str | None) -> tuple[Tensor, Tensor]:
+        """The head's output and what goes into it, of unit length, on the CPU."""
         stored, sizes = zip(*pictures, strict=True)
         pixels = torch.from_numpy(np.stack(stored))
         device = self.encoder.device
         views = eval_views(pixels.to(device), torch.tensor(sizes), self.view, self.encoder.form)
         number = None if domain is None else self.domains.index(domain)
         domain_B = None if number is None else torch.full((len(views),), number, device=device)
-        out: Tensor = self.encoder(views, (features or self.used) == "pooled", domain_B)
-        return out.cpu()
+        both: Tensor = self.encoder(views, "both", domain_B).cpu()
+        return both[:, : self.encoder.feature_dim], both[:, self.encoder.feature_dim :]
 
 
 def embedded_model() -> Model:

@@ -152,8 +152,8 @@ class Searcher:
             below: only pictures in this folder of the collection.
             hide_duplicates: of near duplicates show the most similar.
             domain: of the queries, one of the model's; None: that whose centre is the nearest.
-            limit: 1 - cosine beyond which nothing is like a query; None: that of the index for ``domain``, or
-                the widest of its limits.
+            limit: 1 - cosine beyond which nothing is like a query; None: those of the index, see
+                :meth:`embed`.
             expand: take the mean of a query and so many of its nearest pictures, and search with that.
 
         Raises:
@@ -161,17 +161,22 @@ class Searcher:
         """
         several: Sequence[Query] = images if isinstance(images, list | tuple) else [images]  # type: ignore[list-item]
         pack = self.model.pack
-        seen = self.embed(
+        seen, limits = self.embed(
             [stored_picture(open_query(query, pack.max_pixels), pack) for query in several], domain
         )
-        if limit is None and domain is not None:
-            limit = self.info.limits.get(domain)
+        if limit is not None:
+            limits = [limit] * len(seen)
         return self.search_features(
-            seen, k, below=below, hide_duplicates=hide_duplicates, limit=limit, expand=expand
+            seen, limits, k, below=below, hide_duplicates=hide_duplicates, expand=expand
         )
 
-    def embed(self, pictures: Sequence[Stored], domain: str | None = None) -> np.ndarray:
-        """Queries through the model: unit features (Q, D), float32.
+    def embed(
+        self, pictures: Sequence[Stored], domain: str | None = None
+    ) -> tuple[np.ndarray, list[float | None]]:
+        """Queries through the model: unit features (Q, D), float32, and the limit of each.
+
+        It is that of the domain that a picture is taken for; the widest, where the index has none for it or
+        the model cannot tell; None where there is none at all.
 
         Args:
             pictures: what :func:`ucir.models.model.stored_picture` returns, at least one.
@@ -179,20 +184,23 @@ class Searcher:
         """
         self.model.check_domain(domain)
         firsts = range(0, len(pictures), BATCH)
-        return torch.cat([self.model.embed(pictures[i : i + BATCH], domain) for i in firsts]).numpy()
+        parts = [self.model.embed_queries(pictures[i : i + BATCH], domain) for i in firsts]
+        widest = max(self.info.limits.values(), default=None)
+        limits = [self.info.limits.get(of or "", widest) for _, taken in parts for of in taken]
+        return torch.cat([features for features, _ in parts]).numpy(), limits
 
     def search_features(
         self,
         queries_QD: np.ndarray,
+        limits: Sequence[float | None],
         k: int = 10,
         *,
         below: str | None = None,
         hide_duplicates: bool = False,
-        limit: float | None = None,
         expand: int = 0,
     ) -> list[Answer]:
-        """As :meth:`search`, of unit features (Q, D), float32."""
-        return self._search(queries_QD, k, below, hide_duplicates, limit, expand)
+        """As :meth:`search`, of what :meth:`embed` returns."""
+        return self._search(queries_QD, k, below, hide_duplicates, limits, expand)
 
     def _search(
         self,
@@ -200,7 +208,7 @@ class Searcher:
         k: int,
         below: str | None,
         hide_duplicates: bool,
-        limit: float | None,
+        limits: Sequence[float | None],
         expand: int = 0,
         without: bytes | None = None,
     ) -> list[Answer]:
@@ -223,8 +231,8 @@ class Searcher:
             depth *= 4
         nearest_Q = 1 - (self._neighbours(queries_QD, 1, below)[0] if expand else scores)[:, 0]
         return [
-            Answer(of_query, *self._verdict(max(0.0, float(distance)), limit))  # rounding may leave -1e-7
-            for of_query, distance in zip(hits, nearest_Q, strict=True)
+            Answer(of_query, *_verdict(max(0.0, float(distance)), limit))  # rounding may leave -1e-7
+            for of_query, distance, limit in zip(hits, nearest_Q, limits, strict=True)
         ]
 
     def like(
@@ -241,7 +249,7 @@ class Searcher:
         """
         digest, stored = self._known(picture)
         feature = np.frombuffer(stored, np.float32)[None]
-        (answer,) = self._search(feature, k, below, hide_duplicates, limit=2.0, without=digest)
+        (answer,) = self._search(feature, k, below, hide_duplicates, [None], without=digest)
         return Answer(answer.hits, None, f"like {picture}")
 
     def thumbnail(self, id: str) -> bytes:
@@ -337,20 +345,6 @@ class Searcher:
                 hits.append(Hit(len(hits) + 1, float(score), path, digest.hex()))
         return tuple(hits)
 
-    def _verdict(self, distance: float, limit: float | None) -> tuple[bool | None, str]:
-        if limit is not None and np.isnan(limit):
-            raise UserError("limit nan: no number")
-        if limit is None and self.info.limits:
-            limit = max(self.info.limits.values())
-        if limit is None:
-            return None, f"nearest at distance {distance:.2f}; no limit is known to this index"
-        if distance > limit:
-            return (
-                False,
-                f"nothing like it here: nearest at distance {distance:.2f}, beyond the limit {limit:.2f}",
-            )
-        return True, f"nearest at distance {distance:.2f}, within the limit {limit:.2f}"
-
     def _files(self, rows: np.ndarray) -> list[tuple[str, bytes, bytes] | None]:
         """Path, hash and look of rows; None of files that an update under way has taken out."""
         ids = [int(number) for number in self.id_N[rows]]
@@ -371,6 +365,17 @@ class Searcher:
             address = (self.folder / DATABASE).resolve().as_uri() + "?mode=ro"
             self.by_thread.database = sqlite3.connect(address, uri=True, timeout=60)
         return self.by_thread.database  # type: ignore[no-any-return]
+
+
+def _verdict(distance: float, limit: float | None) -> tuple[bool | None, str]:
+    told = f"nearest at distance {distance:.2f}"
+    if limit is None:
+        return None, f"{told}; no limit is known to this index"
+    if np.isnan(limit):
+        raise UserError("limit nan: no number")
+    if distance > limit:
+        return False, f"nothing like it here: {told}, beyond the limit {limit:.2f}"
+    return True, f"{told}, within the limit {limit:.2f}"
 
 
 def _twin(look: np.ndarray, others: np.ndarray) -> int | None:

@@ -132,7 +132,7 @@ class _Question:
 
     searcher: Searcher
     stored: Stored
-    answer: asyncio.Future[np.ndarray]
+    answer: asyncio.Future[tuple[np.ndarray, list[float | None]]]
 
 
 class Engine:
@@ -170,8 +170,8 @@ class Engine:
         for searcher in self.searchers.values():
             side = searcher.model.pack.side
             stored = (np.full((side, side, 3), 255, np.uint8), (side, side))
-            features = await self.embed(searcher, stored)
-            await asyncio.to_thread(searcher.search_features, features, 10, hide_duplicates=True)
+            seen = await self.embed(searcher, stored)
+            await asyncio.to_thread(searcher.search_features, *seen, 10, hide_duplicates=True)
         dot = io.BytesIO()
         Image.new("L", (1, 1)).save(dot, "png")
         first = next(iter(self.searchers.values()))
@@ -218,7 +218,7 @@ class Engine:
         except (ProcessExpired, MemoryError):
             raise HTTPException(415, "takes too much memory to decode") from None
 
-    async def embed(self, searcher: Searcher, stored: Stored) -> np.ndarray:
+    async def embed(self, searcher: Searcher, stored: Stored) -> tuple[np.ndarray, list[float | None]]:
         """Through the network, together with whoever else waits."""
         question = _Question(searcher, stored, asyncio.get_running_loop().create_future())
         await self.waiting.put(question)
@@ -236,7 +236,9 @@ class Engine:
             for together in by_searcher.values():
                 stored = [question.stored for question in together]
                 try:
-                    seen = await loop.run_in_executor(self.network, together[0].searcher.embed, stored)
+                    seen, limits = await loop.run_in_executor(
+                        self.network, together[0].searcher.embed, stored
+                    )
                 except Exception as error:
                     for question in together:
                         if not question.answer.done():
@@ -244,7 +246,7 @@ class Engine:
                     continue
                 for row, question in enumerate(together):
                     if not question.answer.done():  # its client may have gone
-                        question.answer.set_result(seen[row : row + 1])
+                        question.answer.set_result((seen[row : row + 1], limits[row : row + 1]))
 
 
 def create_app(
@@ -332,9 +334,9 @@ def create_app(
         searcher = engine.searcher(name)
         data = await _picture_of(request)
         stored = await engine.decode(data, searcher)
-        features = await engine.embed(searcher, stored)
+        seen = await engine.embed(searcher, stored)
         (answer,) = await asyncio.to_thread(
-            searcher.search_features, features, k, below=folder, hide_duplicates=hide_duplicates
+            searcher.search_features, *seen, k, below=folder, hide_duplicates=hide_duplicates
         )
         taken = time.perf_counter() - began
         seconds.observe(taken)
