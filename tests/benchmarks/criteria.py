@@ -68,14 +68,19 @@ Means = dict[str, dict[str, tuple[float, float]]]
 
 
 def rows_of(params: Params, study: str) -> Iterator[Row]:
-    """Of finished trainings: all epochs of whole methods' first seed, closed; of others the last one."""
+    """Of finished trainings: all epochs of whole methods' first seed, closed; of others the last one.
+
+    A training that serves ``partial`` and ``open`` is there once, under what the study names first.
+    """
+    seen = set()
     of_seeds: dict[tuple[str, ...], list[tuple[PairRun, Row]]] = defaultdict(list)
     for _, part in study_runs(params, study):
         dataset, seeds = part["dataset"], params.studies[study].seeds
         metric = precision_name(params.datasets[dataset].evaluate.cutoffs[0])
         for run in plan_runs(params, dataset, part["setting"], part["method"], part.get("pairs"), seeds):
-            if not run.done or f"val/{metric}" not in run.history()[-1]:
+            if run.key in seen or not run.done or f"val/{metric}" not in run.history()[-1]:
                 continue
+            seen.add(run.key)
             named = (dataset, run.setting, run.method, "-".join(run.pair), str(run.seed), "")
             rows = [
                 {
