@@ -33,17 +33,13 @@ from scipy.stats import rankdata, spearmanr
 from tests.benchmarks import argument_parser
 from ucir.config.load import Params, load_params
 from ucir.config.sweep import PRODUCT
-from ucir.data.feature_pack import DomainFeatures
 from ucir.data.views import Views, views_of
 from ucir.errors import UserError, run_main
 from ucir.methods.registry import VARIANTS
-from ucir.models.checkpoints import load_encoder
-from ucir.models.encoder import new_encoder
 from ucir.models.features import extract_features
-from ucir.models.trunk import StoredTrunk
 from ucir.paths import RESULTS
 from ucir.retrieval.criteria import CRITERIA
-from ucir.retrieval.evaluation import scored_domains
+from ucir.retrieval.evaluation import checkpoint_encoder, scored_domains
 from ucir.retrieval.metrics import precision_name
 from ucir.retrieval.ranking import top_ranked
 from ucir.runs.run import PairRun, plan_runs
@@ -133,10 +129,8 @@ def nearest_of(params: Params, run: PairRun) -> tuple[list[np.ndarray], list[np.
     block = params.datasets[run.dataset]
     images, _ = scored_domains(run.dataset, block, run.pair, run.spaces)
     domains = [images[name] for name in run.pair]
-    device, first = torch.device("cpu"), domains[0]
-    trunk = StoredTrunk(first.pooled_dim) if isinstance(first, DomainFeatures) else None
-    encoder = new_encoder(block.start.encoder, 0, trunk=trunk)
-    load_encoder(encoder, run.folder / "last.pt")
+    device = torch.device("cpu")
+    encoder = checkpoint_encoder(run.folder / "last.pt", block, domains[0])
     views = views_of(domains, block.view, encoder.form, device)  # type: ignore[arg-type]
     pooled = block.evaluate.features == "pooled"
     plain, viewed = (

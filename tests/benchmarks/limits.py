@@ -17,17 +17,15 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from tests.benchmarks import REMEDY, argument_parser
-from ucir.config.load import Params, load_params
+from ucir.config.load import load_params
 from ucir.data.feature_pack import open_features
 from ucir.data.pack import read_index
 from ucir.errors import UserError, run_main
-from ucir.models.checkpoints import load_encoder
-from ucir.models.encoder import Encoder, new_encoder
 from ucir.models.head import ResidualHead
-from ucir.models.trunk import StoredTrunk
+from ucir.models.model import load_model
 from ucir.paths import FEATURES, PACKS
 from ucir.retrieval.gate import calibrated_limit
-from ucir.runs.run import PairRun, plan_runs
+from ucir.runs.run import plan_runs
 
 LEARNT_FROM = 1000
 ITSELF = 1e-5
@@ -40,23 +38,15 @@ def pooled_features(dataset: str, domain: str) -> Tensor:
     return normalize(torch.from_numpy(stored.plain_MP[stored.row_N]).float(), dim=1)
 
 
-def head_of(params: Params, run: PairRun, pooled_dim: int) -> Encoder:
-    encoder = new_encoder(params.datasets[run.dataset].start.encoder, 0, trunk=StoredTrunk(pooled_dim))
-    load_encoder(encoder, run.folder / "last.pt")
-    return encoder.eval()
-
-
 @torch.no_grad()
-def rejected(encoder: Encoder, domains: list[Tensor], strangers: Tensor, gallery: int) -> list[float]:
+def rejected(head: ResidualHead, domains: list[Tensor], strangers: Tensor, gallery: int) -> list[float]:
     """Percent of the other domain's queries, of the gallery's, and of strangers: by the widest limit, by that
     of the domain they are taken for."""
-    head = encoder.head
-    assert isinstance(head, ResidualHead)
-    there = encoder(domains[gallery], False, torch.full((len(domains[gallery]),), gallery))
+    there = normalize(head(domains[gallery], torch.full((len(domains[gallery]),), gallery)), dim=1)
 
     def nearest(pooled: Tensor, domain: int | None, own: bool) -> Tensor:
         known = None if domain is None else torch.full((len(pooled),), domain)
-        distance = 1 - encoder(pooled, False, known) @ there.T
+        distance = 1 - normalize(head(pooled, known), dim=1) @ there.T
         return (
             torch.where(distance < ITSELF, torch.inf, distance).amin(dim=1) if own else distance.amin(dim=1)
         )
@@ -90,10 +80,12 @@ def main() -> None:
         if not run.done:
             raise UserError(f"{run.name}: {REMEDY}")
         order = [domain for domain, _ in run.trained]
-        encoder = head_of(params, run, strangers.shape[1])
+        head = load_model(run.folder / "last.pt").encoder.head
+        if not isinstance(head, ResidualHead):
+            raise UserError(f"{run.name}: a moco head, which has no centres to tell domains by")
         domains = [pooled_features(run.dataset, domain) for domain in order]
         for gallery, domain in enumerate(order):
-            shares = rejected(encoder, domains, strangers, gallery)
+            shares = rejected(head, domains, strangers, gallery)
             rows.append(shares)
             told = [f"{a:.1f} / {b:.1f}" for a, b in zip(shares[::2], shares[1::2], strict=True)]
             print(f"{run.name}, {domain}: other domain {told[0]}, its own {told[1]}, strangers {told[2]}")

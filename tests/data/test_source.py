@@ -20,7 +20,7 @@ from tests.conftest import DOMAINS, make_images
 from ucir.config.data import DatasetParams, PackParams
 from ucir.data import source as source_module
 from ucir.data.catalogue import entry, names
-from ucir.data.prepare import source_faults, write_pack
+from ucir.data.prepare import survey_source, write_pack
 from ucir.data.source import Source, survey, unusable_names
 from ucir.errors import UserError
 
@@ -415,7 +415,7 @@ def test_names_that_cannot_be_worked_with_are_refused(tmp_path: Path) -> None:
         start={"checkpoint": "x"},
         pairs=["photo-sketch > line"],
     )
-    assert any("'sketch > line'" in fault for fault in source_faults(block))
+    assert any("'sketch > line'" in fault for fault in survey_source(block)[0])
     pictures(tmp_path / "y", "photo/big\ncat/0.png", "sketch/cat/1.png", f"{'long' * 25}/cat/2.png")
     faults = unusable_names(survey(Source(tmp_path / "y"), entry("folder")))
     assert [fault.split(": ")[1] for fault in faults] == [
@@ -437,7 +437,7 @@ def test_an_accent_is_the_same_however_it_is_written(tmp_path: Path) -> None:
     assert found(tmp_path) == {"\xe9t\xe9": ["p\xe9"], "b": ["p\xe9"]}
     start = {"checkpoint": "x"}
     block = DatasetParams(source=str(tmp_path), start=start, pairs=["b-e\u0301te\u0301"])  # type: ignore[arg-type]
-    assert source_faults(block) == []
+    assert survey_source(block)[0] == []
 
 
 def test_a_folder_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -127,14 +127,20 @@ def prepared_domains(block: DatasetParams) -> list[str]:
     return _wanted(block, survey(opened, block.entry), opened.root)
 
 
-def source_faults(block: DatasetParams) -> list[str]:
-    """What keeps a data set from being prepared and trained, told by names alone, without reading pictures.
+def survey_source(block: DatasetParams) -> tuple[list[str], dict[str, Counter[str]]]:
+    """What keeps a data set from being prepared and trained, told by names alone, without reading pictures;
+    and files of each domain by class folder: those in none have an empty name.
 
     Raises:
         UserError: there is no source, or its archives are broken or hostile.
     """
     opened = Source(Path(block.source))
-    return _source_faults(block, opened, survey(opened, block.entry))
+    files = survey(opened, block.entry)
+    faults = _source_faults(block, opened, files)
+    try:
+        return faults, _counts(files, _wanted(block, files, opened.root))
+    except UserError:  # it is among the faults
+        return faults, {}
 
 
 def name_faults(source: Source, files: Survey, domains: list[str], entry: Entry) -> list[str]:
@@ -156,12 +162,6 @@ def name_faults(source: Source, files: Survey, domains: list[str], entry: Entry)
         if domain in files.domains and not files.domains[domain]
     ]
     return faults
-
-
-def source_counts(block: DatasetParams) -> dict[str, Counter[str]]:
-    """Files of each domain by class folder, unread; those in none have an empty name."""
-    files = survey(Source(Path(block.source)), block.entry)
-    return _counts(files, _wanted(block, files, Path(block.source)))
 
 
 def _counts(files: Survey, domains: list[str]) -> dict[str, Counter[str]]:

@@ -146,8 +146,7 @@ class Model:
             pictures: as :func:`stored_picture` makes them, at least one.
             domain, features: as of :meth:`features`.
         """
-        of_head, pooled = self._both(pictures, domain)
-        return pooled if (features or self.used) == "pooled" else of_head
+        return self._encoded(pictures, domain, (features or self.used) == "pooled")
 
     @torch.no_grad()
     def embed_queries(
@@ -155,23 +154,26 @@ class Model:
     ) -> tuple[Tensor, list[str | None]]:
         """As :meth:`embed`, and which of ``domains`` each picture is taken for: the given one, or that whose
         centre is the nearest; None of a head without centres."""
-        of_head, pooled = self._both(pictures, domain)
-        taken: list[str | None] = [domain] * len(pooled)
-        if domain is None and self.domains and isinstance(self.encoder.head, ResidualHead):
-            numbers = self.encoder.head.nearest_domain(pooled.to(self.encoder.device))
-            taken = [self.domains[number] for number in numbers.tolist()]
-        return pooled if self.used == "pooled" else of_head, taken
+        head = self.encoder.head
+        if domain is not None or not self.domains or not isinstance(head, ResidualHead):
+            return self.embed(pictures, domain), [domain] * len(pictures)
+        both = self._encoded(pictures, None, "both")
+        of_head, pooled = both[:, : self.encoder.feature_dim], both[:, self.encoder.feature_dim :]
+        numbers = head.nearest_domain(pooled.to(self.encoder.device)).tolist()
+        return pooled if self.used == "pooled" else of_head, [self.domains[number] for number in numbers]
 
-    def _both(self, pictures: Sequence[Stored], domain: str | None) -> tuple[Tensor, Tensor]:
-        """The head's output and what goes into it, of unit length, on the CPU."""
+    def _encoded(
+        self, pictures: Sequence[Stored], domain: str | None, pooled: bool | Literal["both"]
+    ) -> Tensor:
+        """What the encoder makes of one batch, on the CPU."""
         stored, sizes = zip(*pictures, strict=True)
         pixels = torch.from_numpy(np.stack(stored))
         device = self.encoder.device
         views = eval_views(pixels.to(device), torch.tensor(sizes), self.view, self.encoder.form)
         number = None if domain is None else self.domains.index(domain)
         domain_B = None if number is None else torch.full((len(views),), number, device=device)
-        both: Tensor = self.encoder(views, "both", domain_B).cpu()
-        return both[:, : self.encoder.feature_dim], both[:, self.encoder.feature_dim :]
+        out: Tensor = self.encoder(views, pooled, domain_B)
+        return out.cpu()
 
 
 def embedded_model() -> Model:

@@ -27,7 +27,7 @@ from ucir.errors import UserError
 from ucir.memory import Features
 from ucir.methods import RECONSTRUCTED
 from ucir.models.checkpoints import load_encoder, load_state
-from ucir.models.encoder import new_encoder
+from ucir.models.encoder import Encoder, new_encoder
 from ucir.models.features import extract_features
 from ucir.models.head import ResidualHead
 from ucir.models.trunk import StoredTrunk
@@ -79,6 +79,14 @@ def checkpoint_features(
     return _features(checkpoint, block, [images[name] for name in order], device, pooled)
 
 
+def checkpoint_encoder(checkpoint: Path, block: DatasetParams, domain: Domain) -> Encoder:
+    """The encoder of a checkpoint, on the CPU, for what is known of a domain: pictures or stored features."""
+    trunk = StoredTrunk(domain.pooled_dim) if isinstance(domain, DomainFeatures) else None
+    encoder = new_encoder(block.start.encoder, 0, trunk=trunk)
+    load_encoder(encoder, checkpoint)
+    return encoder
+
+
 def _features(
     checkpoint: Path,
     block: DatasetParams,
@@ -86,11 +94,7 @@ def _features(
     device: torch.device,
     pooled: bool | Literal["both"],
 ) -> dict[str, Tensor]:
-    first = domains[0]
-    trunk = StoredTrunk(first.pooled_dim) if isinstance(first, DomainFeatures) else None
-    encoder = new_encoder(block.start.encoder, 0, trunk=trunk)
-    load_encoder(encoder, checkpoint)
-    encoder = encoder.to(device)
+    encoder = checkpoint_encoder(checkpoint, block, domains[0]).to(device)
     features = extract_features(encoder, views_of(domains, block.view, encoder.form, device), device, pooled)  # type: ignore[arg-type]
     return {domain.name: x.own_ND.cpu() for domain, x in zip(domains, features, strict=True)}
 
@@ -246,7 +250,10 @@ def evaluate_start(params: Params, key: str, gate: GateChoice, results: Path) ->
     write_label_spaces(folder / "label_spaces.json", named_spaces, block.split)
     every = {domain: read_index(pack, domain) for domain in info.counts}
     device = choose_device(params.cluster)
-    pairs = trainings(part.setting, part.pairs or block.pairs, list(every))
+    scored = {
+        pair: {domain: spaces.scored(every[domain], role) for role, domain in enumerate(pair)}
+        for pair in trainings(part.setting, part.pairs or block.pairs, list(every))
+    }
 
     @lru_cache(maxsize=1)  # rows of one checkpoint follow each other
     def of_all(checkpoint: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -266,8 +273,7 @@ def evaluate_start(params: Params, key: str, gate: GateChoice, results: Path) ->
         run_key = file_sha256(checkpoint)[:12]
         tracker = _tracker(part.dataset, part.setting, row.name, block)
         scores: list[DirectionScore] = []
-        for pair in pairs:
-            index = scored_index(pack, pair, spaces)
+        for pair, index in scored.items():
             features = {d: unfitted[d][[p.slot for p in pictures]] for d, pictures in index.items()}
             if row.features in ("centred", "pca"):
                 seen = [
@@ -284,7 +290,7 @@ def evaluate_start(params: Params, key: str, gate: GateChoice, results: Path) ->
         means[row.name] = write_scores(folder / "start" / row.name / "metrics.json", scores)
     (folder / "start.json").write_text(json.dumps(means, indent=1) + "\n", encoding="utf-8")
     least = fewest_queries(gate.false_rejections)
-    few = {d: len(x) for pair in pairs for d, x in scored_index(pack, pair, spaces).items() if len(x) < least}
+    few = {d: len(x) for index in scored.values() for d, x in index.items() if len(x) < least}
     for domain, count in few.items():
         print(
             f"calibrated gate: the {count} pictures of {domain} are too few for a limit that rejects "

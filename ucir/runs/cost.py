@@ -11,7 +11,7 @@ from ucir.config.base import ONE_PART
 from ucir.config.data import DatasetParams
 from ucir.config.load import Params
 from ucir.data.pack import read_info
-from ucir.data.prepare import source_counts
+from ucir.data.prepare import survey_source
 from ucir.data.splits import both_ways, label_spaces, training_order, trainings
 from ucir.devices import choose_device
 from ucir.errors import UserError
@@ -216,7 +216,7 @@ def _sizes(block: DatasetParams, dataset: str) -> dict[str, float]:
             for domain, of_classes in block.entry.counts.items()
         }
     with contextlib.suppress(UserError):
-        return {domain: float(files.total()) for domain, files in source_counts(block).items()}
+        return {domain: float(files.total()) for domain, files in survey_source(block)[1].items()}
     return {}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain, product
 from pathlib import Path
@@ -17,7 +18,7 @@ from ucir.config.data import DatasetParams
 from ucir.config.load import Params, load_params, parse_yaml, without_study
 from ucir.data.fetch import check_checkpoint
 from ucir.data.pack import read_info
-from ucir.data.prepare import source_counts, source_faults
+from ucir.data.prepare import survey_source
 from ucir.data.splits import label_spaces, trainings
 from ucir.errors import UserError, nearest
 from ucir.methods.registry import METHODS, params_block
@@ -190,14 +191,14 @@ def study_faults(params: Params, name: str) -> list[str]:
         if given.sample:
             continue
         try:
-            source_errors = source_faults(given)
+            source_errors, counts = survey_source(given)
         except UserError as error:
             source_errors = [str(error)]
         if source_errors and given.entry.files:
             source_errors[-1] += f"; `uv run ucir fetch {dataset}` gets the data set or says how"
         faults += source_errors
         if not source_errors:
-            faults += _size_faults(params, dataset, block["runs"].values())
+            faults += _size_faults(params, dataset, counts, block["runs"].values())
         try:
             check_checkpoint(given.start)
             if given.start.weights:
@@ -207,10 +208,11 @@ def study_faults(params: Params, name: str) -> list[str]:
     return list(dict.fromkeys(faults))
 
 
-def _size_faults(params: Params, dataset: str, runs: Iterable[Mapping[str, Any]]) -> list[str]:
+def _size_faults(
+    params: Params, dataset: str, counts: Mapping[str, Counter[str]], runs: Iterable[Mapping[str, Any]]
+) -> list[str]:
     """Label spaces that cannot be drawn, and batches and clusters for which there are too few files."""
     block = params.datasets[dataset]
-    counts = source_counts(block)
     faults = []
     for run in runs:
         if run["dataset"] != dataset:

@@ -124,10 +124,11 @@ def check_sweep(params: Params, name: str) -> tuple[SweepParams, dict[str, Dimen
         if criterion not in known:
             raise UserError(f"{where}.objective: {criterion!r} is unknown; {nearest(criterion, known)}")
     prefix = f"methods.{params_block(sweep.method)}.{sweep.dataset}."
-    for run in plan_candidate(params, sweep, {}):
-        for domain in run.pair:
-            if ORACLE in sweep.objective and not any(p.label for p in read_index(run.pack, domain)):
-                raise UserError(f"{where}.objective: oracle: {domain} has no labels; take another")
+    runs = plan_candidate(params, sweep, {})
+    domains = dict.fromkeys(domain for run in runs for domain in run.pair)
+    for domain in domains if ORACLE in sweep.objective else ():
+        if not any(picture.label for picture in read_index(runs[0].pack, domain)):
+            raise UserError(f"{where}.objective: oracle: {domain} has no labels; take another")
     space: dict[str, Dimension] = {}
     fixed = fixed_keys(sweep.method)
     for key, dimension in sweep.space.items():
